@@ -1,0 +1,59 @@
+# One line a target: `make help`. Each runs in the environment that deploy/environment.sh makes.
+SHELL := bash
+VENV  := $(or $(ERA_VENV),.venv)
+BIN   := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest
+# Prints the total when the recipe ends, whichever way it ends.
+TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS % 60))' EXIT; set -e;
+# The folders whose tests need no vLLM: `check` runs them, `test` runs them and then the others.
+QUICK := tests/unit tests/contracts
+# Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
+APART := not gpu and not bench
+
+.DEFAULT_GOAL := help
+.PHONY: help env check test test-all test-gpu demo serve clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+ifeq ($(shell uname -s),Linux)
+
+env:  ## make or update the virtual environment (.venv, or $ERA_VENV)
+	@deploy/environment.sh
+
+check:  ## ruff, pyright, import-linter and the tests that need no vLLM (under a minute)
+	@$(TIMED) deploy/environment.sh; \
+	$(BIN)/ruff check . ; \
+	$(BIN)/ruff format --check . ; \
+	$(BIN)/pyright --pythonpath $(BIN)/python ; \
+	$(BIN)/lint-imports --no-logo ; \
+	$(PYTEST) $(QUICK) -m "$(APART) and not slow"
+
+test:  ## check, then everything else that runs on a CPU (under 15 minutes)
+	@$(TIMED) $(MAKE) --no-print-directory check ; \
+	$(PYTEST) tests $(QUICK:%=--ignore=%) -m "$(APART) and not slow"
+
+test-all:  ## test, then the slow tests
+	@$(TIMED) $(MAKE) --no-print-directory test ; \
+	$(PYTEST) tests -m "$(APART) and slow"
+
+test-gpu: env  ## the tests that need an NVIDIA GPU and a CUDA vLLM
+	@$(TIMED) $(PYTEST) tests -m gpu
+
+demo:  ## questions about pictures, pruned against unpruned, then the speed (FAST=1: no speed)
+	@$(TIMED) deploy/environment.sh; $(BIN)/era-vllm demo $(if $(FAST),--fast)
+
+else
+
+# vLLM has no CPU wheel for this platform: the same targets, in a Linux container.
+check test demo:
+	@FAST=$(FAST) deploy/in_container.sh $@
+
+endif
+
+serve: env  ## the OpenAI server with the small model (ARGS="MODEL --era-pruning-rate .9 ...")
+	@$(BIN)/era-vllm serve $(ARGS)
+
+clean:  ## remove .venv and what tests and builds leave
+	@rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -prune -exec rm -rf {} +

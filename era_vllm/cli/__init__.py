@@ -1,0 +1,1 @@
+"""The ``era-vllm`` command: one file a subcommand."""

@@ -1,0 +1,100 @@
+"""The ``--era-*`` flags, shared by every subcommand; each sets one field of ``EraConfig``."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Final
+
+from era_vllm.errors import ConfigError, unknown_name
+from era_vllm.policies import policy_names
+
+DEFAULT_MODEL: Final = str(Path(__file__).parent.parent / "lab" / "checkpoint")
+"""The small LLaVA-1.5 that ships with the package."""
+DEFAULT_NAME: Final = "era-sample"
+"""The name it is served under."""
+
+_FLAGS: Final[dict[str, dict[str, object]]] = {
+    "pruning_rate": {
+        "type": float,
+        "metavar": "R",
+        "help": "fraction of visual tokens removed, [0, maximum] (default .778: 576 -> 128 tokens)",
+    },
+    "max_pruning_rate": {
+        "type": float,
+        "metavar": "R",
+        "help": "highest rate served, [0, 1) (default .95); 0 = stock vLLM, bit for bit",
+    },
+    "min_anchors": {"type": int, "metavar": "N", "help": "tokens always kept an image (default 1)"},
+    "policy": {
+        "metavar": "NAME",
+        "help": f"how tokens are chosen: {', '.join(policy_names())} (default era), or a class of "
+        "your own as package.module:Class",
+    },
+    "attention_layer": {
+        "type": int,
+        "metavar": "L",
+        "help": "encoder layer whose attention is read (default: where the features come from)",
+    },
+    "attention_queries": {
+        "metavar": "all|cls",
+        "help": "queries that the attention is averaged over (default all)",
+    },
+    "bias_store": {"metavar": "NAME", "help": "where a slot's bias is kept (default key_columns)"},
+    "bias_columns": {
+        "type": int,
+        "metavar": "N",
+        "help": "columns of the store (default 1 for float32 caches, 2 for bf16 and fp8)",
+    },
+}
+
+
+def add_era_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to a subcommand's parser."""
+    group = parser.add_argument_group("pruning")
+    for name, options in _FLAGS.items():
+        flag = "--era-" + name.replace("_", "-")
+        group.add_argument(flag, dest=f"era_{name}", **options)  # type: ignore[arg-type]
+    group.add_argument(
+        "--era-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the policy, repeatable; e.g. --era-option mass_scale=0.39",
+    )
+    for name, what in (("merge", "average pruned tokens into anchors"), ("bias", "add log-bias")):
+        group.add_argument(
+            f"--era-{name}",
+            dest=f"era_{name}",
+            action=argparse.BooleanOptionalAction,
+            help=f"{what} (default on)",
+        )
+
+
+def era_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the ``EraConfig`` fields that were set by flags."""
+    settings: dict[str, object] = {}
+    for name in [*_FLAGS, "merge", "bias"]:
+        if (value := getattr(arguments, f"era_{name}")) is not None:
+            settings[name] = value
+    if arguments.era_option:
+        settings["policy_options"] = dict(map(_option, arguments.era_option))
+    return settings
+
+
+def refuse_unknown_era_flags(rest: list[str]) -> None:
+    """Raise ConfigError for a mistyped ``--era-*`` flag that would reach vLLM."""
+    known = [f"--era-{name.replace('_', '-')}" for name in [*_FLAGS, "merge", "bias", "option"]]
+    for word in rest:
+        flag = word.split("=")[0]
+        if flag.startswith("--era") and flag not in known:
+            raise ConfigError(unknown_name("flag", flag, known))
+
+
+def _option(text: str) -> tuple[str, object]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ConfigError(f"--era-option: got {text!r}, needed NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

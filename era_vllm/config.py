@@ -1,0 +1,172 @@
+"""EraConfig: every setting of the method, parsed once, refused early, hashed for every cache.
+
+It reaches the processor and every worker through vLLM's own config (``vllm_plugin``), never through
+the environment. What is left out: server settings (``server``) and policy options' meaning
+(``policies``), which are only carried here.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Final, Literal, cast
+
+from era_vllm.errors import ConfigError, unknown_name
+
+OptionValue = bool | int | float | str
+DEFAULT_PRUNING_RATE: Final = 0.778
+"""576 -> 128 tokens: the mildest budget of the field's LLaVA-1.5 tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class EraConfig:
+    """Settings of one engine."""
+
+    pruning_rate: float = DEFAULT_PRUNING_RATE
+    """Fraction of visual tokens removed where a request names none, [0, max_pruning_rate]."""
+    max_pruning_rate: float = 0.95
+    """Highest rate served, [0, 1); 0 leaves the engine stock."""
+    min_anchors: int = 1
+    """Floor of tokens kept a segment, >= 1."""
+    policy: str = "era"
+    """File name in ``era_vllm/policies``, or ``"package.module:Class"``."""
+    policy_options: tuple[tuple[str, OptionValue], ...] = ()
+    """Options of the policy (its dataclass fields), sorted by name."""
+    merge: bool = True
+    """Average pruned tokens into their anchors (BTR); False keeps the anchors' own embeddings."""
+    bias: bool = True
+    """Add the log-bias to the attention scores (LAR)."""
+    attention_layer: int | None = None
+    """Encoder layer whose attention is read, counted as the model's ``vision_feature_layer`` is
+    (hidden states; -2 = output of the layer before the last); None = the layer the features come
+    from. Source: ERA Fig. 6 (layer 22 of 24 in CLIP-L)."""
+    attention_queries: Literal["all", "cls"] = "all"
+    """Queries that the attention is averaged over. Source: reconstructed (METHODS X1)."""
+    bias_store: str = "key_columns"
+    """Where a slot's bias is kept: a store of ``attention/bias_store.py``."""
+    bias_columns: int | None = None
+    """Columns of the store; None = 1 for float32 caches, 2 for bf16 and fp8."""
+
+    def __post_init__(self) -> None:
+        for name in ("pruning_rate", "max_pruning_rate"):
+            _check(_is_number(getattr(self, name)), name, getattr(self, name), "a number in [0, 1)")
+        _check(0 <= self.max_pruning_rate < 1, "max_pruning_rate", self.max_pruning_rate, "[0, 1)")
+        allowed = f"[0, {self.max_pruning_rate}] (raise max_pruning_rate for more)"
+        _check(
+            0 <= self.pruning_rate <= self.max_pruning_rate,
+            "pruning_rate",
+            self.pruning_rate,
+            allowed,
+        )
+        _check(
+            _is_int(self.min_anchors) and self.min_anchors >= 1,
+            "min_anchors",
+            self.min_anchors,
+            "an integer >= 1",
+        )
+        for name in ("merge", "bias"):
+            _check(
+                isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"
+            )
+        for name in ("policy", "bias_store"):
+            _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a name")
+        layer, columns = self.attention_layer, self.bias_columns
+        _check(layer is None or _is_int(layer), "attention_layer", layer, "an integer or null")
+        _check(
+            self.attention_queries in ("all", "cls"),
+            "attention_queries",
+            self.attention_queries,
+            "'all' or 'cls'",
+        )
+        _check(
+            columns is None or (_is_int(columns) and 1 <= columns <= 4),
+            "bias_columns",
+            columns,
+            "an integer from 1 to 4, or null",
+        )
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, object]) -> "EraConfig":
+        """Build a config from plain values (JSON, flags).
+
+        A default rate above a lower ``max_pruning_rate`` comes down to it; a rate that was asked
+        for does not.
+
+        Raises:
+            ConfigError: unknown key (with the nearest name), wrong type, value out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        for key in raw:
+            if key not in names:
+                raise ConfigError(unknown_name("era setting", str(key), names))
+        values = dict(raw)
+        values["policy_options"] = _options(values.get("policy_options"))
+        top = values.get("max_pruning_rate")
+        if "pruning_rate" not in values and _is_number(top):
+            values["pruning_rate"] = min(DEFAULT_PRUNING_RATE, float(str(top)))
+        return cls(**values)  # type: ignore[arg-type]  # each value is checked in __post_init__
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain JSON values; ``parse`` gives the same config back."""
+        return {**asdict(self), "policy_options": dict(self.policy_options)}
+
+    def at_rate(self, pruning_rate: float) -> "EraConfig":
+        """Return this config with another default rate."""
+        return replace(self, pruning_rate=pruning_rate)
+
+    def fingerprint(self) -> str:
+        """Hash of every setting that changes the numbers, for cache keys.
+
+        The rates are left out: each image's effective rate enters its own key, so that a default
+        of .778 and a request for .778 share caches.
+        """
+        values = self.as_dict()
+        del values["pruning_rate"], values["max_pruning_rate"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check_rate(self, pruning_rate: float) -> float:
+        """Return an effective rate of one image, or raise ConfigError with the allowed range."""
+        ok = _is_number(pruning_rate) and 0 <= pruning_rate <= self.max_pruning_rate
+        _check(ok, "pruning_rate", pruning_rate, f"a number in [0, {self.max_pruning_rate}]")
+        return float(pruning_rate)
+
+    def num_anchors(self, n: int, pruning_rate: float) -> int:
+        """Return K = min(n, max(min_anchors, round(n (1 - pruning_rate)))), halves upwards.
+
+        A billionth is added so that a half stays one: 15 (1 - .9) is 1.4999999999999996 in floats.
+        """
+        rounded = math.floor(n * (1 - pruning_rate) + 0.5 + 1e-9)
+        return min(n, max(self.min_anchors, rounded))
+
+
+def _options(raw: object) -> tuple[tuple[str, OptionValue], ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, Mapping):
+        raise ConfigError(_refusal("policy_options", raw, "an object of option names and values"))
+    options: list[tuple[str, OptionValue]] = []
+    for name, value in cast(Mapping[object, object], raw).items():
+        _check(isinstance(name, str), "policy_options", name, "names that are strings")
+        if not (isinstance(value, bool | str) or _is_number(value)):
+            allowed = "a boolean, finite number or string"
+            raise ConfigError(_refusal(f"policy_options.{name}", value, allowed))
+        options.append((str(name), cast(OptionValue, value)))
+    return tuple(sorted(options))
+
+
+def _check(ok: bool, name: str, got: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(_refusal(name, got, allowed))
+
+
+def _refusal(name: str, got: object, allowed: str) -> str:
+    return f"era setting {name}: got {got!r}, allowed: {allowed}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

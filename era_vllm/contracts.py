@@ -1,0 +1,150 @@
+"""What an extension implements: a pruning policy, a model adapter, a place for the bias.
+
+Each contract is one file to implement (see .github/CONTRIBUTING.md). The property tests in
+``tests/contracts`` are run on every implementation found in ``policies/`` and ``attention/``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+
+from era_vllm.types import Clusters, Signal, VisualTokens
+
+
+@runtime_checkable
+class PruningPolicy(Protocol):
+    """Chooses anchors, merges the rest into them, and says how much attention each stands for.
+
+    A policy is a frozen dataclass called ``Policy`` in ``policies/<name>.py``; its fields are its
+    options. It is batched over segments, deterministic, and its result for one segment does not
+    depend on the others. It never sees K >= N (the pipeline returns such segments untouched), nor
+    NaN or infinite values or negative attention (the pipeline repairs and counts them).
+    """
+
+    prompt_dependent: ClassVar[bool]
+    """True would mean that results may not be shared across prompts: no such policy is served."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Signals that must be present in ``VisualTokens``."""
+        ...
+
+    def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
+        """Return the anchors' indices, ascending, ``num_anchors`` a segment."""
+        ...
+
+    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+        """Assign every token to an anchor and return the merged embeddings."""
+        ...
+
+    def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:
+        """Return the natural log of the mass that each anchor stands for, >= 0."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TappedLayer:
+    """The encoder layer whose attention a policy reads."""
+
+    attention: nn.Module
+    """Called as ``attention(q, k, v)``, each [s, n, heads * dh]; has ``num_heads`` (of this rank),
+    ``head_size`` and ``scale``."""
+    heads: int
+    """Vision heads over all ranks."""
+    skipped_keys: int
+    """Leading keys that are no visual token (CLS, registers)."""
+
+
+@runtime_checkable
+class ModelAdapter(Protocol):
+    """Facts about a model family; ``vllm_plugin/model_mixin.py`` turns them into vLLM code."""
+
+    architectures: ClassVar[tuple[str, ...]]
+    """Hugging Face architecture names that it serves."""
+    provides: ClassVar[frozenset[Signal]]
+    """Signals that its encoder can give."""
+
+    def grid(self, hf_config: object) -> tuple[int, int]:
+        """Rows and columns of one segment's token grid, known before encoding."""
+        ...
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """The module whose attention layers carry the bias."""
+        ...
+
+    def tapped_layer(self, model: nn.Module, hf_config: object, layer: int | None) -> TappedLayer:
+        """The encoder layer to read, counted as the model's feature layer is; None = that one."""
+        ...
+
+
+RectifiedAttention = Callable[
+    [
+        Float[Tensor, "t hq dh"],  # queries
+        Float[Tensor, "s hkv dh"],  # keys
+        Float[Tensor, "s hkv dv"],  # values
+        Float32[Tensor, "s"],  # log_bias of each key
+        float,  # scale
+    ],
+    Float[Tensor, "t hq dv"],
+]
+"""softmax(scale q.k + log_bias) v, causal with the queries as the last t of the s positions.
+
+``attention.reference`` is the dense float32 oracle; a kernel with a per-key bias has this shape.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Where a bias store is exact; outside of it the server refuses at start-up."""
+
+    kv_dtypes: frozenset[torch.dtype]
+    sinks: bool
+    """Works with attention sinks."""
+    soft_cap: bool
+    """Works with a soft cap on attention scores."""
+
+
+@runtime_checkable
+class BiasStore(Protocol):
+    """Where a slot's bias is kept in the KV cache, how it is written, and how it is read back.
+
+    ``attention/layer.py`` calls ``before`` and ``after`` around vLLM's own ``Attention``, so the
+    bias is written by vLLM's own cache write and lives exactly as long as the slot.
+    """
+
+    limits: ClassVar[StoreLimits]
+
+    @property
+    def extra_columns(self) -> int:
+        """Columns that the head must be widened by, at least."""
+        ...
+
+    def columns(
+        self, bias: Float32[Tensor, "t"], width: int, scale: float, dtype: torch.dtype
+    ) -> Float[Tensor, "t w"]:
+        """Return a step's columns, one row a token, as they are appended to every head."""
+        ...
+
+    def before(
+        self,
+        query: Float[Tensor, "t hq dh"],
+        key: Float[Tensor, "t hkv dh"],
+        value: Float[Tensor, "t hkv dh"],
+        columns: Float[Tensor, "t w"],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value widened by w columns, just before vLLM's cache write."""
+        ...
+
+    def after(self, out: Float[Tensor, "t hq dw"], head_size: int) -> Float[Tensor, "t hq dh"]:
+        """Return the attention output of the original head size."""
+        ...
+
+    def read(
+        self, keys: Float[Tensor, "m hkv dw"], head_size: int, scale: float
+    ) -> Float32[Tensor, "m hkv"]:
+        """Return the bias held by m slots, given the slots' key rows out of the cache."""
+        ...

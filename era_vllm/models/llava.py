@@ -1,0 +1,90 @@
+"""LLaVA-1.5: a CLIP tower, a two-layer projector, a decoder-only language model.
+
+Every image is resized to the tower's one size, so N is fixed (576 for CLIP-L/14-336). The
+attention is that of the layer the features come from (``vision_feature_layer``), as in ERA Fig. 6.
+"""
+
+from typing import ClassVar
+
+from torch import nn
+from transformers import CLIPVisionConfig, LlavaConfig
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.model_executor.models.utils import get_layer_index
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from era_vllm.contracts import ModelAdapter, TappedLayer
+from era_vllm.errors import UnsupportedError
+from era_vllm.types import Signal
+from era_vllm.vllm_plugin.model_mixin import PrunedModelMixin
+from era_vllm.vllm_plugin.processor import PrunedInfoMixin, PrunedProcessorMixin
+
+
+class LlavaAdapter(ModelAdapter):
+    """Facts about LLaVA-1.5."""
+
+    architectures = ("LlavaForConditionalGeneration",)
+    provides = frozenset({Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
+
+    def grid(self, hf_config: LlavaConfig) -> tuple[int, int]:
+        """Rows and columns of an image's tokens."""
+        vision = hf_config.vision_config
+        if not isinstance(vision, CLIPVisionConfig):
+            raise UnsupportedError(
+                f"LLaVA vision tower: got {type(vision).__name__}, allowed: CLIPVisionConfig"
+            )
+        if hf_config.vision_feature_select_strategy != "default":
+            raise UnsupportedError(
+                "vision_feature_select_strategy: got "
+                f"{hf_config.vision_feature_select_strategy!r}, allowed: 'default' (no CLS token)"
+            )
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """The module whose attention layers carry the bias."""
+        return model.language_model
+
+    def tapped_layer(
+        self, model: nn.Module, hf_config: LlavaConfig, layer: int | None
+    ) -> TappedLayer:
+        """The CLIP layer whose output the features are, or another below it."""
+        built = model.vision_tower.vision_model.encoder.layers
+        vision = hf_config.vision_config
+        last, total = len(built), vision.num_hidden_layers
+        index = last if layer is None else get_layer_index(layer, total)
+        if not 1 <= index <= last:
+            raise UnsupportedError(
+                f"attention_layer: got {layer}, allowed: 1 to {last} or {-total} to "
+                f"{last - total - 1} (layers that the features come through)"
+            )
+        return TappedLayer(built[index - 1].self_attn.attn, vision.num_attention_heads, 1)
+
+
+class EraLlavaInfo(PrunedInfoMixin, LlavaProcessingInfo):
+    """Sizes of LLaVA-1.5, with the encoder budgeted for N."""
+
+
+class EraLlavaProcessor(PrunedProcessorMixin, LlavaMultiModalProcessor):
+    """LLaVA-1.5's processor with K placeholders an image."""
+
+
+def _info(ctx: object) -> EraLlavaInfo:
+    return EraLlavaInfo(ctx)
+
+
+def _processor(info: EraLlavaInfo, dummy_inputs: object) -> EraLlavaProcessor:
+    return EraLlavaProcessor(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _processor, info=_info, dummy_inputs=LlavaDummyInputsBuilder
+)
+class EraLlavaForConditionalGeneration(PrunedModelMixin, LlavaForConditionalGeneration):
+    """LLaVA-1.5 with pruned visual tokens."""
+
+    adapter: ClassVar[ModelAdapter] = LlavaAdapter()

@@ -1,0 +1,53 @@
+"""Keep random tokens, the same ones for the same picture. A baseline.
+
+Chance comes from a hash of the pixel values that travels with the segment: not from a generator
+(caches would go wrong) and not from features (their last bits differ between machines).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+from jaxtyping import Float32, Int
+from torch import Tensor
+
+from era_vllm.steps.bias import log_cluster_size
+from era_vllm.steps.merge import merge_to_nearest
+from era_vllm.types import Clusters, Signal, VisualTokens
+
+# splitmix64 (Steele et al. 2014) in int64 arithmetic, which wraps around
+_GAMMA: Final = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX: Final = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A random subset drawn without replacement, nested in a."""
+
+    seed: int = 0
+    """Another seed, another draw."""
+
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.PIXEL_HASH})
+    prompt_dependent: ClassVar[bool] = False
+
+    def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
+        """Return the a tokens whose hashes are smallest, ascending."""
+        assert tokens.seeds is not None  # the pipeline checks the policy's needs
+        step = torch.arange(1, tokens.n + 1, device=tokens.seeds.device) * _GAMMA
+        x = (tokens.seeds[:, None] ^ self.seed) + step
+        for shift, factor in _MIX:
+            x = (x ^ _logical_shift(x, shift)) * factor
+        x = x ^ _logical_shift(x, 31)
+        return x.argsort(dim=-1, stable=True)[:, :num_anchors].sort(-1).values
+
+    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+        """Each token joins its nearest anchor by cosine; clusters become their mean."""
+        return merge_to_nearest(tokens, anchors)
+
+    def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:
+        """Return ln of the cluster size."""
+        return log_cluster_size(clusters)
+
+
+def _logical_shift(x: Int[Tensor, "s n"], bits: int) -> Int[Tensor, "s n"]:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,1 @@
+"""Mathematics that policies share: entropy, similarity, search, merge, bias. Torch only."""

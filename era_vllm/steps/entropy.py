@@ -1,0 +1,72 @@
+"""Head-wise attention entropy: how evenly a token's attention is spread over the vision heads.
+
+Low entropy = a few heads single the token out = salient. Source: ERA Sec. "DEP" (figures); the
+normalisation is reconstructed (METHODS X2-X4).
+"""
+
+import math
+from typing import Final, Literal
+
+import torch
+from jaxtyping import Bool, Float32
+from torch import Tensor
+
+from era_vllm.types import VisualTokens
+
+Saliency = Literal["share", "softmax", "zscore", "logit"]
+_NO_MASS: Final = 1e-12
+FLAT: Final = 1e-5
+"""Entropies that differ by less are equal: float32 leaves noise of about 3e-7 on them."""
+
+
+def head_profile(
+    tokens: VisualTokens, saliency: Saliency, temperature: float
+) -> Float32[Tensor, "s n hv"]:
+    """Return Y: each token's distribution over vision heads; rows sum to 1.
+
+    Args:
+        tokens: With ``attention``; for ``logit`` with ``scores`` too.
+        saliency: ``share`` = A / sum over heads; ``softmax`` over heads of A; ``zscore`` = softmax
+            of A standardised per head; ``logit`` = softmax over heads of the mean score.
+        temperature: Divides what goes into a softmax, > 0; unused by ``share``.
+    """
+    assert tokens.attention is not None  # the pipeline checks the policy's needs
+    attention = tokens.attention.transpose(1, 2)
+    if saliency == "share":
+        mass = attention.sum(-1, keepdim=True)
+        even = torch.full_like(attention, 1.0 / attention.shape[-1])
+        return torch.where(mass > _NO_MASS, attention / mass.clamp_min(_NO_MASS), even)
+    if saliency == "zscore":
+        spread = attention.std(1, keepdim=True, correction=0).clamp_min(_NO_MASS)
+        attention = (attention - attention.mean(1, keepdim=True)) / spread
+    elif saliency == "logit":
+        assert tokens.scores is not None
+        attention = tokens.scores.transpose(1, 2)
+    return (attention / temperature).softmax(-1)
+
+
+def head_entropy(
+    profile: Float32[Tensor, "s n hv"], unattended: Bool[Tensor, "s n"]
+) -> Float32[Tensor, "s n"]:
+    """Return -sum y ln y / ln H in [0, 1]; 1 with a single head and for unattended tokens."""
+    heads = profile.shape[-1]
+    if heads == 1:
+        return torch.ones_like(profile[..., 0])
+    entropy = (-torch.xlogy(profile, profile).sum(-1) / math.log(heads)).clamp(0.0, 1.0)
+    return entropy.masked_fill(unattended, 1.0)
+
+
+def unattended(tokens: VisualTokens, mass_guard: float) -> Bool[Tensor, "s n"]:
+    """Mark tokens whose attention mass is below ``mass_guard`` times the segment's median."""
+    assert tokens.attention is not None
+    mass = tokens.attention.sum(1)
+    ranked = mass.sort(-1).values
+    middle = (ranked[:, (tokens.n - 1) // 2] + ranked[:, tokens.n // 2]) / 2
+    return mass < mass_guard * middle[:, None]
+
+
+def min_max(x: Float32[Tensor, "s n"]) -> Float32[Tensor, "s n"]:
+    """Return x stretched to [0, 1] within each segment; 0 where it is flat."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    spread = high - low
+    return torch.where(spread > FLAT, (x - low) / spread.clamp_min(FLAT), 0.0)

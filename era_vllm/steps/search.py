@@ -1,0 +1,78 @@
+"""Greedy searches over a Gram matrix: one loop over the a steps, batched over segments.
+
+Both are nested (fewer anchors = a subset), deterministic, and send ties to the lowest index.
+Indices come back ascending: raster order, which the causal mask of the language model needs.
+"""
+
+from typing import Final
+
+import torch
+from jaxtyping import Float32, Int
+from torch import Tensor
+
+from era_vllm.steps.similarity import settle
+
+_SPENT: Final = 1e-5
+
+
+def farthest_first(
+    gram: Float32[Tensor, "s n n"],
+    penalty: Float32[Tensor, "s n"],
+    num_anchors: int,
+    *,
+    multiplicative: bool = False,
+) -> Int[Tensor, "s a"]:
+    """Pick the token of least penalty, then repeatedly the best of distance against penalty.
+
+    Args:
+        gram: Cosine similarities; distance = 1 - similarity to the nearest anchor so far.
+        penalty: >= 0; subtracted from the distance, or if multiplicative 1 - penalty scales it.
+        num_anchors: a, in [1, n].
+
+    Source: ERA Sec. "DEP", "entropy-penalised greedy search"; form reconstructed (METHODS X6).
+    """
+    picked = [penalty.argmin(-1)]
+    taken = torch.zeros_like(penalty, dtype=torch.bool)
+    nearest = torch.full_like(penalty, torch.inf)
+    for _ in range(num_anchors - 1):
+        taken.scatter_(1, picked[-1][:, None], True)
+        nearest = torch.minimum(nearest, 1.0 - _row(gram, picked[-1]))
+        score = nearest * (1.0 - penalty) if multiplicative else nearest - penalty
+        picked.append(score.masked_fill(taken, -torch.inf).argmax(-1))
+    return torch.stack(picked, 1).sort(-1).values
+
+
+def dpp_map(
+    kernel: Float32[Tensor, "s n n"], first: Int[Tensor, "s"], num_anchors: int
+) -> Int[Tensor, "s a"]:
+    """Greedy MAP of a determinantal point process by pivoted Cholesky.
+
+    Args:
+        kernel: Positive definite; its diagonal is the gain of a first token.
+        first: The first anchor of each segment.
+        num_anchors: a, in [1, n].
+
+    Source: Chen et al. 2018, arXiv:1709.05135, Alg. 1; differs: the first item is given.
+    """
+    segments, n, _ = kernel.shape
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()
+    factor = kernel.new_zeros(segments, num_anchors, n)
+    taken = torch.zeros_like(gain, dtype=torch.bool)
+    picked = [first]
+    for step in range(num_anchors - 1):
+        last = picked[-1][:, None]
+        taken.scatter_(1, last, True)
+        done = factor[:, :step]
+        known = (done * done.gather(2, last[:, None].expand(-1, step, -1))).sum(1)
+        pivot = gain.gather(1, last)
+        row = (_row(kernel, picked[-1]) - known) / pivot.clamp_min(_SPENT).sqrt()
+        # What is left of a spent pivot is rounding noise, which would grow from step to step.
+        row = torch.where(pivot > _SPENT, row, 0.0)
+        factor[:, step] = row
+        gain = gain - row.square()
+        picked.append(settle(gain).masked_fill(taken, -torch.inf).argmax(-1))
+    return torch.stack(picked, 1).sort(-1).values
+
+
+def _row(matrix: Float32[Tensor, "s n n"], index: Int[Tensor, "s"]) -> Float32[Tensor, "s n"]:
+    return matrix.gather(1, index[:, None, None].expand(-1, 1, matrix.shape[-1])).squeeze(1)

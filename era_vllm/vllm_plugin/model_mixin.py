@@ -1,0 +1,129 @@
+"""Turns a vLLM model of a family into a pruned one: prunes after the encoder, hands over the bias.
+
+    embed_multimodal   tower + projector (vLLM's) -> prune -> embeddings with bias channels
+    embed_input_ids    bias channels -> the step's bias buffer; embeddings -> vLLM's own merge
+    attention          reads the bias buffer (``attention/layer.py``)
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from era_vllm.attention.bias_store import make_store
+from era_vllm.attention.layer import swap
+from era_vllm.contracts import ModelAdapter
+from era_vllm.errors import UnsupportedError
+from era_vllm.pipeline import prune
+from era_vllm.policies import make_policy
+from era_vllm.types import DEGENERATE_KINDS, PrunedTokens, Signal, VisualTokens
+from era_vllm.vllm_plugin.channels import pack, unpack
+from era_vllm.vllm_plugin.encoder_tap import EncoderTap
+from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.vllm_plugin.resolve import era_config
+
+OnPrune = Callable[[VisualTokens, PrunedTokens], None]
+
+
+class PrunedModelMixin(nn.Module):
+    """Mixed in before a family's vLLM class."""
+
+    adapter: ClassVar[ModelAdapter]
+    on_prune: OnPrune | None = None
+    """Called with what was pruned and what came out; for inspection and tests."""
+    degenerate: Tensor
+    """[kinds] int64: repaired inputs so far, in the order of ``types.Degenerate``."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.era = era_config(vllm_config.model_config.hf_config)
+        self.policy = make_policy(self.era)
+        if missing := self.policy.needs - self.adapter.provides - {Signal.PIXEL_HASH}:
+            raise UnsupportedError(
+                f"policy {self.era.policy!r} needs {', '.join(s.value for s in missing)}, which "
+                f"{type(self).__name__} does not provide; choose dpp, pool, random or uniform"
+            )
+        self.grid = self.adapter.grid(self.config)
+        layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
+        signals = self.policy.needs & self.adapter.provides
+        self.tap = EncoderTap(layer, signals, self.era.attention_queries)
+        store = partial(make_store, self.era.bias_store, self.era.bias_columns)
+        language_model = self.adapter.language_model(self)
+        self.bias_buffer = swap(language_model, vllm_config, store)
+        counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
+        self.register_buffer("degenerate", counts, persistent=False)
+
+    def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
+        """Return for each image [K, d + 3]: retained embeddings and their bias."""
+        num_anchors, seeds = kwargs.pop(NUM_ANCHORS, None), kwargs.pop(PIXEL_HASH, None)
+        self.tap.clear()
+        encoded = super().embed_multimodal(**kwargs)
+        if len(encoded) == 0:
+            return []
+        embeds = encoded if isinstance(encoded, Tensor) else torch.stack(list(encoded))
+        tokens = VisualTokens(
+            embeds,
+            self.grid,
+            attention=self.tap.take(Signal.ENCODER_ATTENTION),
+            scores=self.tap.take(Signal.ENCODER_SCORES),
+            seeds=seeds.flatten().to(embeds.device, non_blocking=True),
+        )
+        return self._pruned(tokens, num_anchors.flatten().tolist())  # a CPU tensor: no sync
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: list[Tensor] | tuple[Tensor, ...] | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """Write the step's biases and embed the step's tokens with vLLM's own merge."""
+        if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
+            self.bias_buffer.clear()
+            return super().embed_input_ids(input_ids, is_multimodal=is_multimodal)
+        pairs = [unpack(packed) for packed in multimodal_embeddings]
+        self.bias_buffer.write(is_multimodal, torch.cat([bias for _, bias in pairs]))
+        embeds = [embed for embed, _ in pairs]
+        return super().embed_input_ids(input_ids, embeds, is_multimodal=is_multimodal)
+
+    def get_mm_lora_token_counts(
+        self, *, modality: str, mm_kwargs: object, num_mm_embeds: int
+    ) -> tuple[int, int]:
+        """Tower and projector work on N tokens, whatever is kept."""
+        del modality, mm_kwargs, num_mm_embeds
+        rows, columns = self.grid
+        return rows * columns, rows * columns
+
+    def _pruned(self, tokens: VisualTokens, num_anchors: list[int]) -> list[Tensor]:
+        groups: dict[int, list[int]] = defaultdict(list)
+        for image, count in enumerate(num_anchors):
+            groups[count].append(image)
+        packed: dict[int, Tensor] = {}
+        for count, images in groups.items():
+            group = tokens if len(groups) == 1 else _take(tokens, images)
+            result = prune(group, count, self.policy, merge=self.era.merge, bias=self.era.bias)
+            self.degenerate += result.degenerate
+            if self.on_prune is not None:
+                self.on_prune(group, result)
+            packed.update(zip(images, pack(result.embeds, result.log_bias), strict=True))
+        return [packed[image] for image in range(len(num_anchors))]
+
+
+def _take(tokens: VisualTokens, images: list[int]) -> VisualTokens:
+    index = torch.tensor(images).to(tokens.embeds.device, non_blocking=True)
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, index)
+
+    return VisualTokens(
+        tokens.embeds.index_select(0, index),
+        tokens.grid,
+        pick(tokens.attention),
+        pick(tokens.scores),
+        pick(tokens.seeds),
+    )
+

@@ -1,0 +1,117 @@
+"""Placeholder counts: the prompt holds K tokens for an image of N before anything is encoded.
+
+So scheduler, KV cache, prefix cache and usage all see K. Mixed into a model family's own
+processor; the number K and the picture's hash travel to the model beside the pixels.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
+
+from era_vllm.config import EraConfig
+from era_vllm.vllm_plugin.cache_keys import pruned_hashes
+from era_vllm.vllm_plugin.rates import KEY, effective_rates, without_rates
+from era_vllm.vllm_plugin.resolve import era_config
+
+NUM_ANCHORS = "era_num_anchors"
+PIXEL_HASH = "era_pixel_hash"
+
+
+class PrunedInfoMixin:
+    """Over a family's ``ProcessingInfo``: the encoder still works on N tokens an image."""
+
+    @property
+    def era(self) -> EraConfig:
+        """The engine's settings."""
+        return era_config(self.ctx.model_config.hf_config)
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Budget the encoder for an image at rate 0, which any request may ask for."""
+        return {"image": self.get_max_image_tokens()}
+
+
+class PrunedProcessorMixin(BaseMultiModalProcessor):
+    """Over a family's processor: K placeholders, per-image rates, per-image identity."""
+
+    def _get_mm_hashes(self, inputs):  # noqa: ANN001, ANN202  # vLLM's signature
+        own = without_rates(inputs.hf_processor_mm_kwargs)
+        stock = dataclasses.replace(inputs, hf_processor_mm_kwargs=own)
+        hashes = dict(super()._get_mm_hashes(stock))
+        if "image" in hashes:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            rates = self._rates(inputs.hf_processor_mm_kwargs, len(hashes["image"]))
+            hashes["image"] = pruned_hashes(hashes["image"], rates, self.info.era, algorithm)
+        return hashes
+
+    def _get_cache_missing_processor_kwargs(self, inputs, mm_is_cached):  # noqa: ANN001, ANN202
+        kwargs = dict(super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached))
+        if cached := mm_is_cached.get("image"):
+            rates = self._rates(kwargs, len(cached))
+            kwargs[KEY] = [rate for rate, hit in zip(rates, cached, strict=True) if not hit]
+        return kwargs
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        return super()._call_hf_processor(hf_data, without_rates(hf_kwargs))
+
+    def _postprocess_hf_mm_data(
+        self,
+        mm_inputs: Mapping[str, object],
+        hf_processor_mm_kwargs: Mapping[str, object],
+        processed_data: BatchFeature,
+    ) -> BatchFeature:
+        own = without_rates(hf_processor_mm_kwargs)
+        processed_data = super()._postprocess_hf_mm_data(mm_inputs, own, processed_data)
+        pixels = processed_data.get("pixel_values")
+        if pixels is None:
+            return processed_data
+        images = ImageProcessorItems(mm_inputs["images"])
+        rates = self._rates(hf_processor_mm_kwargs, len(images))
+        anchors = [self._num_anchors(images, i, rate) for i, rate in enumerate(rates)]
+        processed_data[NUM_ANCHORS] = torch.tensor(anchors)
+        processed_data[PIXEL_HASH] = torch.tensor([pixel_hash(image) for image in pixels])
+        return processed_data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        own = without_rates(hf_processor_mm_kwargs)
+        on_cpu = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        stock = super()._get_mm_fields_config(hf_inputs, own)
+        return {**stock, NUM_ANCHORS: on_cpu, PIXEL_HASH: on_cpu}
+
+    def _get_prompt_updates(
+        self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs  # noqa: ANN001
+    ) -> Sequence[PromptUpdate]:
+        token = self.info.get_hf_config().image_token_index
+
+        def placeholders(item: int) -> list[int]:
+            images = mm_items.get_items("image", ImageProcessorItems)
+            rate = self._rates(hf_processor_mm_kwargs, len(images))[item]
+            return [token] * self._num_anchors(images, item, rate)
+
+        return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
+
+    def _rates(self, kwargs: Mapping[str, object], images: int) -> list[float]:
+        return effective_rates(kwargs, images, self.info.era)
+
+    def _num_anchors(self, images: ImageProcessorItems, item: int, rate: float) -> int:
+        size = images.get_image_size(item)
+        n = self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+        return self.info.era.num_anchors(n, rate)
+
+
+def pixel_hash(pixels: torch.Tensor) -> int:
+    """Return a signed 64-bit hash of one image's pixel values, the bits as they are."""
+    raw = pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(raw, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
