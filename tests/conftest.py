@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile(
-    "default", derandomize=True, deadline=None, database=None, max_examples=20
+    "default", derandomize=True, deadline=None, database=None, max_examples=25
 )
 settings.register_profile("long", settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -89,15 +89,13 @@ def segment(tokens: VisualTokens, index: int, *, copy: bool = True) -> VisualTok
 def generic(draw: Draw, *, least: int = 2) -> tuple[VisualTokens, int]:
     """One segment without planned ties, and a number of anchors below n."""
     grid = draw(_grids(least))
-    tokens = build(
-        draw(_SEEDS), grid, d=draw(st.integers(2, 20)), heads=draw(st.integers(2, 6))
-    )
+    tokens = build(draw(_SEEDS), grid, d=draw(st.integers(2, 20)), heads=draw(st.integers(2, 6)))
     return tokens, draw(st.integers(1, tokens.n - 1))
 
 
 @st.composite
 def batches(draw: Draw, *, segments: int = 5, least: int = 2) -> tuple[VisualTokens, int]:
-    """Up to ``segments`` segments of any kind, and a number of anchors below n."""
+    """Two to ``segments`` segments of any kind, and a number of anchors below n."""
     grid = draw(_grids(least))
     kind = st.tuples(st.sampled_from(sorted(FEATURES)), st.sampled_from(sorted(ATTENTION)))
     tokens = build(
@@ -105,7 +103,7 @@ def batches(draw: Draw, *, segments: int = 5, least: int = 2) -> tuple[VisualTok
         grid,
         d=draw(st.integers(1, 20)),
         heads=draw(st.integers(1, 5)),
-        kinds=tuple(draw(st.lists(kind, min_size=1, max_size=segments))),
+        kinds=tuple(draw(st.lists(kind, min_size=2, max_size=segments))),
         dtype=draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16))),
     )
     return tokens, draw(st.integers(1, tokens.n - 1))
@@ -114,7 +112,9 @@ def batches(draw: Draw, *, segments: int = 5, least: int = 2) -> tuple[VisualTok
 @st.composite
 def repeats(draw: Draw) -> tuple[VisualTokens, torch.Tensor, int]:
     """Segments whose tokens are copies of few; the copied token's index; a number of anchors."""
-    tokens = build(draw(_SEEDS), (5, 7), d=draw(st.integers(2, 20)), kinds=(("generic", "peaked"),) * 2)
+    tokens = build(
+        draw(_SEEDS), (5, 7), d=draw(st.integers(2, 20)), kinds=(("generic", "peaked"),) * 2
+    )
     bases = draw(st.integers(1, 20))
     source = torch.tensor(draw(st.lists(st.integers(0, bases - 1), min_size=24, max_size=24)))
     assert tokens.attention is not None and tokens.scores is not None

@@ -74,7 +74,7 @@ def ask_about(
     """
     facts = _facts(scene)
     suited: list[Family] = [name for name in FAMILIES if name in families]
-    choices = [name for name in suited for _ in range(_weight(name, scene, facts))]
+    choices: list[Family] = [name for name in suited for _ in range(_weight(name, scene, facts))]
     questions: dict[str, Question] = {}
     for _ in range(2 * count if choices else 0):
         family = lots.choice(choices)

@@ -40,10 +40,14 @@ class Launch:
             out += ["--" + name.replace("_", "-"), text]
         return out
 
-    def command(self, rest: Sequence[str] = ()) -> str:
-        """Return the plain ``vllm serve`` line that does the same."""
+    def command(self, rest: Sequence[str]) -> str:
+        """Return the plain ``vllm serve`` line that does the same.
+
+        Args:
+            rest: Model and further flags, as typed.
+        """
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        words = ["vllm", "serve", self.model, *self.flags(), *rest]
+        words = ["vllm", "serve", *rest, *self.flags()]
         return " ".join([*variables, shlex.join(words)])
 
 
@@ -76,8 +80,7 @@ def plan(
             "the two"
         )
     if config.max_pruning_rate == 0:
-        extra = {"hf_overrides": overrides, "additional_config": additional}
-        return Launch(model, {name: value for name, value in extra.items() if value}, {})
+        return Launch(model, {}, {})
     if "architectures" in overrides:
         raise ConfigError(
             f"hf_overrides['architectures']: got {overrides['architectures']!r}, but pruning "

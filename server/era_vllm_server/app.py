@@ -9,7 +9,9 @@ does the same three steps (0.32.0). Remove when ``vllm serve`` starts on every w
 """
 
 import os
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -19,12 +21,23 @@ from era_vllm.errors import UnsupportedError
 from era_vllm.vllm_plugin.launch import Launch
 
 
-def serve(launch: Launch, rest: Sequence[str] = ()) -> None:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user's own vLLM flags say about things that pruning sets too."""
+
+    model: str
+    model_given: bool
+    hf_overrides: Mapping[str, object]
+    additional_config: Mapping[str, object]
+    tokenizer_mode: str
+
+
+def serve(launch: Launch, rest: Sequence[str]) -> None:
     """Serve until stopped.
 
     Args:
-        launch: Model, vLLM arguments and environment that switch pruning on.
-        rest: Further flags of ``vllm serve``, as typed.
+        launch: vLLM arguments and environment that switch pruning on.
+        rest: Model and further flags of ``vllm serve``, as typed; ours come last and win.
 
     Raises:
         UnsupportedError: ``VLLM_USE_RUST_FRONTEND``, whose renderer is not ours.
@@ -35,15 +48,31 @@ def serve(launch: Launch, rest: Sequence[str] = ()) -> None:
             "unset it"
         )
     os.environ.update(launch.environment)
-    run([launch.model, *launch.flags(), *rest])
+    run([*rest, *launch.flags()])
 
 
 def run(arguments: Sequence[str]) -> None:
     """Do what ``vllm serve ARGUMENTS`` does."""
     cli_env_setup()
-    parser = FlexibleArgumentParser(prog="vllm")
-    command = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers(dest="subparser"))
-    parsed = parser.parse_args([command.name, *arguments])
+    command, parsed = _parsed(arguments)
     command.validate(parsed)
     command.cmd(parsed)
+
+
+def asked(arguments: Sequence[str], default_model: str) -> Asked:
+    """Read, with vLLM's own parser, those flags that ours are merged with."""
+    _, parsed = _parsed(arguments)
+    return Asked(
+        model=parsed.model_tag or default_model,
+        model_given=parsed.model_tag is not None,
+        hf_overrides=parsed.hf_overrides,
+        additional_config=parsed.additional_config,
+        tokenizer_mode=parsed.tokenizer_mode,
+    )
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[ServeSubcommand, Namespace]:
+    parser = FlexibleArgumentParser(prog="era-vllm")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    return command, parser.parse_args([command.name, *arguments])

@@ -1,0 +1,169 @@
+"""The independent oracle: the Hugging Face model fed reduced embeddings and an additive mask.
+
+Nothing of vLLM is used. Features and attention maps come from the Hugging Face tower, the
+reduction from the core, and the log-bias is added to the attention scores as a 4-D float mask:
+the paper's equations, spelled out densely. Tests and ``era-vllm doctor`` compare the engine
+with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32
+from PIL.Image import Image
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from era_vllm.config import EraConfig
+from era_vllm.errors import UnsupportedError
+from era_vllm.pipeline import prune
+from era_vllm.policies import make_policy
+from era_vllm.types import PrunedTokens, VisualTokens
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What stands in place of one image: its retained embeddings and their bias."""
+
+    embeds: Float[Tensor, "a d"]
+    log_bias: Float32[Tensor, "a"]
+
+
+class Oracle:
+    """A LLaVA checkpoint in plain transformers, with eager attention."""
+
+    def __init__(self, path: str, dtype: torch.dtype = torch.float32) -> None:
+        """Load a checkpoint.
+
+        Raises:
+            UnsupportedError: not a LLaVA-1.5 checkpoint.
+        """
+        self.processor = LlavaProcessor.from_pretrained(path)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="eager"
+        )
+        if model.config.vision_config.model_type != "clip_vision_model":
+            raise UnsupportedError(
+                f"oracle: got a {model.config.vision_config.model_type} tower, allowed: CLIP"
+            )
+        self.model = model.eval()
+        self.dtype = dtype
+
+    @property
+    def image_token(self) -> int:
+        """Token id of an image placeholder."""
+        return self.model.config.image_token_id
+
+    def pixels(self, image: Image) -> Float[Tensor, "1 c h w"]:
+        """Return what the tower is given for an image."""
+        return self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+
+    @torch.inference_mode()
+    def tokens(self, images: Sequence[Image], config: EraConfig | None = None) -> VisualTokens:
+        """Run tower and projector, and read the attention that a policy needs.
+
+        Args:
+            images: s pictures.
+            config: Decides the attention's layer and queries.
+        """
+        config = config or EraConfig()
+        pixels = torch.cat([self.pixels(image) for image in images]).to(self.dtype)
+        body, hf = self.model.model, self.model.config
+        out = body.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+        features = out.hidden_states[hf.vision_feature_layer][:, 1:]
+        layer = hf.vision_feature_layer if config.attention_layer is None else config.attention_layer
+        probabilities = _of_hidden_state(out.attentions, layer).float()
+        rows = probabilities[:, :, :1] if config.attention_queries == "cls" else probabilities
+        side = hf.vision_config.image_size // hf.vision_config.patch_size
+        return VisualTokens(
+            body.multi_modal_projector(features),
+            (side, side),
+            attention=rows.mean(2)[:, :, 1:],
+            seeds=torch.tensor([_pixel_hash(image) for image in pixels]),
+        )
+
+    @torch.inference_mode()
+    def reduce(self, images: Sequence[Image], config: EraConfig, rate: float) -> PrunedTokens:
+        """Prune images of one rate with the core."""
+        tokens = self.tokens(images, config)
+        count = config.num_anchors(tokens.n, rate)
+        return prune(tokens, count, make_policy(config), merge=config.merge, bias=config.bias)
+
+    @torch.inference_mode()
+    def log_probs(
+        self,
+        token_ids: Sequence[int],
+        segments: Sequence[Segment],
+        last: int,
+        *,
+        bias: bool = True,
+    ) -> Float32[Tensor, "m v"]:
+        """Return log-probabilities over the vocabulary after each of the last m tokens.
+
+        Args:
+            token_ids: Prompt and answer; each image stands as one run of placeholders, as long as
+                its segment.
+            segments: One an image, in the order of the prompt.
+            last: m.
+            bias: False leaves the bias out: the control that a comparison must fail.
+        """
+        ids = torch.tensor([list(token_ids)])
+        embeds = self.model.get_input_embeddings()(ids)
+        visual = ids == self.image_token
+        column = torch.zeros(ids.shape, dtype=torch.float32)
+        if segments:
+            embeds[visual] = torch.cat([segment.embeds for segment in segments]).to(embeds.dtype)
+            column[visual] = torch.cat([segment.log_bias for segment in segments])
+        length = ids.shape[1]
+        lowest = torch.finfo(self.dtype).min
+        mask = torch.full((length, length), lowest).triu(1)[None, None]
+        if bias:
+            mask = mask + column[:, None, None].masked_fill(mask < 0, 0.0)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask.to(self.dtype),
+            position_ids=torch.arange(length)[None],
+            use_cache=False,
+        ).last_hidden_state
+        return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
+
+    def prompt_ids(self, text: str, num_anchors: Sequence[int]) -> list[int]:
+        """Tokenize a prompt and widen each ``<image>`` to its number of anchors."""
+        counts = iter(num_anchors)
+        ids: list[int] = []
+        for token in self.processor.tokenizer(text)["input_ids"]:
+            ids += [token] * (next(counts) if token == self.image_token else 1)
+        return ids
+
+    @torch.inference_mode()
+    def answer(self, text: str, segments: Sequence[Segment], max_tokens: int = 8) -> str:
+        """Decode greedily; slow, for small models."""
+        ids = self.prompt_ids(text, [len(segment.log_bias) for segment in segments])
+        start = len(ids)
+        for _ in range(max_tokens):
+            token = int(self.log_probs(ids, segments, 1).argmax())
+            if token == self.model.generation_config.eos_token_id:
+                break
+            ids.append(token)
+        return self.processor.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def segments_of(pruned: PrunedTokens) -> list[Segment]:
+    """Return one segment an image."""
+    pairs = zip(pruned.embeds, pruned.log_bias, strict=True)
+    return [Segment(embeds, bias) for embeds, bias in pairs]
+
+
+def _of_hidden_state(attentions: tuple[Tensor, ...], layer: int) -> Tensor:
+    """Attention of the layer whose output is ``hidden_states[layer]`` (which start at the input)."""
+    index = layer if layer >= 0 else len(attentions) + 1 + layer
+    return attentions[index - 1]
+
+
+def _pixel_hash(pixels: Tensor) -> int:
+    import hashlib
+
+    raw = pixels.contiguous().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(raw, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
