@@ -8,9 +8,10 @@
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 # Compilers stay in every image: Inductor and Triton compile at run time and include Python.h.
+# vLLM's CPU kernels are linked to libnuma.
 FROM ${BASE_IMAGE} AS base
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc g++ libc6-dev \
+    && apt-get install -y --no-install-recommends gcc g++ libc6-dev libnuma1 \
     && if [ ! -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; \
        then apt-get install -y --no-install-recommends python3-dev; fi \
     && rm -rf /var/lib/apt/lists/*

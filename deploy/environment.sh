@@ -71,13 +71,17 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     "$PYTHON" -m venv --clear "$VENV"
 fi
 
-# torch.compile builds C++ against Python's headers when the engine starts.
-HEADER=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
-CXX=${CXX:-g++}
-if ! command -v "$CXX" >/dev/null || [[ ! -e $HEADER ]]; then
-    fail "vLLM compiles at run time and cannot" "$(command -v "$CXX" || echo "no $CXX"), $(ls "$HEADER" 2>&1)" \
-        "a C++ compiler and Python.h" "Debian, Ubuntu: apt-get install g++ python3-dev"
-fi
+# What pip cannot bring: torch.compile builds C++ against Python's headers when an engine starts,
+# and without libnuma vLLM's kernels do not load, which it tells as a missing operator.
+missing=
+command -v "${CXX:-g++}" >/dev/null || missing+="a C++ compiler (${CXX:-g++}), "
+"$VENV/bin/python" - <<'PY' || missing+="Python.h, "
+import pathlib, sys, sysconfig
+sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
+PY
+"$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+="libnuma.so.1, "
+[[ -z $missing ]] || fail "vLLM's CPU engine cannot start here" "no ${missing%, }" \
+    "a C++ compiler, Python.h and libnuma" "Debian, Ubuntu: apt-get install g++ python3-dev libnuma1"
 
 # ---- Install -------------------------------------------------------------------------------
 LOG=$VENV/install.log

@@ -1,8 +1,8 @@
 """Shape and type checks over the torch-only core, deterministic hypothesis, one thread.
 
 The import hook has to be installed before anything imports those modules, so it stands first.
-``config`` is left out (it refuses wrong types itself, with its own error), and so is the registry in
-``policies/__init__`` (beartype has no answer to ``type[Protocol]``).
+``config`` is left out (it refuses wrong types itself, with its own error), and so is the registry
+in ``policies/__init__`` (beartype has no answer to ``type[Protocol]``).
 """
 
 import os

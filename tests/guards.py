@@ -7,16 +7,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HOST_READS: Final = frozenset(
-    "item tolist numpy cpu __bool__ __int__ __float__ __index__ __contains__ __array__ "
-    "nonzero argwhere equal allclose unique unique_consecutive masked_select bincount "
-    "is_nonzero".split()
-)
+HOST_READS: Final = {
+    *("item", "tolist", "numpy", "cpu", "is_nonzero", "__bool__", "__int__", "__float__"),
+    *("__index__", "__contains__", "__array__", "nonzero", "argwhere", "equal", "allclose"),
+    *("unique", "unique_consecutive", "masked_select", "bincount"),
+}
 """Python calls on a tensor whose answer waits for the device."""
-DATA_DEPENDENT: Final = frozenset(
-    "_local_scalar_dense nonzero equal is_nonzero masked_select _unique2 unique_dim "
-    "unique_consecutive bincount".split()
-)
+DATA_DEPENDENT: Final = {
+    *("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"),
+    *("unique_dim", "unique_consecutive", "bincount"),
+}
 """Operations inside torch whose answer waits for the device."""
 
 

@@ -93,7 +93,7 @@ def recycle(embeds: Array, anchors: Index, entropy: Array, rho: float) -> Recycl
 
 
 def greedy_log_det(kernel: Array, first: int, count: int) -> Selection:
-    """Add the token that makes log det of the chosen submatrix largest: no Cholesky, determinants."""
+    """Add the token that makes log det of the chosen submatrix largest; by determinants alone."""
     chosen, margins = [first], [np.inf]
     while len(chosen) < count:
         volume = np.full(len(kernel), -np.inf)

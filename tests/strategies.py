@@ -3,7 +3,7 @@
 Hypothesis draws sizes, kinds and a seed; the numbers come from a seeded generator.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -71,18 +71,22 @@ def build(
     )
 
 
+def convert(tokens: VisualTokens, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
+    """Return tokens with the same change made to the embeddings and to every signal."""
+    rest = (tokens.attention, tokens.scores, tokens.seeds)
+    changed = (None if x is None else change(x) for x in rest)
+    return VisualTokens(change(tokens.embeds), tokens.grid, *changed)
+
+
 def segment(tokens: VisualTokens, index: int, *, copy: bool = True) -> VisualTokens:
     """Return one segment alone: copied, or as a view into the batch's memory."""
+    alone = convert(tokens, lambda x: x[index : index + 1])
+    return convert(alone, torch.clone) if copy else alone
 
-    def alone(x: torch.Tensor | None) -> torch.Tensor | None:
-        part = None if x is None else x[index : index + 1]
-        return part.clone() if part is not None and copy else part
 
-    embeds = alone(tokens.embeds)
-    assert embeds is not None
-    return VisualTokens(
-        embeds, tokens.grid, alone(tokens.attention), alone(tokens.scores), alone(tokens.seeds)
-    )
+def gather(tokens: VisualTokens, order: Sequence[int]) -> VisualTokens:
+    """Return a batch of these segments in another order, some perhaps twice."""
+    return convert(tokens, lambda x: x[list(order)])
 
 
 @st.composite

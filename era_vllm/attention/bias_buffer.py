@@ -32,9 +32,7 @@ class BiasBuffer(nn.Module):
             self.columns.zero_()
             self._dirty = False
 
-    def write(
-        self, is_visual: Bool[Tensor, "t"], log_bias: Float32[Tensor, "v"]
-    ) -> None:
+    def write(self, is_visual: Bool[Tensor, "t"], log_bias: Float32[Tensor, "v"]) -> None:
         """Set the bias of the step's visual tokens, 0 elsewhere.
 
         Args:

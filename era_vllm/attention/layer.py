@@ -5,6 +5,7 @@ names, isinstance checks, the KV cache spec and the layer name stay vLLM's. Noth
 the page size follows from the wider head, and the backend is vLLM's choice for it.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,10 +15,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
-from era_vllm.contracts import BiasStore
-from era_vllm.errors import UnsupportedError
 from era_vllm.attention.bias_buffer import BiasBuffer
 from era_vllm.compat import static_forward_context
+from era_vllm.contracts import BiasStore
+from era_vllm.errors import UnsupportedError
 
 
 class RectifiedAttention(Attention):
@@ -46,6 +47,19 @@ class RectifiedAttention(Attention):
         self.unwidened_head_size = stock.head_size
         self.store = store
         self.buffer = buffer
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Round a calibrated key scale up to a power of two.
+
+        vLLM divides keys by it before they are rounded to fp8: any other factor would undo the
+        split of the bias into a rounded part and its remainder.
+        """
+        super().process_weights_after_loading(act_dtype)
+        scale = 2.0 ** math.ceil(math.log2(self._k_scale_float))
+        if scale != self._k_scale_float:
+            self._k_scale.fill_(scale)
+            self._k_scale_float = scale
+            self._k_scale_cpu = torch.tensor(scale)
 
     def forward(
         self,
@@ -92,14 +106,16 @@ def swap(
         UnsupportedError: a layer that cannot be widened exactly.
         CacheError: vLLM's layer table does not hold a layer under its own name.
     """
-    owners = [m for m in language_model.modules() if isinstance(getattr(m, "attn", None), Attention)]
+    owners = [
+        m for m in language_model.modules() if isinstance(getattr(m, "attn", None), Attention)
+    ]
     if not owners:
         raise UnsupportedError(
             f"{type(language_model).__name__} has no self_attn.attn layer of vLLM's Attention, "
             "so a bias cannot be attached; allowed: decoder-only models with standard attention"
         )
     first: Attention = owners[0].attn
-    store = make_store(first.kv_cache_torch_dtype)
+    store = make_store(stored_dtype(first))
     width = widened_head_size(first, store) - first.head_size
     scheduler = vllm_config.scheduler_config
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -114,6 +130,13 @@ def swap(
     # the KV cache spec (v1/attention/backends/triton_attn.py:113).
     vllm_config.model_config.model_arch_config.head_size = first.head_size + width
     return buffer
+
+
+def stored_dtype(layer: Attention) -> torch.dtype:
+    """Return the number format of the layer's KV cache (vLLM keeps fp8 as bytes)."""
+    if layer.kv_cache_dtype in ("fp8", "fp8_e4m3"):
+        return torch.float8_e4m3fn
+    return layer.kv_cache_torch_dtype
 
 
 def widened_head_size(stock: Attention, store: BiasStore) -> int:

@@ -1,2 +1,118 @@
-def add_parser(commands):
-    pass
+"""``era-vllm inspect``: a picture of the visual tokens that the model keeps, without an engine.
+
+Encoder and projector run in plain transformers, the reduction is the core's: the same choice that
+the server makes. Leaves out the drawing (``lab/picture.py``).
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
+from era_vllm.config import EraConfig
+from era_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from era_vllm.lab.oracle import Oracle
+    from era_vllm.types import PrunedTokens
+
+DESCRIPTION = """Draw which visual tokens of an image are kept, and what each of them stands for.
+
+  era-vllm inspect photo.png                                    128 of 576 tokens, or as many
+  era-vllm inspect photo.png --pruning-rate 0.889 --out kept.png
+  era-vllm inspect photo.png --model llava-hf/llava-1.5-7b-hf --era-policy dpp
+"""
+FORMATS: Final = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "inspect",
+        help="draw the tokens that are kept of an image",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="checkpoint folder or name (default: the sample)"
+    )
+    parser.add_argument(
+        "--pruning-rate",
+        type=float,
+        dest="era_pruning_rate",
+        metavar="R",
+        help="the same as --era-pruning-rate",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("kept.png"), help="where to draw (default kept.png)"
+    )
+    add_era_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Draw, and say what was kept."""
+    from era_vllm.cli.loading import open_image, open_oracle
+    from era_vllm.policies import make_policy
+
+    config = EraConfig.parse(era_settings(arguments))
+    make_policy(config)
+    _check_out(arguments.out, arguments.image)
+    image = open_image(arguments.image)
+    picture, pruned = kept_picture(open_oracle(arguments.model), image, config)
+    save(picture, arguments.out)
+    n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]
+    stood_for = pruned.log_bias[0].exp()
+    print(
+        f"{arguments.image.name}: kept {kept} of {n} visual tokens ({config.policy}, pruning rate "
+        f"{config.pruning_rate:g}); each stands for {stood_for.min():.1f} to "
+        f"{stood_for.max():.1f} tokens; drawn in {arguments.out}"
+    )
+    return 0
+
+
+def kept_picture(
+    oracle: "Oracle", image: "Image", config: EraConfig
+) -> "tuple[Image, PrunedTokens]":
+    """Prune an image at the config's rate and draw what is kept."""
+    from era_vllm.lab.picture import draw, seen
+
+    pruned = oracle.reduce([image], config, config.pruning_rate)
+    processor = oracle.processor.image_processor
+    given = seen(oracle.pixels(image)[0], tuple(processor.image_mean), tuple(processor.image_std))
+    vision = oracle.model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]
+    title = (
+        f"policy {config.policy}, pruning rate {config.pruning_rate:g}: {n} -> {kept} visual tokens"
+    )
+    return draw(given, pruned, (side, side), title), pruned
+
+
+def save(picture: "Image", path: Path) -> None:
+    """Write a picture, with its folder.
+
+    Raises:
+        ConfigError: the place cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {str(path)!r} cannot be written ({error.strerror or 'no reason given'}); "
+            "name another place"
+        ) from error
+
+
+def _check_out(out: Path, image: Path) -> None:
+    if out.suffix.lower() not in FORMATS:
+        raise ConfigError(
+            f"--out: got {str(out)!r}, needed a name that ends in one of {', '.join(FORMATS)}"
+        )
+    if out.resolve() == image.resolve():
+        raise ConfigError(f"--out: got {str(out)!r}, the image itself; name another file")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from PIL.Image import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.pipeline import prune
+from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
 from era_vllm.types import PrunedTokens, VisualTokens
 
@@ -72,16 +73,32 @@ class Oracle:
         body, hf = self.model.model, self.model.config
         out = body.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
         features = out.hidden_states[hf.vision_feature_layer][:, 1:]
-        layer = hf.vision_feature_layer if config.attention_layer is None else config.attention_layer
-        probabilities = _of_hidden_state(out.attentions, layer).float()
-        rows = probabilities[:, :, :1] if config.attention_queries == "cls" else probabilities
+        layer = (
+            hf.vision_feature_layer if config.attention_layer is None else config.attention_layer
+        )
+        index = layer if layer >= 0 else len(out.attentions) + 1 + layer
+        probabilities = out.attentions[index - 1].float()
+        scores = self._scores(index - 1, out.hidden_states[index - 1])
+        rows = slice(0, 1) if config.attention_queries == "cls" else slice(None)
         side = hf.vision_config.image_size // hf.vision_config.patch_size
         return VisualTokens(
             body.multi_modal_projector(features),
             (side, side),
-            attention=rows.mean(2)[:, :, 1:],
-            seeds=torch.tensor([_pixel_hash(image) for image in pixels]),
+            attention=probabilities[:, :, rows].mean(2)[:, :, 1:],
+            scores=scores[:, :, rows].mean(2)[:, :, 1:],
+            seeds=torch.tensor([pixel_hash(image) for image in pixels]),
         )
+
+    def _scores(self, layer: int, hidden: Float[Tensor, "s n d"]) -> Float32[Tensor, "s hv n n"]:
+        """Attention scores of an encoder layer, given its input."""
+        tower = self.model.model.vision_tower
+        block = getattr(tower, "vision_model", tower).encoder.layers[layer]
+        attention, normed = block.self_attn, block.layer_norm1(hidden)
+        query, key = (
+            project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).float()
+            for project in (attention.q_proj, attention.k_proj)
+        )
+        return query @ key.transpose(2, 3) * attention.scale
 
     @torch.inference_mode()
     def reduce(self, images: Sequence[Image], config: EraConfig, rate: float) -> PrunedTokens:
@@ -89,6 +106,21 @@ class Oracle:
         tokens = self.tokens(images, config)
         count = config.num_anchors(tokens.n, rate)
         return prune(tokens, count, make_policy(config), merge=config.merge, bias=config.bias)
+
+    @torch.inference_mode()
+    def recycle(
+        self, images: Sequence[Image], config: EraConfig, anchors: Int[Tensor, "s a"]
+    ) -> list[Segment]:
+        """Merge and weigh with anchors that were chosen elsewhere.
+
+        So that a near-tie of the search, decided by a last bit, is no difference.
+        """
+        tokens, policy = self.tokens(images, config), make_policy(config)
+        if anchors.shape[1] == tokens.n:
+            return [Segment(embeds, torch.zeros(tokens.n)) for embeds in tokens.embeds]
+        clusters = policy.merge(tokens, anchors)
+        pairs = zip(clusters.embeds, policy.log_bias(tokens, clusters), strict=True)
+        return [Segment(embeds, bias) for embeds, bias in pairs]
 
     @torch.inference_mode()
     def log_probs(
@@ -153,17 +185,3 @@ def segments_of(pruned: PrunedTokens) -> list[Segment]:
     """Return one segment an image."""
     pairs = zip(pruned.embeds, pruned.log_bias, strict=True)
     return [Segment(embeds, bias) for embeds, bias in pairs]
-
-
-def _of_hidden_state(attentions: tuple[Tensor, ...], layer: int) -> Tensor:
-    """Attention of the layer whose output is ``hidden_states[layer]`` (which start at the input)."""
-    index = layer if layer >= 0 else len(attentions) + 1 + layer
-    return attentions[index - 1]
-
-
-def _pixel_hash(pixels: Tensor) -> int:
-    import hashlib
-
-    raw = pixels.contiguous().view(torch.uint8).numpy()
-    digest = hashlib.blake2b(raw, digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

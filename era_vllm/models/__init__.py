@@ -1,1 +1,1 @@
-"""One file a model family: image -> visual tokens. Listed by name in ``vllm_plugin/families.py``."""
+"""One file a model family: image -> visual tokens. Their names: ``vllm_plugin/families.py``."""

@@ -1,1 +1,1 @@
-"""How the method reaches vLLM: registration, settings, processor, model mixin, one step's biases."""
+"""How the method reaches vLLM: registration, settings, processor, model mixin."""

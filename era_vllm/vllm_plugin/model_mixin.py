@@ -1,8 +1,8 @@
 """Turns a vLLM model of a family into a pruned one: prunes after the encoder, hands over the bias.
 
-    embed_multimodal   tower + projector (vLLM's) -> prune -> embeddings with bias channels
-    embed_input_ids    bias channels -> the step's bias buffer; embeddings -> vLLM's own merge
-    attention          reads the bias buffer (``attention/layer.py``)
+embed_multimodal   tower + projector (vLLM's) -> prune -> embeddings with bias channels
+embed_input_ids    bias channels -> the step's bias buffer; embeddings -> vLLM's own merge
+attention          reads the bias buffer (``attention/layer.py``)
 """
 
 from collections import defaultdict
@@ -126,4 +126,3 @@ def _take(tokens: VisualTokens, images: list[int]) -> VisualTokens:
         pick(tokens.scores),
         pick(tokens.seeds),
     )
-

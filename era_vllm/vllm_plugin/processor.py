@@ -5,7 +5,6 @@ processor; the number K and the picture's hash travel to the model beside the pi
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
 
 from era_vllm.config import EraConfig
+from era_vllm.pixels import pixel_hash
 from era_vllm.vllm_plugin.cache_keys import pruned_hashes
 from era_vllm.vllm_plugin.rates import KEY, effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
@@ -90,7 +90,10 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         return {**stock, NUM_ANCHORS: on_cpu, PIXEL_HASH: on_cpu}
 
     def _get_prompt_updates(
-        self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs  # noqa: ANN001
+        self,
+        mm_items,
+        hf_processor_mm_kwargs,
+        out_mm_kwargs,  # noqa: ANN001
     ) -> Sequence[PromptUpdate]:
         token = self.info.get_hf_config().image_token_index
 
@@ -108,10 +111,3 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         size = images.get_image_size(item)
         n = self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
         return self.info.era.num_anchors(n, rate)
-
-
-def pixel_hash(pixels: torch.Tensor) -> int:
-    """Return a signed 64-bit hash of one image's pixel values, the bits as they are."""
-    raw = pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
-    digest = hashlib.blake2b(raw, digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)

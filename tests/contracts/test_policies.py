@@ -3,6 +3,7 @@
 A policy that a law cannot hold for is named with the reason; a new file is held to all of them.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Final, Literal, get_args, get_origin, get_type_hints
 
@@ -21,7 +22,7 @@ from era_vllm.pipeline import prune
 from era_vllm.policies import make_policy, policy_class, policy_names
 from era_vllm.types import DEGENERATE_KINDS, Degenerate, PrunedTokens, Signal, VisualTokens
 from tests.guards import HostRead, operations, without_host_reads
-from tests.strategies import batches, build, repeats, segment
+from tests.strategies import batches, build, convert, gather, repeats, segment
 
 NOT_NESTED: Final = {"uniform": "the stride changes", "pool": "the cells change"}
 BY_POSITION: Final = {"uniform": "stride", "pool": "cell", "random": "hash of the position"}
@@ -56,8 +57,8 @@ def _variants() -> dict[str, PruningPolicy]:
 
 
 VARIANTS: Final = _variants()
-EXAMPLES: Final = settings(max_examples=max(4, settings.default.max_examples // 6))
-"""Few for each of many variants: every example is a batch of segments of several kinds."""
+FEW: Final = settings(max_examples=max(4, settings().max_examples // 6))
+"""Examples for each of many variants; each is a batch of segments of several kinds."""
 every_policy = pytest.mark.parametrize("policy", VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -101,7 +102,7 @@ def test_exemptions_name_policies_that_exist() -> None:
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches())
 def test_clusters_partition_the_tokens(
     policy: PruningPolicy, batch: tuple[VisualTokens, int]
@@ -111,7 +112,7 @@ def test_clusters_partition_the_tokens(
     clusters = policy.merge(tokens, pruned.anchors)
     assert pruned.anchors.shape == (tokens.segments, count)
     assert (pruned.anchors.diff(dim=1) > 0).all(), "ascending, none twice"
-    assert 0 <= int(pruned.anchors.min()) and int(pruned.anchors.max()) < tokens.n
+    assert int(pruned.anchors.min()) >= 0 and int(pruned.anchors.max()) < tokens.n
     assert pruned.embeds.dtype == tokens.embeds.dtype and pruned.embeds.isfinite().all()
     assert pruned.log_bias.dtype == torch.float32 and pruned.log_bias.isfinite().all()
     assert (pruned.log_bias >= 0).all()
@@ -126,7 +127,7 @@ def test_clusters_partition_the_tokens(
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches())
 def test_merged_token_lies_among_its_cluster(
     policy: PruningPolicy, batch: tuple[VisualTokens, int]
@@ -149,7 +150,7 @@ def test_merged_token_lies_among_its_cluster(
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches())
 def test_same_input_same_bits_and_input_untouched(
     policy: PruningPolicy, batch: tuple[VisualTokens, int]
@@ -164,7 +165,7 @@ def test_same_input_same_bits_and_input_untouched(
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches(), copy=st.booleans())
 def test_segment_has_the_same_bits_alone_and_in_a_batch(
     policy: PruningPolicy, batch: tuple[VisualTokens, int], copy: bool
@@ -187,18 +188,14 @@ def test_segment_has_the_same_bits_beside_any_neighbours(
     tokens = build(5, grid, d, heads=5, kinds=kinds)
     alone = [prune(segment(tokens, index), count, policy) for index in range(3)]
     for order in ((1, 0), (2, 1, 0), (0, 0, 1, 2), (2, 2, 1, 0, 1)):
-        mixed = VisualTokens(
-            *(tokens.embeds[list(order)], tokens.grid),
-            *(None if x is None else x[list(order)] for x in (tokens.attention, tokens.scores)),
-            None if tokens.seeds is None else tokens.seeds[list(order)],
-        )
+        mixed = gather(tokens, order)
         together = prune(mixed, count, policy)
         for place, index in enumerate(order):
             _assert_same(alone[index], _row(together, place), f"place {place} of {order}")
 
 
 @_law(NOT_NESTED)
-@EXAMPLES
+@FEW
 @given(batch=batches(least=3), data=st.data())
 def test_fewer_anchors_are_a_subset(
     policy: PruningPolicy, batch: tuple[VisualTokens, int], data: st.DataObject
@@ -211,7 +208,7 @@ def test_fewer_anchors_are_a_subset(
 
 
 @_law(BY_POSITION)
-@EXAMPLES
+@FEW
 @given(repeated=repeats())
 def test_of_equal_tokens_the_lowest_index_comes_first(
     policy: PruningPolicy, repeated: tuple[VisualTokens, Tensor, int]
@@ -240,7 +237,7 @@ def test_tokens_without_a_difference_are_taken_in_order(
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches(), extra=st.integers(0, 3))
 def test_keeping_all_tokens_changes_nothing(
     policy: PruningPolicy, batch: tuple[VisualTokens, int], extra: int
@@ -265,7 +262,7 @@ def test_at_least_one_token_stays(policy: PruningPolicy, count: int, grid: tuple
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches())
 def test_one_anchor_takes_all(policy: PruningPolicy, batch: tuple[VisualTokens, int]) -> None:
     tokens, _ = batch
@@ -275,7 +272,7 @@ def test_one_anchor_takes_all(policy: PruningPolicy, batch: tuple[VisualTokens, 
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches())
 def test_switches_change_only_what_they_name(
     policy: PruningPolicy, batch: tuple[VisualTokens, int]
@@ -314,7 +311,7 @@ def test_each_needed_signal_is_asked_for(policy: PruningPolicy) -> None:
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches())
 def test_no_other_signal_is_used(policy: PruningPolicy, batch: tuple[VisualTokens, int]) -> None:
     tokens, count = batch
@@ -326,7 +323,7 @@ BAD: Final = (float("nan"), float("inf"), float("-inf"))
 
 
 @every_policy
-@EXAMPLES
+@FEW
 @given(batch=batches(least=4), data=st.data())
 def test_bad_numbers_are_repaired_counted_and_stay_in_their_segment(
     policy: PruningPolicy, batch: tuple[VisualTokens, int], data: st.DataObject
@@ -369,7 +366,7 @@ def test_negative_attention_counts_as_none(policy: PruningPolicy) -> None:
 
 @every_policy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@EXAMPLES
+@FEW
 @given(data=st.data())
 def test_choices_are_made_in_float32(
     policy: PruningPolicy, dtype: torch.dtype, data: st.DataObject
@@ -415,8 +412,7 @@ def _truth(x: Tensor) -> bool:
         *(lambda x: int(x[0]), lambda x: x.repeat_interleave(x), lambda x: torch.where(x > 0)),
     ],
 )
-def test_the_guard_sees_host_reads(read: "object") -> None:
-    assert callable(read)
+def test_the_guard_sees_host_reads(read: Callable[[Tensor], object]) -> None:
     with pytest.raises(HostRead):
         without_host_reads(lambda: read(torch.tensor([1, 0, 2])))
 
@@ -425,27 +421,15 @@ def test_the_guard_sees_host_reads(read: "object") -> None:
 @pytest.mark.parametrize("device", ["meta", "fake"])
 @pytest.mark.parametrize("count", [1, 5])
 def test_shapes_do_not_depend_on_values(policy: PruningPolicy, device: str, count: int) -> None:
-    real = build(4, (4, 6), kinds=(("generic", "peaked"),) * 2)
-
-    def run(move: "torch.device | FakeTensorMode") -> PrunedTokens:
-        def moved(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return move.from_tensor(x) if isinstance(move, FakeTensorMode) else x.to(move)
-
-        embeds = moved(real.embeds)
-        assert embeds is not None
-        rest = (moved(x) for x in (real.attention, real.scores, real.seeds))
-        return prune(VisualTokens(embeds, real.grid, *rest), count, policy)
-
+    tokens = build(4, (4, 6), kinds=(("generic", "peaked"),) * 2)
+    expected = prune(tokens, count, policy)
     if device == "meta":
-        shapes = run(torch.device("meta"))
+        found = prune(convert(tokens, lambda x: x.to("meta")), count, policy)
     else:
         with FakeTensorMode() as mode:
-            shapes = run(mode)
-    expected = prune(real, count, policy)
+            found = prune(convert(tokens, mode.from_tensor), count, policy)
     for name in ("embeds", "log_bias", "anchors", "assignment", "degenerate"):
-        left, right = getattr(shapes, name), getattr(expected, name)
+        left, right = getattr(found, name), getattr(expected, name)
         assert (left.shape, left.dtype) == (right.shape, right.dtype), name
 
 

@@ -1,0 +1,84 @@
+"""Reads slots back out of the engine's own KV cache: for tests, ``doctor`` and debugging.
+
+Backends pack a block in ways of their own (the CPU's depends on the instruction set). Instead of
+knowing each layout, we learn it: numbers that say where they came from go through the backend's
+own cache write into a scratch block, and the inverse of what came out is applied to real blocks.
+Slow, and never in the path of a step.
+"""
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from era_vllm.attention.layer import RectifiedAttention, stored_dtype
+from era_vllm.errors import CacheError
+
+_BASE = 16  # digits + 1 are exact in every cache dtype, fp8-e4m3 included
+
+
+def read_bias(
+    layer: RectifiedAttention, slots: Int[Tensor, "m"], block_size: int
+) -> Float32[Tensor, "m hkv"]:
+    """Return the bias that each slot holds, per KV head.
+
+    Args:
+        layer: A rectified layer whose cache has been allocated.
+        slots: Slot indices: block * block_size + offset.
+        block_size: Slots of a block.
+
+    Raises:
+        CacheError: the cache cannot be read on this backend.
+    """
+    keys = read_keys(layer, slots, block_size)
+    return layer.store.read(keys, layer.unwidened_head_size, layer.impl.scale)
+
+
+def read_keys(
+    layer: RectifiedAttention, slots: Int[Tensor, "m"], block_size: int
+) -> Float[Tensor, "m hkv dw"]:
+    """Return the widened key rows of slots as numbers, the key scale undone."""
+    cache = layer.kv_cache
+    if cache.ndim != 4 or cache.shape[1] != layer.num_kv_heads:
+        raise CacheError(
+            f"KV cache of shape {tuple(cache.shape)}: reading slots back is only known for caches "
+            f"[blocks, {layer.num_kv_heads} heads, ...] (the CPU backend's)"
+        )
+    where = _key_positions(layer, block_size)
+    block, offset = slots // block_size, slots % block_size
+    rows = _values(layer, cache[block]).float().flatten(2)
+    picked = rows.gather(2, where[offset][:, None].expand(-1, layer.num_kv_heads, -1))
+    return picked * layer._k_scale_float
+
+
+def _key_positions(layer: RectifiedAttention, block_size: int) -> Int[Tensor, "p dw"]:
+    """Learn where a block keeps channel c of the key at offset p."""
+    size, heads = layer.head_size, layer.num_kv_heads
+    scratch = torch.zeros_like(layer.kv_cache[:1])
+    slots = torch.arange(block_size)
+    code = torch.arange(block_size * size).view(block_size, 1, size)
+    found = torch.zeros(scratch[0, 0].numel(), dtype=torch.int64)
+    is_key = torch.zeros_like(found, dtype=torch.bool)
+    dtype = layer.dtype
+    place = 1
+    while place < block_size * size:
+        digit = (code // place % _BASE + 1).to(dtype) * layer._k_scale_float
+        key = digit.expand(-1, heads, -1).contiguous()
+        layer.impl.do_kv_cache_update(layer, key, torch.zeros_like(key), scratch, slots)
+        read = _values(layer, scratch)[0, 0].flatten().float().round().long()
+        is_key |= read > 0
+        found += (read - 1).clamp_min(0) * place
+        place *= _BASE
+    positions = torch.zeros(block_size * size, dtype=torch.int64)
+    raw = is_key.nonzero().flatten()
+    if raw.numel() != block_size * size:
+        raise CacheError(
+            f"KV cache: found {raw.numel()} key values in a block, expected {block_size * size}"
+        )
+    positions[found[raw]] = raw
+    return positions.view(block_size, size)
+
+
+def _values(layer: RectifiedAttention, cache: Tensor) -> Tensor:
+    """View a byte cache (fp8) as numbers."""
+    stored = stored_dtype(layer)
+    return cache if cache.dtype == stored else cache.view(stored)
