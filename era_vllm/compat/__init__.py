@@ -1,1 +1,1 @@
-"""Private symbols of vLLM that we touch: one file each, with the upstream line and a removal plan."""
+"""Private symbols of vLLM: one file each, with the upstream line and a removal plan."""

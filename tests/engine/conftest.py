@@ -4,6 +4,7 @@ The first engine takes about 25 s, each further one 4 s: so they are made once p
 and stay alive to the end. Subjects that need processes of their own start them themselves.
 """
 
+import importlib
 import json
 import os
 
@@ -11,6 +12,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles its log-probability helper for 18 s
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import warnings  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 
@@ -26,6 +28,10 @@ from era_vllm.lab.samples import load_samples  # noqa: E402
 from era_vllm.pipeline import prune  # noqa: E402
 from era_vllm.pixels import pixel_hash  # noqa: E402
 from era_vllm.types import PrunedTokens, VisualTokens  # noqa: E402
+
+with warnings.catch_warnings():  # torch and vLLM use what they deprecate
+    warnings.simplefilter("ignore")
+    importlib.import_module("vllm.model_executor.layers.attention")
 
 STEPS = 9  # the last prompt token + 8 decode steps
 TOLERANCE = 1e-4  # of log-probabilities, whole vocabulary, float32
@@ -224,7 +230,7 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
             alive[wanted] = Engine(LLM(MODEL, **arguments), None)
         else:
             pruning = era_vllm.engine_args(MODEL, **settings)
-            alive[wanted] = Engine(LLM(**pruning, **arguments), EraConfig.parse(settings))
+            alive[wanted] = Engine(LLM(**{**pruning, **arguments}), EraConfig.parse(settings))
             if hasattr(alive[wanted].model, "policy"):
                 alive[wanted].model.on_prune = alive[wanted].record
         return alive[wanted]

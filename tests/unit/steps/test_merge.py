@@ -73,7 +73,7 @@ def test_half_precision_is_averaged_in_float32(drawn: tuple[VisualTokens, int]) 
 
 
 def test_matching_by_dot_product_follows_length() -> None:
-    x = torch.tensor([[[1.0, 0.0], [0.9, 0.5], [9.0, 9.0]]])
+    x = torch.tensor([[[1.0, 0.0], [0.9, 0.2], [9.0, 9.0]]])
     tokens, anchors = VisualTokens(x, (1, 3)), torch.tensor([[0, 2]])
     assert merge_to_nearest(tokens, anchors).assignment.tolist() == [[0, 0, 1]]
     assert merge_to_nearest(tokens, anchors, matching="dot").assignment.tolist() == [[0, 1, 1]]

@@ -1,0 +1,83 @@
+"""The bias lives with the KV entry: read back from the engine's own cache, in every layer."""
+
+import pytest
+import torch
+
+from era_vllm.attention.cache_reader import read_bias
+from era_vllm.attention.layer import RectifiedAttention
+
+PREFIX = 3  # <s> USER :
+
+
+def slots_of_first_request(engine, tokens):
+    """Slots of the request that held row 0 of the batch last."""
+    size = engine.block_size
+    table = engine.runner.input_batch.block_table[0].get_cpu_tensor()[0]
+    position = torch.arange(tokens)
+    return table[position // size].long() * size + position % size
+
+
+def rectified_layers(engine):
+    return [m for m in engine.model.modules() if isinstance(m, RectifiedAttention)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "error"),
+    [("float32", "auto", 1e-6), ("bfloat16", "auto", 1e-4), ("bfloat16", "fp8", 1e-2)],
+)
+def test_anchors_hold_their_bias_and_text_holds_0(
+    engine, setup, ask, images, oracle, dtype, cache, error
+):
+    live = engine(setup(llm={"dtype": dtype, "kv_cache_dtype": cache}))
+    (answer,) = live.ask([ask("what shape is red?", images[0])])
+    _, result, row = live.pruned[live._key(images[0], 0.778, oracle)]
+    count = result.anchors.shape[1]
+    total = len(answer.prompt_ids) + len(answer.token_ids) - 1  # the last token has no slot yet
+    slots = slots_of_first_request(live, total)
+    layers = rectified_layers(live)
+    assert len(layers) == 4
+    for layer in layers:
+        held = read_bias(layer, slots, live.block_size)
+        visual = held[PREFIX : PREFIX + count]
+        assert (visual - result.log_bias[row][:, None]).abs().max() < error
+        assert visual.max() > 1
+        assert not held[:PREFIX].any() and not held[PREFIX + count :].any()
+
+
+def test_freed_slot_reused_by_text_holds_0(engine, setup, ask, images):
+    live = engine(
+        setup(
+            llm={
+                "num_gpu_blocks_override": 4,
+                "block_size": 32,
+                "max_model_len": 64,
+                "max_num_seqs": 1,
+                "enable_prefix_caching": False,
+            }
+        )
+    )
+    (answer,) = live.ask([ask("what shape is red?", images[0])])
+    used = slots_of_first_request(live, len(answer.prompt_ids))[PREFIX : PREFIX + 32]
+    layer = rectified_layers(live)[-1]
+    assert read_bias(layer, used, live.block_size).max() > 1
+    reused: set[int] = set()
+    for _ in range(4):
+        (text,) = live.ask([ask("how many shapes? " * 12)])
+        slots = slots_of_first_request(live, len(text.prompt_ids))
+        reused |= set(slots.tolist()) & set(used.tolist())
+        for layer in rectified_layers(live):
+            assert not read_bias(layer, slots, live.block_size).any()
+    assert reused
+
+
+def test_counts_of_repaired_input_are_kept(engine, setup, ask, images):
+    live = engine(setup())
+    live.ask([ask("what shape is red?", images[11])])
+    assert live.model.degenerate.tolist() == [0, 0, 0, 0]
+
+
+def test_padding_rows_and_text_steps_hold_no_bias(engine, setup, ask, images):
+    live = engine(setup())
+    live.ask([ask("what shape is red?", images[1], rate=0.5)])
+    live.ask([ask("is there a red circle?")])
+    assert not live.model.bias_buffer.columns.any()

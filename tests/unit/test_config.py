@@ -1,0 +1,161 @@
+"""EraConfig: ranges, nearest names, round trip, fingerprint, and the number of anchors."""
+
+import json
+import math
+from dataclasses import fields, replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from era_vllm.config import DEFAULT_PRUNING_RATE, EraConfig
+from era_vllm.errors import ConfigError
+
+OTHER: dict[str, object] = {
+    "pruning_rate": 0.5,
+    "max_pruning_rate": 0.9,
+    "min_anchors": 4,
+    "policy": "dpp",
+    "policy_options": {"ridge": 0.2},
+    "merge": False,
+    "bias": False,
+    "attention_layer": -1,
+    "attention_queries": "cls",
+    "bias_store": "another",
+    "bias_columns": 2,
+}
+"""Another valid value for every setting."""
+NAN, INF = float("nan"), float("inf")
+
+
+def test_every_setting_has_another_value_here() -> None:
+    assert set(OTHER) == {field.name for field in fields(EraConfig)}
+    plain = EraConfig().as_dict()
+    assert all(plain[name] != value for name, value in OTHER.items())
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_fingerprint_covers_every_setting_but_the_rates(name: str) -> None:
+    changed = EraConfig.parse({name: OTHER[name]}).fingerprint()
+    is_rate = name in ("pruning_rate", "max_pruning_rate")
+    assert (changed == EraConfig().fingerprint()) == is_rate
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_options() -> None:
+    one = {"policy_options": {"search": "dpp", "temperature": 2.0}}
+    other = {"policy_options": {"temperature": 2.0, "search": "dpp"}}
+    assert EraConfig.parse(one) == EraConfig.parse(other)
+    assert EraConfig.parse(one).fingerprint() == EraConfig.parse(other).fingerprint()
+
+
+def test_fingerprints_of_all_single_changes_differ() -> None:
+    prints = {EraConfig.parse({name: value}).fingerprint() for name, value in OTHER.items()}
+    assert len(prints) == len(OTHER) - 1, "the two rates give the default's, all others their own"
+
+
+@pytest.mark.parametrize("raw", [{}, OTHER, *({name: value} for name, value in OTHER.items())])
+def test_round_trip_through_json(raw: dict[str, object]) -> None:
+    config = EraConfig.parse(raw)
+    assert EraConfig.parse(json.loads(json.dumps(config.as_dict()))) == config
+    assert config.as_dict().items() >= raw.items()
+
+
+def test_unknown_settings_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'prunning_rate'; did you mean 'pruning_rate'"):
+        EraConfig.parse({"prunning_rate": 0.5})
+    with pytest.raises(ConfigError, match="unknown era setting '3'"):
+        EraConfig.parse({3: 1})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("pruning_rate", [-0.01, 0.951, 1, NAN, INF, "0.5", None, True, [0.5]]),
+        ("max_pruning_rate", [-0.01, 1, 1.0, 2, NAN, -INF, "0.5", None, False]),
+        ("min_anchors", [0, -1, 1.0, "1", None, True]),
+        ("merge", [0, 1, "true", None]),
+        ("bias", [0, 1, "true", None]),
+        ("policy", [None, 3, b"era", ["era"]]),
+        ("bias_store", [None, 3]),
+        ("attention_layer", [1.0, "last", True, [1]]),
+        ("attention_queries", ["ALL", "", None, 1, ["all"]]),
+        ("bias_columns", [0, 5, -1, 1.0, "2", True]),
+        ("policy_options", [0, False, "", "ab", ["ab"], [["a", 1]], [1], 3, {1: 2}]),
+        ("policy_options", [{"a": value} for value in (None, [1], {"b": 1}, NAN, INF)]),
+    ],
+)
+def test_bad_values_are_refused_by_name(name: str, bad: list[object]) -> None:
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"era setting {name}.*got .*allowed: "):
+            EraConfig.parse({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("pruning_rate", [0, 0.0, 0.95]),
+        ("max_pruning_rate", [0, 0.5, 0.999]),
+        ("min_anchors", [1, 1000]),
+        ("attention_layer", [None, -2, 0, 22]),
+        ("attention_queries", ["all", "cls"]),
+        ("bias_columns", [None, 1, 4]),
+        ("policy_options", [{}, {"a": True, "b": 1, "c": 0.5, "d": "x"}]),
+    ],
+)
+def test_ends_of_ranges_are_allowed(name: str, good: list[object]) -> None:
+    for value in good:
+        assert EraConfig.parse({name: value}).as_dict()[name] == value
+
+
+def test_a_lower_maximum_takes_the_default_rate_down_but_not_an_asked_for_one() -> None:
+    assert EraConfig.parse({}).pruning_rate == DEFAULT_PRUNING_RATE
+    assert EraConfig.parse({"max_pruning_rate": 0}).pruning_rate == 0
+    assert EraConfig.parse({"max_pruning_rate": 0.5}).pruning_rate == 0.5
+    assert EraConfig.parse({"max_pruning_rate": 0.9}).pruning_rate == DEFAULT_PRUNING_RATE
+    for top in (0, 0.5):
+        with pytest.raises(ConfigError, match=rf"pruning_rate: got 0.6, allowed: \[0, {top}\]"):
+            EraConfig.parse({"max_pruning_rate": top, "pruning_rate": 0.6})
+
+
+def test_rates_of_single_images() -> None:
+    config = EraConfig(max_pruning_rate=0.9)
+    assert [config.check_rate(rate) for rate in (0, 0.5, 0.9)] == [0.0, 0.5, 0.9]
+    assert isinstance(config.check_rate(0), float)
+    for rate in (-0.1, 0.901, NAN, True, "0.5", None):
+        with pytest.raises(ConfigError, match=r"got .*allowed: a number in \[0, 0.9\]"):
+            config.check_rate(rate)  # type: ignore[arg-type]
+    assert config.at_rate(0.1) == replace(config, pruning_rate=0.1)
+    with pytest.raises(ConfigError):
+        config.at_rate(0.91)
+
+
+@pytest.mark.parametrize(
+    ("n", "rate", "expected"),
+    [
+        *((576, 0.778, 128), (576, 0.889, 64), (576, 0.944, 32), (144, 0.778, 32)),
+        *((576, 0.0, 576), (1, 0.95, 1), (7, 0.95, 1), (0, 0.5, 0)),
+        *((5, 0.5, 3), (15, 0.9, 2), (5, 0.9, 1), (2, 0.75, 1), (25, 0.94, 2)),
+    ],
+)
+def test_number_of_anchors(n: int, rate: float, expected: int) -> None:
+    assert EraConfig().num_anchors(n, rate) == expected
+
+
+def test_floor_of_anchors_holds_up_to_n() -> None:
+    config = EraConfig(min_anchors=10)
+    assert [config.num_anchors(n, 0.95) for n in (3, 10, 100, 576)] == [3, 10, 10, 29]
+
+
+@given(n=st.integers(1, 20_000), thousandths=st.integers(0, 999))
+def test_number_of_anchors_rounds_the_written_rate_halves_up(n: int, thousandths: int) -> None:
+    """As a person computes it from the decimal, not as floats happen to fall."""
+    exact = math.floor(n * (1 - Fraction(thousandths, 1000)) + Fraction(1, 2))
+    assert EraConfig().num_anchors(n, thousandths / 1000) == max(1, exact)
+
+
+@given(n=st.integers(1, 5000), low=st.floats(0, 0.95), high=st.floats(0, 0.95))
+def test_a_higher_rate_never_keeps_more(n: int, low: float, high: float) -> None:
+    low, high = sorted((low, high))
+    fewer, more = (EraConfig().num_anchors(n, rate) for rate in (high, low))
+    assert 1 <= fewer <= more <= n

@@ -1,0 +1,31 @@
+"""The values that travel, and the checks that the test suite puts on their shapes."""
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from era_vllm.attention.reference import rectified_attention
+from era_vllm.policies.dpp import Policy
+from era_vllm.steps.similarity import unit
+from era_vllm.types import Signal, VisualTokens
+
+
+def test_tokens_know_their_size_and_signals() -> None:
+    tokens = VisualTokens(torch.zeros(2, 6, 5), (2, 3), scores=torch.zeros(2, 4, 6))
+    assert (tokens.segments, tokens.n) == (2, 6)
+    assert tokens.signals == {Signal.ENCODER_SCORES}
+    assert VisualTokens(torch.zeros(2, 6, 5), (2, 3)).signals == frozenset()
+
+
+def test_shapes_are_checked_while_testing() -> None:
+    """The import hook of conftest is on; were it off, no annotation would be tested at all."""
+    with pytest.raises(TypeCheckError):
+        VisualTokens(torch.zeros(2, 6, 5), (2, 3), attention=torch.zeros(2, 4, 7))
+    with pytest.raises(TypeCheckError):
+        VisualTokens(torch.zeros(2, 6, 5), (2, 3), attention=torch.zeros(2, 4, 6).double())
+    with pytest.raises(TypeCheckError):
+        unit(torch.zeros(3, 4))
+    with pytest.raises(TypeCheckError):
+        Policy().select(torch.zeros(3, 4), 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeCheckError):
+        rectified_attention(*(torch.zeros(2, 1, 4),) * 3, torch.zeros(3), 1.0)
