@@ -57,18 +57,15 @@ def select(embeds: Array, attention: Array, count: int, lam: float, alpha: float
     view = np.concatenate(
         [np.sqrt(1 - lam) * _unit(embeds), np.sqrt(lam) * _unit(_profile(attention))], axis=1
     )
-    order = [_best(-penalty, [])]
-    margins = [order[0][1]]
-    chosen = [order[0][0]]
+    start, margin = _best(-penalty, [])
+    margins = [margin] if penalty.any() else []  # where all are equal, the first is meant
+    chosen = [start]
     while len(chosen) < count:
-        score = np.empty(len(view))
-        for token, row in enumerate(view):
-            distance = min(1.0 - float(row @ view[anchor]) for anchor in chosen)
-            score[token] = distance - alpha * penalty[token]
-        best, margin = _best(score, chosen)
+        distance = (1.0 - view @ view[chosen].T).min(axis=1)
+        best, margin = _best(distance - alpha * penalty, chosen)
         chosen.append(best)
         margins.append(margin)
-    return Selection(np.array(sorted(chosen)), min(margins))
+    return Selection(np.array(sorted(chosen)), min(margins, default=np.inf))
 
 
 def recycle(embeds: Array, anchors: Index, entropy: Array, rho: float) -> Recycled:

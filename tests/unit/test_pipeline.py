@@ -22,8 +22,12 @@ class Recorder:
 
     seen: list[tuple[str, VisualTokens, int]] = field(default_factory=list)
 
-    needs: ClassVar[frozenset[Signal]] = frozenset()
     prompt_dependent: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Nothing."""
+        return frozenset()
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Tensor:
         """Return the first tokens."""
@@ -114,7 +118,9 @@ def test_policy_sees_finite_tokens_and_every_repair_is_counted() -> None:
 
 def test_missing_signals_are_all_named() -> None:
     class Needy(Recorder):
-        needs: ClassVar[frozenset[Signal]] = frozenset(Signal)
+        @property
+        def needs(self) -> frozenset[Signal]:
+            return frozenset(Signal)
 
     tokens = VisualTokens(torch.zeros(1, 4, 2), (2, 2), attention=torch.zeros(1, 2, 4))
     with pytest.raises(PolicyError, match="needs encoder attention scores, pixel hash, which"):

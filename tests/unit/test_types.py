@@ -27,5 +27,6 @@ def test_shapes_are_checked_while_testing() -> None:
         unit(torch.zeros(3, 4))
     with pytest.raises(TypeCheckError):
         Policy().select(torch.zeros(3, 4), 2)  # type: ignore[arg-type]
+    x = torch.zeros(2, 1, 4)
     with pytest.raises(TypeCheckError):
-        rectified_attention(*(torch.zeros(2, 1, 4),) * 3, torch.zeros(3), 1.0)
+        rectified_attention(x, x, x, torch.zeros(3), 1.0)

@@ -38,9 +38,8 @@ def test_matches_loops_in_float64(seed: int) -> None:
 
 def test_agrees_with_torch_under_a_causal_mask() -> None:
     query, key, value = _random(0, (7, 4, 8), (7, 4, 8), (7, 4, 8))
-    expected = scaled_dot_product_attention(
-        *(x.transpose(0, 1) for x in (query, key, value)), is_causal=True
-    ).transpose(0, 1)
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
     found = rectified_attention(query, key, value, torch.zeros(7), 8**-0.5)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -65,9 +64,9 @@ def test_bias_is_a_natural_log_of_mass() -> None:
 
 def test_half_precision_is_computed_in_float32() -> None:
     query, key, value, bias = _random(2, (5, 2, 8), (9, 2, 8), (9, 2, 8), (9,))
-    half = [x.bfloat16() for x in (query, key, value)]
-    wide = rectified_attention(*(x.float() for x in half), bias, 0.3)
-    narrow = rectified_attention(*half, bias, 0.3)
+    q, k, v = (x.bfloat16() for x in (query, key, value))
+    wide = rectified_attention(q.float(), k.float(), v.float(), bias, 0.3)
+    narrow = rectified_attention(q, k, v, bias, 0.3)
     assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, wide.bfloat16())
 
 

@@ -1,5 +1,7 @@
 """dpp against brute-force greedy log-determinant, its medoid start, and exact attention."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -31,11 +33,12 @@ def test_matches_brute_force(drawn: tuple[VisualTokens, int], ridge: float) -> N
 
 
 def test_starts_at_the_medoid() -> None:
-    """Three tokens to the right, one up: the middle one of the three is closest to all."""
-    x = torch.tensor([[[0.0, 1.0], [1.0, 0.2], [1.0, 0.0], [1.0, -0.2]]])
-    x = torch.cat([x, x.new_tensor([[[1.0, 0.1]]])], dim=1)
-    assert prune(VisualTokens(x, (1, 5)), 1, Policy()).anchors.tolist() == [[1]]
-    assert prune(VisualTokens(x[:, 1:], (1, 4)), 1, Policy()).anchors.tolist() == [[3]]
+    """Of tokens at known angles, the one nearest the direction of their sum."""
+    angle = torch.tensor([[math.pi / 2, 0.2, 0.0, -0.2, 0.1]])
+    tokens = VisualTokens(torch.stack([angle.cos(), angle.sin()], -1), (1, 5))
+    assert prune(tokens, 1, Policy()).anchors.tolist() == [[1]]
+    right = VisualTokens(tokens.embeds[:, 1:], (1, 4))
+    assert prune(right, 1, Policy()).anchors.tolist() == [[1]]
 
 
 @given(drawn=generic(), factor=st.sampled_from([2.0**-30, 0.5, 2.0**30]))

@@ -52,7 +52,7 @@ def test_matches_the_oracle(drawn: tuple[VisualTokens, int], lam: float, alpha: 
 def test_matches_the_oracle_at_full_size(count: int) -> None:
     tokens = build(count, (24, 24), d=64, heads=16)
     selection, recycled = _oracle(tokens, count)
-    assert min(selection.margin, recycled.margin) > 2e-7, "choose another seed"
+    assert min(selection.margin, recycled.margin) > 2e-6, "choose another seed"
     pruned = prune(tokens, count, Policy())
     assert pruned.anchors[0].tolist() == selection.anchors.tolist()
     assert pruned.assignment[0].tolist() == recycled.assignment.tolist()
@@ -206,15 +206,24 @@ def test_weighted_centroid_divides_by_the_mass(weighting: str) -> None:
             np.testing.assert_allclose(summed[row], expected.numpy(), atol=1e-5)
 
 
+def test_without_a_penalty_the_start_is_still_the_least_entropy() -> None:
+    tokens = build(5, (4, 8), heads=5)
+    assert tokens.attention is not None
+    entropy = oracle.head_entropy(tokens.attention[0].double().numpy())
+    assert int(entropy.argmin()) != 0
+    anchors = prune(tokens, 1, Policy(entropy_penalty=0.0)).anchors
+    assert anchors.tolist() == [[int(entropy.argmin())]]
+
+
 def test_searches_differ_and_weigh_entropy() -> None:
-    tokens = build(3, (5, 6), heads=4)
+    tokens = build(3, (8, 8), heads=4)
     searches = ("additive", "multiplicative", "dpp")
-    chosen = {tuple(prune(tokens, 8, Policy(search=name)).anchors[0].tolist()) for name in searches}
-    assert len(chosen) == 3
+    picks = [prune(tokens, 16, Policy(search=name)).anchors[0].tolist() for name in searches]
+    assert len(set(map(tuple, picks))) == 3
     assert tokens.attention is not None
     entropy = torch.from_numpy(oracle.head_entropy(tokens.attention[0].double().numpy()))
     for name in searches:
-        mine = entropy[prune(tokens, 8, Policy(search=name)).anchors[0]].mean()
+        mine = entropy[prune(tokens, 16, Policy(search=name)).anchors[0]].mean()
         assert mine < entropy.mean()
     first = [prune(tokens, 1, Policy(search=name)).anchors.item() for name in searches]
     assert first == [int(entropy.argmin())] * 3

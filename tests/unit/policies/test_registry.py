@@ -12,8 +12,7 @@ import pytest
 from era_vllm import policies
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
-from era_vllm.policies import make_policy, policy_class, policy_names
-from era_vllm.policies import era, uniform
+from era_vllm.policies import era, make_policy, policy_class, policy_names, uniform
 
 
 def _make(policy: str, **options: object) -> object:

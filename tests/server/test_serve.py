@@ -1,0 +1,162 @@
+"""The real HTTP server with a real client: pruned answers, counted tokens, three ways alike."""
+
+import base64
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from openai import BadRequestError, OpenAI
+
+import era_vllm
+from era_vllm.config import EraConfig
+from era_vllm.lab import CHECKPOINT
+from era_vllm.lab.data import LEARNED_FAMILIES, generate
+from era_vllm.lab.oracle import Oracle, segments_of
+from era_vllm.lab.samples import load_samples
+
+POINTS = 0.03
+
+
+def content(question, *images):
+    parts = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return [*parts, {"type": "text", "text": question}]
+
+
+def chat(url, question, *images, **options):
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    messages = [{"role": "user", "content": content(question, *images)}]
+    return client.chat.completions.create(
+        model="era-sample", messages=messages, max_tokens=8, temperature=0, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def offline():
+    """``LLM(**engine_args(...))`` with the server's own dtype, in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    arguments = era_vllm.engine_args(str(CHECKPOINT))
+    llm = LLM(
+        **arguments,
+        enforce_eager=True,
+        max_model_len=1024,
+        kv_cache_memory_bytes=64 << 20,
+        max_num_seqs=16,
+    )
+    yield llm
+    llm.llm_engine.engine_core.engine_core.shutdown()
+
+
+def offline_answers(llm, pairs, rate=None):
+    from vllm import SamplingParams
+
+    prompts = [
+        {
+            "prompt": f"USER: <image> {question} ASSISTANT:",
+            "multi_modal_data": {"image": image},
+            **({} if rate is None else {"mm_processor_kwargs": {"era": rate}}),
+        }
+        for image, question in pairs
+    ]
+    params = SamplingParams(max_tokens=8, temperature=0)
+    return [out.outputs[0].text for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_usage_counts_the_retained_tokens(servers):
+    sample = load_samples()[0]
+    question = sample.questions[0].text
+    one = chat(servers[0].url, question, sample.image).usage.prompt_tokens
+    two = chat(servers[0].url, question, sample.image, sample.image).usage.prompt_tokens
+    none = chat(servers[0].url, question).usage.prompt_tokens
+    assert (one - none, two - one) == (32, 32)  # of 144
+
+
+def test_serve_printed_command_and_offline_give_the_same_answers(servers, offline):
+    samples = load_samples()
+    pairs = [(sample.image, sample.questions[0].text) for sample in samples]
+    ways = [
+        [chat(server.url, question, image).choices[0].message.content for image, question in pairs]
+        for server in servers
+    ]
+    ways.append([offline_answers(offline, [pair])[0] for pair in pairs])
+    assert ways[0] == ways[1] == ways[2]
+    right = [sample.questions[0].answer for sample in samples]
+    assert sum(a == b for a, b in zip(ways[0], right, strict=True)) >= len(right) * 2 // 3
+
+
+def test_streaming_gives_the_same_text(servers):
+    sample = load_samples()[3]
+    question = sample.questions[0].text
+    whole = chat(servers[0].url, question, sample.image).choices[0].message.content
+    pieces = chat(servers[0].url, question, sample.image, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole
+
+
+def test_clients_cannot_set_processor_arguments(servers):
+    sample = load_samples()[0]
+    for value in ({"era": 0.5}, {"era": [0.5]}, {"do_resize": False}):
+        with pytest.raises(BadRequestError):
+            chat(servers[0].url, "?", sample.image, extra_body={"mm_processor_kwargs": value})
+    assert chat(servers[0].url, "how many shapes?", sample.image).choices[0].message.content
+
+
+def test_no_route_of_ours(servers):
+    import urllib.request
+
+    with urllib.request.urlopen(f"{servers[0].url}/openapi.json", timeout=30) as reply:
+        assert b"/v1/era" not in reply.read()
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    """At least 200 questions over the learned families, about pictures of a seed of their own."""
+    examples = list(generate(60, seed=777, families=LEARNED_FAMILIES, questions_per_image=4))
+    asked = [(e.image, q.text, q.answer) for e in examples for q in e.questions]
+    assert len(asked) >= 200
+    return asked
+
+
+@pytest.fixture(scope="module")
+def expected(held_out):
+    """Accuracy of the same reduction in plain transformers."""
+    oracle, accuracies = Oracle(str(CHECKPOINT), torch.bfloat16), {}
+
+    def accuracy(rate):
+        if rate not in accuracies:
+            right, reduced = 0, {}
+            for image, question, answer in held_out:
+                if id(image) not in reduced:
+                    reduced[id(image)] = segments_of(oracle.reduce([image], EraConfig(), rate))
+                text = f"USER: <image> {question} ASSISTANT:"
+                right += oracle.answer(text, reduced[id(image)]) == answer
+            accuracies[rate] = right / len(held_out)
+        return accuracies[rate]
+
+    return accuracy
+
+
+def test_accuracy_over_http(servers, held_out, expected):
+    def ask(item):
+        return chat(servers[0].url, item[1], item[0]).choices[0].message.content == item[2]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = sum(pool.map(ask, held_out)) / len(held_out)
+    print(f"rate .778 over HTTP: {found:.3f}, transformers {expected(0.778):.3f}")
+    assert abs(found - expected(0.778)) <= POINTS
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.889])
+def test_accuracy_offline(offline, held_out, expected, rate):
+    answers = offline_answers(offline, [item[:2] for item in held_out], rate)
+    right = sum(a == item[2] for a, item in zip(answers, held_out, strict=True))
+    found = right / len(held_out)
+    print(f"rate {rate} offline: {found:.3f}, transformers {expected(rate):.3f}")
+    assert abs(found - expected(rate)) <= POINTS
