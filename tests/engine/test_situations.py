@@ -1,0 +1,116 @@
+"""Engine situations beyond the first ones, each exact against the oracle, float32."""
+
+import pytest
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def exact(difference):
+    """Assert that pruned answers are the oracle's, and would not be without the bias."""
+
+    def check(engine, requests, answers):
+        for request, answer in zip(requests, answers, strict=True):
+            found = difference(engine, request, answer)
+            assert found.exact < TOLERANCE
+            if request.images:
+                assert found.without_bias > 3 * TOLERANCE
+
+    return check
+
+
+def test_preemption(engine, setup, ask, images, exact):
+    # 9 free blocks of 32 for six requests that grow to 3 blocks each
+    live = engine(
+        setup(
+            llm={
+                "num_gpu_blocks_override": 10,
+                "block_size": 32,
+                "max_model_len": 128,
+                "max_num_seqs": 6,
+            }
+        )
+    )
+    preempted = count_preemptions(live)
+    requests = [ask("how many shapes?", image) for image in images[:6]]
+    answers = live.ask(requests, steps=40)
+    assert preempted
+    exact(live, requests, answers)
+
+
+def count_preemptions(live):
+    """Record each preemption of the engine's scheduler."""
+    seen = []
+    scheduler = live.core.scheduler
+    preempt = scheduler._preempt_request
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    return seen
+
+
+def test_abort_in_mid_prefill_leaves_the_next_request_right(engine, setup, ask, images, exact):
+    live = engine(setup(llm={"max_num_batched_tokens": 16, "max_num_seqs": 4}))
+    from vllm import SamplingParams
+
+    inner = live.llm.llm_engine
+    inner.add_request("aborted", ask("how many shapes?", images[2]).prompt(), SamplingParams())
+    inner.step()  # 16 of 42 prompt tokens: inside the image
+    inner.abort_request(["aborted"])
+    while inner.has_unfinished_requests():
+        inner.step()
+    requests = [ask("what shape is red?", images[2]), ask("what shape is red?", images[3])]
+    exact(live, requests, live.ask(requests))
+
+
+def test_image_that_ends_the_prompt(engine, setup, ask, images, exact):
+    live = engine(setup())
+    ending = EndsWithImage(ask("what shape is red?", images[0]))
+    (answer,) = live.ask([ending])
+    assert answer.prompt_ids[-1] == 4
+    exact(live, [ending], [answer])
+
+
+class EndsWithImage:
+    """A request whose picture comes last."""
+
+    def __init__(self, request):
+        self.text, self.images, self.rate = request.text, request.images, request.rate
+        self._inner = request
+
+    def prompt(self):
+        return {**self._inner.prompt(), "prompt": f"USER: {self.text} <image>"}
+
+
+def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact):
+    live = engine(setup(llm={"block_size": 32}))
+    for rate in (0.5, 0.778, 0.5, 0.889, 0.0):
+        request = ask("what shape is blue?", images[5], rate=rate)
+        (answer,) = live.ask([request])
+        found = len(answer.prompt_ids) - 10
+        assert found == live.config.num_anchors(144, rate)
+        if rate:
+            exact(live, [request], [answer])
+
+
+def test_mixed_batch_of_five(engine, setup, ask, images, exact):
+    live = engine(setup())
+    requests = [
+        ask("what shape is red?", images[0], rate=0.944),
+        ask("is there a red circle?"),
+        ask("how many shapes?", images[1], images[2], images[3], rate=(0.5, 0.889, 0.0)),
+        ask("what word is shown?", images[4]),
+        ask("what number is shown?", images[5], images[5]),
+    ]
+    exact(live, requests, live.ask(requests))
+
+
+@pytest.mark.parametrize("budget", [4, 5, 17, 34, 35, 36, 37])
+def test_chunks_at_awkward_places(engine, setup, ask, images, exact, budget):
+    # 3 tokens, 32 anchors, 3 tokens ...: borders before, at, inside and after the images
+    live = engine(setup(llm={"max_num_batched_tokens": budget, "max_num_seqs": 2}))
+    requests = [ask("what shape is red?", images[6], images[7])]
+    exact(live, requests, live.ask(requests))
