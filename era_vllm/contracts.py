@@ -6,7 +6,7 @@ Each contract is one file to implement (see .github/CONTRIBUTING.md). The proper
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -117,6 +117,8 @@ class BiasStore(Protocol):
     """
 
     limits: ClassVar[StoreLimits]
+    scaled: ClassVar[Literal["k", "v"]]
+    """Which of a calibrated cache's scales the columns are divided by."""
 
     @property
     def extra_columns(self) -> int:
@@ -143,8 +145,12 @@ class BiasStore(Protocol):
         """Return the attention output of the original head size."""
         ...
 
+    def cache_scale(self, calibrated: float) -> float:
+        """Return the scale to use instead of a calibrated one (fp8 caches), given what it is."""
+        ...
+
     def read(
-        self, keys: Float[Tensor, "m hkv dw"], head_size: int, scale: float
+        self, rows: Float[Tensor, "m hkv dw"], head_size: int, scale: float
     ) -> Float32[Tensor, "m hkv"]:
-        """Return the bias held by m slots, given the slots' key rows out of the cache."""
+        """Return the bias held by m slots, given their key (or value) rows out of the cache."""
         ...

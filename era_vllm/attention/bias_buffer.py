@@ -1,7 +1,7 @@
 """One step's biases at fixed addresses, shared by all layers (graph inputs under CUDA graphs).
 
 Written once a step, where vLLM embeds the step's tokens; read by every attention layer as the
-columns that are appended to its keys. Rows of text and of padding hold 0.
+columns that are appended. Rows of text and of padding hold bias 0.
 """
 
 import torch
@@ -16,6 +16,8 @@ class BiasBuffer(nn.Module):
 
     columns: Tensor
     """[rows, width], model dtype: what the layers append."""
+    neutral: Tensor
+    """[1, width]: a row of bias 0."""
 
     def __init__(
         self, rows: int, width: int, store: BiasStore, scale: float, dtype: torch.dtype
@@ -23,13 +25,15 @@ class BiasBuffer(nn.Module):
         super().__init__()
         self.store = store
         self.scale = scale
-        self.register_buffer("columns", torch.zeros(rows, width, dtype=dtype), persistent=False)
+        neutral = store.columns(torch.zeros(1, dtype=torch.float32), width, scale, dtype)
+        self.register_buffer("columns", neutral.repeat(rows, 1), persistent=False)
+        self.register_buffer("neutral", neutral.clone(), persistent=False)
         self._dirty = False
 
     def clear(self) -> None:
         """Set every row to bias 0; free on steps that follow a step without images."""
         if self._dirty:
-            self.columns.zero_()
+            self.columns.copy_(self.neutral)
             self._dirty = False
 
     def write(self, is_visual: Bool[Tensor, "t"], log_bias: Float32[Tensor, "v"]) -> None:

@@ -29,51 +29,56 @@ def read_bias(
     Raises:
         CacheError: the cache cannot be read on this backend.
     """
-    keys = read_keys(layer, slots, block_size)
-    return layer.store.read(keys, layer.unwidened_head_size, layer.impl.scale)
+    rows = read_rows(layer, slots, block_size)
+    return layer.store.read(rows, layer.unwidened_head_size, layer.impl.scale)
 
 
-def read_keys(
+def read_rows(
     layer: RectifiedAttention, slots: Int[Tensor, "m"], block_size: int
 ) -> Float[Tensor, "m hkv dw"]:
-    """Return the widened key rows of slots as numbers, the key scale undone."""
+    """Return the slots' widened rows that hold the bias (keys or values), cache scale undone."""
     cache = layer.kv_cache
     if cache.ndim != 4 or cache.shape[1] != layer.num_kv_heads:
         raise CacheError(
             f"KV cache of shape {tuple(cache.shape)}: reading slots back is only known for caches "
             f"[blocks, {layer.num_kv_heads} heads, ...] (the CPU backend's)"
         )
-    where = _key_positions(layer, block_size)
+    where = _positions(layer, block_size)
     block, offset = slots // block_size, slots % block_size
     rows = _values(layer, cache[block]).float().flatten(2)
     picked = rows.gather(2, where[offset][:, None].expand(-1, layer.num_kv_heads, -1))
-    return picked * layer._k_scale_float
+    return picked * _scale(layer)
 
 
-def _key_positions(layer: RectifiedAttention, block_size: int) -> Int[Tensor, "p dw"]:
-    """Learn where a block keeps channel c of the key at offset p."""
+def _scale(layer: RectifiedAttention) -> float:
+    return layer._k_scale_float if layer.store.scaled == "k" else layer._v_scale_float
+
+
+def _positions(layer: RectifiedAttention, block_size: int) -> Int[Tensor, "p dw"]:
+    """Learn where a block keeps channel c of the row at offset p."""
     size, heads = layer.head_size, layer.num_kv_heads
     scratch = torch.zeros_like(layer.kv_cache[:1])
     slots = torch.arange(block_size)
     code = torch.arange(block_size * size).view(block_size, 1, size)
     found = torch.zeros(scratch[0, 0].numel(), dtype=torch.int64)
-    is_key = torch.zeros_like(found, dtype=torch.bool)
-    dtype = layer.dtype
+    is_row = torch.zeros_like(found, dtype=torch.bool)
     place = 1
     while place < block_size * size:
-        digit = (code // place % _BASE + 1).to(dtype) * layer._k_scale_float
-        key = digit.expand(-1, heads, -1).contiguous()
-        layer.impl.do_kv_cache_update(layer, key, torch.zeros_like(key), scratch, slots)
+        digit = (code // place % _BASE + 1).to(layer.dtype) * _scale(layer)
+        row = digit.expand(-1, heads, -1).contiguous()
+        nothing = torch.zeros_like(row)
+        pair = (row, nothing) if layer.store.scaled == "k" else (nothing, row)
+        layer.impl.do_kv_cache_update(layer, *pair, scratch, slots)
         read = _values(layer, scratch)[0, 0].flatten().float().round().long()
-        is_key |= read > 0
+        is_row |= read > 0
         found += (read - 1).clamp_min(0) * place
         place *= _BASE
-    positions = torch.zeros(block_size * size, dtype=torch.int64)
-    raw = is_key.nonzero().flatten()
+    raw = is_row.nonzero().flatten()
     if raw.numel() != block_size * size:
         raise CacheError(
-            f"KV cache: found {raw.numel()} key values in a block, expected {block_size * size}"
+            f"KV cache: found {raw.numel()} values in a block, expected {block_size * size}"
         )
+    positions = torch.zeros(block_size * size, dtype=torch.int64)
     positions[found[raw]] = raw
     return positions.view(block_size, size)
 

@@ -5,7 +5,6 @@ names, isinstance checks, the KV cache spec and the layer name stay vLLM's. Noth
 the page size follows from the wider head, and the backend is vLLM's choice for it.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -49,17 +48,15 @@ class RectifiedAttention(Attention):
         self.buffer = buffer
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Round a calibrated key scale up to a power of two.
-
-        vLLM divides keys by it before they are rounded to fp8: any other factor would undo the
-        split of the bias into a rounded part and its remainder.
-        """
+        """Adapt the fp8 cache scale that the columns are divided by: calibrated without them."""
         super().process_weights_after_loading(act_dtype)
-        scale = 2.0 ** math.ceil(math.log2(self._k_scale_float))
-        if scale != self._k_scale_float:
-            self._k_scale.fill_(scale)
-            self._k_scale_float = scale
-            self._k_scale_cpu = torch.tensor(scale)
+        if stored_dtype(self) != torch.float8_e4m3fn:
+            return
+        name = f"_{self.store.scaled}_scale"
+        scale = self.store.cache_scale(getattr(self, f"{name}_float"))
+        getattr(self, name).fill_(scale)
+        setattr(self, f"{name}_float", scale)
+        setattr(self, f"{name}_cpu", torch.tensor(scale))
 
     def forward(
         self,

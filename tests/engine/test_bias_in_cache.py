@@ -22,13 +22,20 @@ def rectified_layers(engine):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cache", "error"),
-    [("float32", "auto", 1e-6), ("bfloat16", "auto", 1e-4), ("bfloat16", "fp8", 1e-2)],
+    ("store", "dtype", "cache", "error"),
+    [
+        ("key_columns", "float32", "auto", 1e-6),
+        ("key_columns", "bfloat16", "auto", 1e-4),
+        ("key_columns", "bfloat16", "fp8", 1e-2),
+        ("value_column", "float32", "auto", 1e-6),
+        ("value_column", "bfloat16", "auto", 4e-3),
+        ("value_column", "bfloat16", "fp8", 7e-2),
+    ],
 )
 def test_anchors_hold_their_bias_and_text_holds_0(
-    engine, setup, ask, images, oracle, dtype, cache, error
+    engine, setup, ask, images, oracle, store, dtype, cache, error
 ):
-    live = engine(setup(llm={"dtype": dtype, "kv_cache_dtype": cache}))
+    live = engine(setup(bias_store=store, llm={"dtype": dtype, "kv_cache_dtype": cache}))
     (answer,) = live.ask([ask("what shape is red?", images[0])])
     _, result, row = live.pruned[live._key(images[0], 0.778, oracle)]
     count = result.anchors.shape[1]

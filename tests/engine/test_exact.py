@@ -63,6 +63,16 @@ def test_attention_settings(engine, setup, ask, images, oracle, exact, settings)
     assert not torch.allclose(tokens.attention[row], other, atol=1e-4)
 
 
+def test_value_column_store(engine, setup, ask, images, exact):
+    live = engine(setup(bias_store="value_column"))
+    requests = [
+        ask("what shape is blue?", images[2], images[3]),
+        ask("is there a red circle?"),
+        ask("how many shapes?", images[4], rate=0.944),
+    ]
+    exact(live, requests, live.ask(requests))
+
+
 def test_merge_off(engine, setup, ask, images, oracle):
     live = engine(setup(merge=False))
     live.ask([ask("what shape is red?", images[0])])

@@ -75,7 +75,7 @@ def test_merging_equal_keys_and_values_with_log_size_changes_nothing(
     seed: int, bases: int, data: st.DataObject
 ) -> None:
     """The exactness law, through the real pipeline: tokens are copies, keys follow from tokens."""
-    x, to_key, to_value, query = _random(seed, (1, bases, 10), (10, 8), (10, 8), (6, 1, 8))
+    x, to_key, to_value, query = _random(seed, (1, bases, 64), (64, 8), (64, 8), (6, 1, 8))
     extra = data.draw(st.lists(st.integers(0, bases - 1), min_size=1, max_size=30))
     order = data.draw(st.permutations([*range(bases), *extra]))
     copies = x[:, torch.tensor(order)]
@@ -83,7 +83,7 @@ def test_merging_equal_keys_and_values_with_log_size_changes_nothing(
     assert sorted(order[anchor] for anchor in pruned.anchors[0].tolist()) == list(range(bases))
 
     def attend(tokens: Tensor, bias: Tensor) -> Tensor:
-        key, value = (0.3 * (tokens @ matrix)[:, None] for matrix in (to_key, to_value))
+        key, value = (0.1 * (tokens @ matrix)[:, None] for matrix in (to_key, to_value))
         return rectified_attention(query, key, value, bias, 8**-0.5, causal=False)
 
     full = attend(copies[0], torch.zeros(len(order)))
