@@ -1,0 +1,73 @@
+"""bf16 and fp8: the engine is as close to float32 as plain transformers, or as its own text.
+
+The oracle is fed the engine's own reduced embeddings. Errors are means over the decode steps of
+the largest difference of log-probabilities, averaged over six requests.
+"""
+
+import pytest
+import torch
+
+from era_vllm.lab.oracle import Oracle, Segment
+
+QUESTIONS = (
+    "what shape is red?",
+    "how many shapes?",
+    "what word is shown?",
+    "what number is shown?",
+    "is there a red circle?",
+    "what color is the star?",
+)
+
+
+@pytest.fixture(scope="module")
+def oracle_bf16():
+    """The Hugging Face model in bf16."""
+    from era_vllm.lab import CHECKPOINT
+
+    return Oracle(str(CHECKPOINT), torch.bfloat16)
+
+
+@pytest.fixture
+def errors(oracle, oracle_bf16):
+    """Mean errors against float32: of the engine, of transformers in bf16, and without the bias."""
+
+    def measure(live, requests, answers):
+        rows = []
+        for request, answer in zip(requests, answers, strict=True):
+            segments = []
+            for image in request.images:
+                _, result, row = live.pruned[live._key(image, live.config.pruning_rate, oracle)]
+                segments.append(Segment(result.embeds[row].float(), result.log_bias[row]))
+            ids, steps = [*answer.prompt_ids, *answer.token_ids][:-1], len(answer.token_ids)
+            exact = oracle.log_probs(ids, segments, steps)
+            others = (
+                answer.log_probs,
+                oracle_bf16.log_probs(ids, segments, steps),
+                oracle.log_probs(ids, segments, steps, bias=False),
+            )
+            rows.append([(other - exact).abs().amax(-1).mean() for other in others])
+        return torch.tensor(rows).mean(0).tolist()
+
+    return measure
+
+
+@pytest.mark.parametrize("store", ["key_columns", "value_column"])
+def test_bf16_is_as_close_as_transformers(engine, setup, ask, images, errors, store):
+    live = engine(setup(bias_store=store, llm={"dtype": "bfloat16"}))
+    requests = [ask(text, image) for text, image in zip(QUESTIONS, images, strict=False)]
+    ours, theirs, without = errors(live, requests, live.ask(requests))
+    print(f"bf16 {store}: engine {ours:.3f}, transformers {theirs:.3f}, no bias {without:.2f}")
+    assert ours <= 1.25 * theirs
+    assert without > 3 * 1.25 * theirs
+
+
+@pytest.mark.parametrize("store", ["key_columns", "value_column"])
+def test_fp8_cache_is_as_close_as_for_text(engine, setup, ask, images, errors, store):
+    live = engine(setup(bias_store=store, llm={"dtype": "bfloat16", "kv_cache_dtype": "fp8"}))
+    requests = [ask(text, image) for text, image in zip(QUESTIONS, images, strict=False)]
+    ours, _, without = errors(live, requests, live.ask(requests))
+    texts = [ask(text) for text in QUESTIONS]
+    text, _, _ = errors(live, texts, live.ask(texts))
+    print(f"fp8 {store}: pruned {ours:.3f}, text alone {text:.3f}, no bias {without:.2f}")
+    assert ours <= text
+    assert without > 3 * text
