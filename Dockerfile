@@ -1,8 +1,8 @@
 # The server, as an image:  docker build --target cpu -t era-vllm .
 #                           docker run -p 8000:8000 --shm-size 1g era-vllm
 # Targets: cpu (x86_64, aarch64); tools (what deploy/in_container.sh runs `make` in); cuda (not run
-# here: no GPU at hand when it was written). Name one: the builder before BuildKit makes every
-# stage above the target, so cpu comes first.
+# here: no GPU at hand when it was written). Always name one; cuda stands last because the builder
+# before BuildKit makes every stage above the target.
 # Optional, beside this file and out of git: wheels/ with *.whl that pip shall prefer, and with
 # ca-bundle.crt for a network with a certificate authority of its own.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
@@ -16,21 +16,23 @@ RUN apt-get update \
        then apt-get install -y --no-install-recommends python3-dev; fi \
     && rm -rf /var/lib/apt/lists/*
 
+FROM base AS tools
+RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+
 # What is installed but not ours is a layer of its own: a change of our code does not repeat it.
 FROM base AS source
 WORKDIR /src
-COPY LICENSE wheels* /wheels/
 COPY pyproject.toml LICENSE ./
+COPY LICENSE wheels* ./wheels/
 COPY deploy/environment.sh deploy/
-ENV PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN touch README.md
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 FROM source AS build-cpu
-RUN if [ -e /wheels/ca-bundle.crt ]; then export PIP_CERT=/wheels/ca-bundle.crt; fi \
-    && ERA_VENV=/opt/era ERA_INSTALL=".[cpu]" deploy/environment.sh
+RUN ERA_VENV=/opt/era ERA_INSTALL=".[cpu]" deploy/environment.sh
 COPY era_vllm era_vllm
 COPY server server
-RUN if [ -e /wheels/ca-bundle.crt ]; then export PIP_CERT=/wheels/ca-bundle.crt; fi \
-    && /opt/era/bin/pip install --no-deps --force-reinstall .
+RUN /opt/era/bin/pip install --no-deps --no-build-isolation --force-reinstall .
 
 FROM base AS runtime
 RUN useradd --create-home --uid 10001 era
@@ -46,17 +48,13 @@ ENTRYPOINT ["era-vllm", "serve", "--host", "0.0.0.0"]
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/era /opt/era
 
-FROM base AS tools
-RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
-
 # Not run here. The same steps with vLLM's CUDA wheel.
 FROM source AS build-cuda
-RUN if [ -e /wheels/ca-bundle.crt ]; then export PIP_CERT=/wheels/ca-bundle.crt; fi \
-    && python3 -m venv /opt/era && /opt/era/bin/pip install ".[cuda]"
+RUN if [ -e wheels/ca-bundle.crt ]; then export PIP_CERT=wheels/ca-bundle.crt; fi \
+    && python3 -m venv /opt/era && /opt/era/bin/pip install --find-links wheels ".[cuda]"
 COPY era_vllm era_vllm
 COPY server server
-RUN if [ -e /wheels/ca-bundle.crt ]; then export PIP_CERT=/wheels/ca-bundle.crt; fi \
-    && /opt/era/bin/pip install --no-deps --force-reinstall .
+RUN /opt/era/bin/pip install --no-deps --no-build-isolation --force-reinstall .
 
 FROM runtime AS cuda
 COPY --from=build-cuda /opt/era /opt/era

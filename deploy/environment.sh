@@ -21,7 +21,6 @@ fail() {  # what is wrong, what was found, what is needed, the next step
     exit 1
 }
 
-exec 9<pyproject.toml && flock 9  # one at a time: two `make` in one tree wait for each other
 trap 'echo "environment: stopped at line $LINENO of deploy/environment.sh" >&2' ERR
 
 platform="$(uname -s) $(uname -m)"
@@ -30,11 +29,14 @@ case $platform in
     *) fail "vLLM has no CPU wheel for this platform" "$platform" "Linux on x86_64 or aarch64" \
         "deploy/in_container.sh TARGET runs a make target in a Linux container" ;;
 esac
+exec 9<pyproject.toml; flock 9  # one at a time: two `make` in one tree wait for each other
 
 # ---- Nothing to do? ------------------------------------------------------------------------
-# An editable install records which top-level packages exist, hence their names in the stamp.
+# What decides the environment: pyproject.toml as far as the settings of the linters, this script,
+# the Python, and which top-level packages there are (an editable install records them).
 stamp() {
-    { cat pyproject.toml deploy/environment.sh; echo "${INSTALL[@]}"; "$VENV/bin/python" -VV; echo {.,server}/era_vllm*/__init__.py; } |
+    { sed '/^\[tool\.ruff\]/,$d' pyproject.toml; cat deploy/environment.sh; echo "${INSTALL[@]}"
+      "$VENV/bin/python" -VV; echo {.,server}/era_vllm*/__init__.py; } |
         sha256sum | cut -d' ' -f1
 }
 if [[ -x $VENV/bin/python && $(cat "$VENV/.stamp" 2>/dev/null) == "$(stamp)" ]]; then
@@ -74,16 +76,17 @@ fi
 # What pip cannot bring: torch.compile builds C++ against Python's headers when an engine starts,
 # and without libnuma vLLM's kernels do not load, which it tells as a missing operator.
 missing=
-command -v "${CXX:-g++}" >/dev/null || missing+="a C++ compiler (${CXX:-g++}), "
-"$VENV/bin/python" - <<'PY' || missing+="Python.h, "
-import pathlib, sys, sysconfig
-sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
-PY
+command -v "${CXX:-g++}" >/dev/null || missing+="C++ compiler (${CXX:-g++}), "
+INCLUDE=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+[[ -e $INCLUDE/Python.h ]] || missing+="$INCLUDE/Python.h, "
 "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing+="libnuma.so.1, "
-[[ -z $missing ]] || fail "vLLM's CPU engine cannot start here" "no ${missing%, }" \
+[[ -z $missing ]] || fail "vLLM's CPU engine cannot start here" "missing: ${missing%, }" \
     "a C++ compiler, Python.h and libnuma" "Debian, Ubuntu: apt-get install g++ python3-dev libnuma1"
 
 # ---- Install -------------------------------------------------------------------------------
+# Optional and out of git: wheels that pip shall prefer, a network's own certificate authority.
+[[ -d wheels ]] && export PIP_FIND_LINKS="$PWD/wheels ${PIP_FIND_LINKS:-}"
+[[ -e wheels/ca-bundle.crt ]] && export PIP_CERT=$PWD/wheels/ca-bundle.crt
 LOG=$VENV/install.log
 : >"$LOG"
 show() {  # every line to the log; on screen what pip is at, every 10 s

@@ -6,8 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 target=${1:?name a make target, as in: deploy/in_container.sh test}
 if ! docker info >/dev/null 2>&1; then
-    echo "make $target: $(uname -s) $(uname -m) has no CPU build of vLLM, so this runs in a container," \
-        "but no running Docker was found: install Docker (or start it) and repeat." >&2
+    echo "make $target: on $(uname -s) $(uname -m) this runs in a Linux container, and no running" \
+        "Docker was found: install Docker (or start it) and repeat." >&2
     exit 1
 fi
 docker build --quiet --target tools --tag era-vllm-tools \

@@ -3,6 +3,7 @@
 Decoders and hubs have their own error texts, long or leaking; these are replaced by one line.
 """
 
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -59,6 +60,7 @@ def model_config(model: str) -> dict[str, object]:
     """
     from transformers import PretrainedConfig
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         found, _ = PretrainedConfig.get_config_dict(model)
     except (OSError, ValueError) as error:
@@ -81,12 +83,12 @@ def open_oracle(model: str) -> "Oracle":
         UnsupportedError: a family that is not served.
     """
     era_architecture(architectures(model_config(model)))
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from era_vllm.lab.oracle import Oracle
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    set_verbosity_error()
+    disable_progress_bar()
     try:
         return Oracle(model)
     except OSError as error:

@@ -6,22 +6,22 @@ Private use: a row for each of our architectures, which chains the row of the or
 Remove when: vLLM lets an out-of-tree model see ``additional_config`` from its processor.
 """
 
+from collections.abc import Callable
+
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 
-def add(architecture: str, original: str) -> None:
-    """Have our settings resolved whenever an engine is configured with ``architecture``."""
+def add(architecture: str, original: str, resolve: Callable[[VllmConfig], None]) -> None:
+    """Have ``resolve`` called whenever an engine is configured with ``architecture``."""
 
     class EraModelConfig(VerifyAndUpdateConfig):
-        """Runs the original architecture's hook, then resolves ``EraConfig``."""
+        """Runs the original architecture's hook, then ours."""
 
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
             if (hook := MODELS_CONFIG_MAP.get(original)) is not None:
                 hook.verify_and_update_config(vllm_config)
-            from era_vllm.vllm_plugin.resolve import resolve
-
             resolve(vllm_config)
 
     MODELS_CONFIG_MAP[architecture] = EraModelConfig

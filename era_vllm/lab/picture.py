@@ -4,7 +4,7 @@ Left the picture as the model is given it, right the same picture with its prune
 
     bright, framed cell   an anchor, a token that is kept
     dark, tinted cell     a pruned token, merged into an anchor (black: dropped altogether)
-    white line            the tokens on its two sides belong to different anchors
+    light line            the tokens on its two sides belong to different anchors
     colour                the anchor's bias; exp(bias) = how many tokens it stands for
 
 Leaves out: choosing the tokens (``pipeline``), and where pixels come from (``oracle``). Pillow
@@ -23,14 +23,16 @@ from torch import Tensor
 from era_vllm.types import PrunedTokens
 
 _PANEL: Final = 720  # pixels, about: a whole number of cells
+_WIDE_PANEL: Final = 960  # where the grid is finer than _COARSE
+_COARSE: Final = 16
 _MARGIN: Final = 24
 _HEAD: Final = 84
 _FOOT: Final = 88
 _PAPER: Final = (250, 250, 248)
 _INK: Final = (32, 32, 36)
 _FAINT: Final = (104, 104, 112)
-_LINE: Final = (255, 255, 255)
-_DARKENED: Final = 0.42  # of a pruned token's grey, before its tint
+_LINE: Final = (225, 225, 225)
+_DARKENED: Final = 0.36  # of a pruned token's grey, before its tint
 _TINT: Final = 0.30
 # Dark to light at even steps, and told apart without red or green: blue, violet, orange, yellow.
 _COLOURS: Final = ((48, 76, 201), (145, 48, 178), (214, 63, 122), (246, 132, 68), (250, 226, 64))
@@ -56,7 +58,7 @@ def draw(
         segment: Which of the segments in ``pruned``.
 
     Returns:
-        An RGB picture of about 1500 x 900 pixels; ``cell_box`` says where each token lies in it.
+        An RGB picture of 1500 x 900 pixels or more; ``cell_box`` says where each token lies in it.
     """
     rows, columns = grid
     cell = cell_size(grid)
@@ -77,7 +79,7 @@ def draw(
         left, upper, right, lower = cell_box(anchor, grid)
         own = cell_box(anchor, grid, panel=0)
         sheet.paste(sheet.crop(own), (left, upper))
-        frame = max(2, cell // 12)
+        frame = max(2, cell // 10)
         pen.rectangle((left, upper, right - 1, lower - 1), outline=colour, width=frame)
         inner = (left + frame, upper + frame, right - 1 - frame, lower - 1 - frame)
         pen.rectangle(inner, outline=(0, 0, 0), width=1)
@@ -95,7 +97,8 @@ def draw(
 
 def cell_size(grid: tuple[int, int]) -> int:
     """Return the side of one token's cell in the drawing, in pixels."""
-    return max(8, _PANEL // max(grid))
+    side = max(grid)
+    return max(8, (_PANEL if side <= _COARSE else _WIDE_PANEL) // side)
 
 
 def cell_box(token: int, grid: tuple[int, int], panel: int = 1) -> tuple[int, int, int, int]:
@@ -148,13 +151,14 @@ def _darkened(
 
 def _draw_borders(pen: ImageDraw.ImageDraw, assignment: list[int], grid: tuple[int, int]) -> None:
     rows, columns = grid
+    thickness = 2 if cell_size(grid) > 48 else 1
     for token, anchor in enumerate(assignment):
         left, upper, right, lower = cell_box(token, grid)
         row, column = divmod(token, columns)
         if column + 1 < columns and assignment[token + 1] != anchor:
-            pen.line((right, upper, right, lower), _LINE, 2)
+            pen.line((right, upper, right, lower), _LINE, thickness)
         if row + 1 < rows and assignment[token + columns] != anchor:
-            pen.line((left, lower, right, lower), _LINE, 2)
+            pen.line((left, lower, right, lower), _LINE, thickness)
 
 
 def _draw_colour_bar(pen: ImageDraw.ImageDraw, top: float, width: int, upper: int) -> None:

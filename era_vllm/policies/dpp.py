@@ -26,12 +26,16 @@ class Policy:
     ridge: float = 0.1
     """Added to the kernel's diagonal, > 0: keeps it positive definite among near-duplicates."""
 
-    needs: ClassVar[frozenset[Signal]] = frozenset()
     prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
             raise ConfigError(f"policy 'dpp' ridge: got {self.ridge}, allowed: > 0")
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Nothing but the embeddings."""
+        return frozenset()
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """First the token most similar to all others, then the largest gain in volume."""

@@ -84,9 +84,11 @@ class Policy:
             kernel = quality[:, :, None] * similarity * quality[:, None]
             ridge = 0.1 * torch.eye(tokens.n, dtype=kernel.dtype, device=kernel.device)
             return dpp_map(kernel + ridge, penalty.argmin(-1), num_anchors)
-        if self.search == "multiplicative":
-            return farthest_first(similarity, penalty, num_anchors, multiplicative=True)
-        return farthest_first(similarity, self.entropy_penalty * penalty, num_anchors)
+        multiplicative = self.search == "multiplicative"
+        weight = self.entropy_penalty
+        return farthest_first(
+            similarity, penalty, num_anchors, weight=weight, multiplicative=multiplicative
+        )
 
     def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
         """BTR: each pruned token joins its most similar anchor; clusters become their mean."""

@@ -22,8 +22,12 @@ from era_vllm.types import Clusters, Signal, VisualTokens
 class Policy:
     """Mean of each of a cells that tile the token grid."""
 
-    needs: ClassVar[frozenset[Signal]] = frozenset()
     prompt_dependent: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Nothing: positions decide."""
+        return frozenset()
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """Return the central token of each cell, raster order."""

@@ -27,8 +27,12 @@ class Policy:
     seed: int = 0
     """Another seed, another draw."""
 
-    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.PIXEL_HASH})
     prompt_dependent: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """The hash that the draw starts from."""
+        return frozenset({Signal.PIXEL_HASH})
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """Return the a tokens whose hashes are smallest, ascending."""

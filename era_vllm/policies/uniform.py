@@ -16,8 +16,12 @@ from era_vllm.types import Clusters, Signal, VisualTokens
 class Policy:
     """Uniform stride in raster order."""
 
-    needs: ClassVar[frozenset[Signal]] = frozenset()
     prompt_dependent: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Nothing: positions decide."""
+        return frozenset()
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """Return floor(i n / a) for i < a."""

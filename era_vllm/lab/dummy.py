@@ -1,0 +1,96 @@
+"""A LLaVA-1.5 of any size without weights: config, processor and tokenizer, for ``load_format``
+``"dummy"``. What it takes to time a model that cannot be downloaded; its answers mean nothing.
+
+The vision tower is CLIP-L/14-336's, so an image has 576 tokens. The tokenizer is the shipped
+sample's. Leaves out timing (``demo_speed.py``).
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from era_vllm.lab import CHECKPOINT
+
+IMAGE_SIZE: Final = 336
+IMAGE_TOKENS: Final = 576
+"""Of CLIP-L/14-336: 24 x 24."""
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_IMAGE_TOKEN: Final = 4  # <image> in the sample's tokenizer
+_CLIP_L: Final = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaSize:
+    """The language model's shape; the defaults make 0.9 billion parameters."""
+
+    hidden: int = 2048
+    intermediate: int = 5632
+    layers: int = 17
+    heads: int = 16
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the layers, embeddings left out (the vocabulary is tiny)."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+
+
+def make_dummy_llava(folder: Path, size: LlamaSize | None = None) -> None:
+    """Write a checkpoint folder without weights.
+
+    Args:
+        folder: Made if need be.
+        size: Of the language model.
+
+    Mutates: config.json, processor_config.json and the tokenizer's files in folder.
+    """
+    size = size or LlamaSize()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        shutil.copyfile(CHECKPOINT / name, folder / name)
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": "bfloat16",
+        "image_seq_length": IMAGE_TOKENS,
+        "image_token_index": _IMAGE_TOKEN,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vision_config": _CLIP_L,
+        "text_config": {
+            "model_type": "llama",
+            "hidden_size": size.hidden,
+            "intermediate_size": size.intermediate,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.heads,
+            "head_dim": size.hidden // size.heads,
+            "max_position_embeddings": 2048,
+            "vocab_size": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
+        },
+    }
+    _write(folder / "config.json", config)
+    processor = json.loads((CHECKPOINT / "processor_config.json").read_text(encoding="utf-8"))
+    image = processor["image_processor"]
+    image["crop_size"] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image["size"] = {"shortest_edge": IMAGE_SIZE}
+    _write(folder / "processor_config.json", processor)
+
+
+def _write(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""Servers that a demonstration or a test starts beside itself, waits for, and always stops.
+
+Each is a process group of its own with its log in a file, on a free port of this machine. Leaves
+out what is served: the caller gives the command.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from tqdm import tqdm
+
+from era_vllm.errors import UnsupportedError
+from era_vllm.lab.progress import interval_s
+
+START_LIMIT_S: Final = 300.0
+_STOP_LIMIT_S: Final = 5.0
+_LOG_LINES: Final = 25
+_DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Server:
+    """One server process; a context manager that stops it."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> None:
+        """Start it on a free port, which is appended to the command.
+
+        Args:
+            name: For messages.
+            command: Without host and port.
+            environment: Variables set beside this process's own.
+            log: Where both of its outputs go.
+        """
+        self.name = name
+        self.port = free_port()
+        self.log = log
+        with log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def ready(self) -> bool:
+        """Ask for its health.
+
+        Raises:
+            UnsupportedError: it has ended; with the tail of its log.
+        """
+        if (code := self._process.poll()) is not None:
+            raise UnsupportedError(f"{self.name} ended with exit code {code}; {self._tail()}")
+        try:
+            with _DIRECT.open(f"{self.url}/health", timeout=5) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def late(self) -> UnsupportedError:
+        """Return the error of a server that does not come up."""
+        return UnsupportedError(f"{self.name} did not answer in time; {self._tail()}")
+
+    def stop(self) -> None:
+        """End its process group: ask, wait, then insist. Harmless when repeated."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is None or how == signal.SIGKILL:
+                try:
+                    os.killpg(self._process.pid, how)
+                except ProcessLookupError:
+                    break
+            try:
+                self._process.wait(_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def _tail(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        return "\n".join([f"the end of its log ({self.log}):", *lines])
+
+
+def wait_for(servers: Sequence[Server], limit_s: float = START_LIMIT_S) -> None:
+    """Wait until all of them answer, with a progress line.
+
+    Raises:
+        UnsupportedError: one has ended, or the time is over; with the tail of its log.
+    """
+    started = time.monotonic()
+    form = "{desc}: {n_fmt} of {total_fmt} ready [{elapsed}]"
+    waiting, shown = list(servers), started
+    with tqdm(total=len(servers), desc="starting servers", bar_format=form) as bar:
+        while waiting:
+            still = [server for server in waiting if not server.ready()]
+            now = time.monotonic()
+            if len(still) < len(waiting) or now - shown >= interval_s():
+                bar.n = len(servers) - len(still)
+                bar.refresh()
+                shown = now
+            waiting = still
+            if waiting and now - started > limit_s:
+                raise waiting[0].late()
+            time.sleep(0.3 if waiting else 0)
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
