@@ -229,6 +229,25 @@ def test_searches_differ_and_weigh_entropy() -> None:
     assert first == [int(entropy.argmin())] * 3
 
 
+@given(drawn=generic())
+def test_dpp_search_weighs_diversity_by_quality(drawn: tuple[VisualTokens, int]) -> None:
+    """Kernel q_i cos(x_i, x_j) q_j with q = 1 - entropy stretched to [0, 1]."""
+    tokens, count = drawn
+    count = min(count, 10)
+    assert tokens.attention is not None
+    entropy = oracle.head_entropy(tokens.attention[0].double().numpy())
+    spread = entropy.max() - entropy.min()
+    assume(spread > 1e-3)
+    quality = np.maximum(1 - (entropy - entropy.min()) / spread, 1e-3)
+    x = tokens.embeds[0].double().numpy()
+    x = quality[:, None] * x / np.linalg.norm(x, axis=1, keepdims=True)
+    kernel = x @ x.T + 0.1 * np.eye(tokens.n)
+    expected = oracle.greedy_log_det(kernel, int(entropy.argmin()), count)
+    assume(expected.margin > 1e-4)
+    found = prune(tokens, count, Policy(search="dpp", profile_weight=0.0)).anchors
+    assert found[0].tolist() == expected.anchors.tolist()
+
+
 def test_scores_are_needed_for_the_logit_saliency_only() -> None:
     assert Policy().needs == {Signal.ENCODER_ATTENTION}
     assert Policy(saliency="logit").needs == {Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES}

@@ -8,7 +8,7 @@ from era_vllm.pipeline import prune
 from era_vllm.policies.pool import Policy
 from era_vllm.types import VisualTokens
 
-GRIDS = [(1, 1), (1, 9), (9, 1), (2, 3), (5, 7), (7, 5), (3, 11), (12, 12), (13, 4)]
+GRIDS = [(1, 1), (1, 9), (9, 1), (2, 3), (5, 7), (7, 5), (3, 11), (2, 11), (10, 10), (13, 4)]
 
 
 def _tokens(height: int, width: int) -> VisualTokens:
