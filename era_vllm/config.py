@@ -43,6 +43,9 @@ class EraConfig:
     from. Source: ERA Fig. 6 (layer 22 of 24 in CLIP-L)."""
     attention_queries: Literal["all", "cls"] = "all"
     """Queries that the attention is averaged over. Source: reconstructed (METHODS X1)."""
+    positions: Literal["original", "compact"] = "original"
+    """``original``: anchors and text keep the positions they have unpruned; ``compact``: K tokens
+    take K positions. Source: METHODS X11."""
     bias_store: str = "key_columns"
     """Where a slot's bias is kept: a store of ``attention/bias_store.py``."""
     bias_columns: int | None = None
@@ -78,6 +81,12 @@ class EraConfig:
             "attention_queries",
             self.attention_queries,
             "'all' or 'cls'",
+        )
+        _check(
+            self.positions in ("original", "compact"),
+            "positions",
+            self.positions,
+            "'original' or 'compact'",
         )
         _check(
             columns is None or (_is_int(columns) and 1 <= columns <= 4),

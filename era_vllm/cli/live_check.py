@@ -47,7 +47,7 @@ def live_check(
     progress("asking plain transformers the same")
     with muted():
         result = compare(open_oracle(model), answer, sample.image, config, rate)
-    kept = len(answer.anchors)
+    kept = len(answer.segment.anchors)
     yield Finding(SECTION, "asked", f"{sample.file}: {question}")
     yield Finding(
         SECTION,

@@ -103,6 +103,5 @@ def live_answer(
         token_ids=[*output.prompt_token_ids, *completion.token_ids[:-1]],
         log_probs=torch.tensor(rows),
         segment=segments_of(pruned)[0],
-        anchors=pruned.anchors[0],
     )
     return answer, built

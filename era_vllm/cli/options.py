@@ -39,6 +39,10 @@ _FLAGS: Final[dict[str, dict[str, object]]] = {
         "metavar": "all|cls",
         "help": "queries that the attention is averaged over (default all)",
     },
+    "positions": {
+        "metavar": "original|compact",
+        "help": "whether anchors and text keep their unpruned positions (default original)",
+    },
     "bias_store": {"metavar": "NAME", "help": "where a slot's bias is kept (default key_columns)"},
     "bias_columns": {
         "type": int,

@@ -51,7 +51,10 @@ def measure(
         tokens = pruned.anchors.shape[1]
         for question in example.questions:
             text = f"USER: <image> {question.text} ASSISTANT:"
-            right += oracle.answer(text, segments_of(pruned)) == question.answer
+            right += (
+                oracle.answer(text, segments_of(pruned), positions=config.positions)
+                == question.answer
+            )
             asked += 1
     return Accuracy(config.policy, pruning_rate, tokens, right, asked)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 from PIL.Image import Image
 from torch import Tensor
 
@@ -34,7 +34,6 @@ class EngineAnswer:
     log_probs: Float32[Tensor, "m v"]
     """Over the whole vocabulary, for each token of the answer."""
     segment: Segment
-    anchors: Int[Tensor, "a"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +72,20 @@ def compare(
         config: The engine's settings.
         rate: The rate at which the engine pruned the image.
     """
-    positions, vocabulary = answer.log_probs.shape
+    steps, vocabulary = answer.log_probs.shape
 
     def difference(bias: bool) -> float:
-        expected = oracle.log_probs(answer.token_ids, [answer.segment], positions, bias=bias)
+        expected = oracle.log_probs(
+            answer.token_ids, [answer.segment], steps, positions=config.positions, bias=bias
+        )
         return float((expected - answer.log_probs).abs().max())
 
     with torch.inference_mode():
         own = oracle.reduce([image], config, rate)
         return Check(
-            positions,
+            steps,
             vocabulary,
             difference=difference(True),
             without_bias=difference(False) if bool(answer.segment.log_bias.any()) else None,
-            same_anchors=torch.equal(own.anchors[0], answer.anchors),
+            same_anchors=torch.equal(own.anchors[0], answer.segment.anchors),
         )

@@ -8,6 +8,7 @@ with it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -29,6 +30,10 @@ class Segment:
 
     embeds: Float[Tensor, "a d"]
     log_bias: Float32[Tensor, "a"]
+    anchors: Int[Tensor, "a"]
+    """Original indices, ascending."""
+    n: int
+    """Visual tokens before pruning."""
 
 
 class Oracle:
@@ -117,10 +122,11 @@ class Oracle:
         """
         tokens, policy = self.tokens(images, config), make_policy(config)
         if anchors.shape[1] == tokens.n:
-            return [Segment(embeds, torch.zeros(tokens.n)) for embeds in tokens.embeds]
+            bias = torch.zeros(tokens.n)
+            return [Segment(embeds, bias, anchors[0], tokens.n) for embeds in tokens.embeds]
         clusters = policy.merge(tokens, anchors)
-        pairs = zip(clusters.embeds, policy.log_bias(tokens, clusters), strict=True)
-        return [Segment(embeds, bias) for embeds, bias in pairs]
+        rows = zip(clusters.embeds, policy.log_bias(tokens, clusters), anchors, strict=True)
+        return [Segment(*row, tokens.n) for row in rows]
 
     @torch.inference_mode()
     def log_probs(
@@ -129,6 +135,7 @@ class Oracle:
         segments: Sequence[Segment],
         last: int,
         *,
+        positions: Literal["original", "compact"] = "original",
         bias: bool = True,
     ) -> Float32[Tensor, "m v"]:
         """Return log-probabilities over the vocabulary after each of the last m tokens.
@@ -138,6 +145,7 @@ class Oracle:
                 its segment.
             segments: One an image, in the order of the prompt.
             last: m.
+            positions: Whether anchors and text keep the positions they have unpruned.
             bias: False leaves the bias out: the control that a comparison must fail.
         """
         ids = torch.tensor([list(token_ids)])
@@ -155,10 +163,33 @@ class Oracle:
         hidden = self.model.model.language_model(
             inputs_embeds=embeds,
             attention_mask=mask.to(self.dtype),
-            position_ids=torch.arange(length)[None],
+            position_ids=self.position_ids(ids[0], segments, positions)[None],
             use_cache=False,
         ).last_hidden_state
         return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
+
+    def position_ids(
+        self,
+        token_ids: Int[Tensor, "t"],
+        segments: Sequence[Segment],
+        positions: Literal["original", "compact"],
+    ) -> Int[Tensor, "t"]:
+        """Return each token's position, spelled out token by token."""
+        if positions == "compact":
+            return torch.arange(len(token_ids))
+        waiting, places, place = list(segments), [], 0
+        left: list[int] = []
+        for token in token_ids.tolist():
+            if token != self.image_token:
+                places.append(place)
+                place += 1
+                continue
+            if not left:
+                segment = waiting.pop(0)
+                left = [place + index for index in segment.anchors.tolist()]
+                place += segment.n
+            places.append(left.pop(0))
+        return torch.tensor(places)
 
     def prompt_ids(self, text: str, num_anchors: Sequence[int]) -> list[int]:
         """Tokenize a prompt and widen each ``<image>`` to its number of anchors."""
@@ -169,12 +200,18 @@ class Oracle:
         return ids
 
     @torch.inference_mode()
-    def answer(self, text: str, segments: Sequence[Segment], max_tokens: int = 8) -> str:
+    def answer(
+        self,
+        text: str,
+        segments: Sequence[Segment],
+        max_tokens: int = 8,
+        positions: Literal["original", "compact"] = "original",
+    ) -> str:
         """Decode greedily; slow, for small models."""
         ids = self.prompt_ids(text, [len(segment.log_bias) for segment in segments])
         start = len(ids)
         for _ in range(max_tokens):
-            token = int(self.log_probs(ids, segments, 1).argmax())
+            token = int(self.log_probs(ids, segments, 1, positions=positions).argmax())
             if token == self.model.generation_config.eos_token_id:
                 break
             ids.append(token)
@@ -183,5 +220,5 @@ class Oracle:
 
 def segments_of(pruned: PrunedTokens) -> list[Segment]:
     """Return one segment an image."""
-    pairs = zip(pruned.embeds, pruned.log_bias, strict=True)
-    return [Segment(embeds, bias) for embeds, bias in pairs]
+    rows = zip(pruned.embeds, pruned.log_bias, pruned.anchors, strict=True)
+    return [Segment(*row, pruned.assignment.shape[1]) for row in rows]

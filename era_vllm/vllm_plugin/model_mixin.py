@@ -1,18 +1,22 @@
 """Turns a vLLM model of a family into a pruned one: prunes after the encoder, hands over the bias.
 
-embed_multimodal   tower + projector (vLLM's) -> prune -> embeddings with bias channels
-embed_input_ids    bias channels -> the step's bias buffer; embeddings -> vLLM's own merge
+embed_multimodal   tower + projector (vLLM's) -> prune -> embeddings with channels behind them
+embed_input_ids    channels -> the step's biases and offsets; embeddings -> vLLM's own merge
+forward            offsets + carried positions -> original positions (``positions.py``)
 attention          reads the bias buffer (``attention/layer.py``)
 """
 
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.sequence import IntermediateTensors
 
 from era_vllm.attention.bias_store import make_store
 from era_vllm.attention.layer import swap
@@ -23,7 +27,8 @@ from era_vllm.policies import make_policy
 from era_vllm.types import DEGENERATE_KINDS, PrunedTokens, Signal, VisualTokens
 from era_vllm.vllm_plugin.channels import pack, unpack
 from era_vllm.vllm_plugin.encoder_tap import EncoderTap
-from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.vllm_plugin.positions import AnchorOffsets, longer_rope_table, prompt_positions
+from era_vllm.vllm_plugin.processor import NUM_ANCHORS, NUM_TOKENS, PIXEL_HASH
 from era_vllm.vllm_plugin.resolve import era_config
 
 OnPrune = Callable[[VisualTokens, PrunedTokens], None]
@@ -32,6 +37,8 @@ OnPrune = Callable[[VisualTokens, PrunedTokens], None]
 class PrunedModelMixin(nn.Module):
     """Mixed in before a family's vLLM class."""
 
+    supports_mrope: ClassVar[Literal[True]] = True
+    """Read by vLLM where positions are carried (``positions`` "original")."""
     adapter: ClassVar[ModelAdapter]
     on_prune: OnPrune | None = None
     """Called with what was pruned and what came out; for inspection and tests."""
@@ -39,8 +46,12 @@ class PrunedModelMixin(nn.Module):
     """[kinds] int64: repaired inputs so far, in the order of ``types.Degenerate``."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.era = era_config(vllm_config.model_config.hf_config)
+        model_config = vllm_config.model_config
+        era = era_config(model_config.hf_config)
+        more = model_config.max_model_len if era.positions == "original" else 0
+        with longer_rope_table(model_config.hf_config.get_text_config(), more):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.era = era
         self.policy = make_policy(self.era)
         if missing := self.policy.needs - self.adapter.provides - {Signal.PIXEL_HASH}:
             raise UnsupportedError(
@@ -54,12 +65,14 @@ class PrunedModelMixin(nn.Module):
         store = partial(make_store, self.era.bias_store, self.era.bias_columns)
         language_model = self.adapter.language_model(self)
         self.bias_buffer = swap(language_model, vllm_config, store)
+        self.anchor_offsets = AnchorOffsets(self.bias_buffer.columns.shape[0])
         counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
         self.register_buffer("degenerate", counts, persistent=False)
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
-        """Return for each image [K, d + 3]: retained embeddings and their bias."""
+        """Return for each image [K, d + 5]: retained embeddings, their bias and index."""
         num_anchors, seeds = kwargs.pop(NUM_ANCHORS, None), kwargs.pop(PIXEL_HASH, None)
+        kwargs.pop(NUM_TOKENS, None)
         self.tap.clear()
         encoded = super().embed_multimodal(**kwargs)
         if len(encoded) == 0:
@@ -81,14 +94,43 @@ class PrunedModelMixin(nn.Module):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Write the step's biases and embed the step's tokens with vLLM's own merge."""
+        """Write the step's biases and offsets; embed its tokens with vLLM's own merge."""
         if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
             self.bias_buffer.clear()
+            self.anchor_offsets.clear()
             return super().embed_input_ids(input_ids, is_multimodal=is_multimodal)
-        pairs = [unpack(packed) for packed in multimodal_embeddings]
-        self.bias_buffer.write(is_multimodal, torch.cat([bias for _, bias in pairs]))
-        embeds = [embed for embed, _ in pairs]
+        images = [unpack(packed) for packed in multimodal_embeddings]
+        self.bias_buffer.write(is_multimodal, torch.cat([image.log_bias for image in images]))
+        self.anchor_offsets.write(is_multimodal, torch.cat([image.anchors for image in images]))
+        embeds = [image.embeds for image in images]
         return super().embed_input_ids(input_ids, embeds, is_multimodal=is_multimodal)
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[Int[Tensor, "3 t"], int]:
+        """Return a request's carried positions (called by vLLM once, where they are original)."""
+        images = [
+            (
+                feature.mm_position.offset,
+                feature.mm_position.length,
+                int(feature.data[NUM_TOKENS].data),
+            )
+            for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset)
+        ]
+        return prompt_positions(len(input_tokens), images)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor | IntermediateTensors:
+        """Run the language model; carried positions [3, t] become its own [t]."""
+        if positions.ndim == 2:
+            positions = self.anchor_offsets.add_to(positions)
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def get_mm_lora_token_counts(
         self, *, modality: str, mm_kwargs: object, num_mm_embeds: int
@@ -109,7 +151,8 @@ class PrunedModelMixin(nn.Module):
             self.degenerate += result.degenerate
             if self.on_prune is not None:
                 self.on_prune(group, result)
-            packed.update(zip(images, pack(result.embeds, result.log_bias), strict=True))
+            rows = pack(result.embeds, result.log_bias, result.anchors)
+            packed.update(zip(images, rows, strict=True))
         return [packed[image] for image in range(len(num_anchors))]
 
 

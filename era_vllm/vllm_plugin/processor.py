@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
@@ -20,6 +21,7 @@ from era_vllm.vllm_plugin.rates import KEY, effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
 
 NUM_ANCHORS = "era_num_anchors"
+NUM_TOKENS = "era_num_tokens"
 PIXEL_HASH = "era_pixel_hash"
 
 
@@ -40,6 +42,28 @@ class PrunedInfoMixin:
 
 class PrunedProcessorMixin(BaseMultiModalProcessor):
     """Over a family's processor: K placeholders, per-image rates, per-image identity."""
+
+    def apply(self, inputs, timing_ctx):  # noqa: ANN001, ANN201  # vLLM's signature
+        """Refuse a prompt that would reach past the rotary table; then vLLM's own.
+
+        Before it, since what is raised within leaves vLLM's sender cache ahead of its receiver, and
+        the next request with the same image comes back empty.
+        """
+        if self.info.era.positions == "original" and "image" in inputs.mm_data_items:
+            self._check_length(inputs.prompt, inputs.mm_data_items)
+        return super().apply(inputs, timing_ctx)
+
+    def _check_length(self, prompt: list[int], mm_items) -> None:  # noqa: ANN001
+        images = mm_items.get_items("image", ImageProcessorItems)
+        length = len(prompt) + sum(self._num_tokens(images, i) - 1 for i in range(len(images)))
+        allowed = self.info.get_hf_config().get_text_config().max_position_embeddings
+        if length > allowed:
+            raise VLLMValidationError(
+                f"the prompt is {length} tokens long before pruning, and with original positions "
+                f"the model allows {allowed}; shorten it, or serve with --era-positions compact",
+                parameter="prompt",
+                value=length,
+            )
 
     def _get_mm_hashes(self, inputs):  # noqa: ANN001, ANN202  # vLLM's signature
         own = without_rates(inputs.hf_processor_mm_kwargs)
@@ -78,6 +102,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         rates = self._rates(hf_processor_mm_kwargs, len(images))
         anchors = [self._num_anchors(images, i, rate) for i, rate in enumerate(rates)]
         processed_data[NUM_ANCHORS] = torch.tensor(anchors)
+        totals = [self._num_tokens(images, i) for i in range(len(images))]
+        processed_data[NUM_TOKENS] = torch.tensor(totals)
         processed_data[PIXEL_HASH] = torch.tensor([pixel_hash(image) for image in pixels])
         return processed_data
 
@@ -85,9 +111,10 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         own = without_rates(hf_processor_mm_kwargs)
+        # what positions need must also survive a prefix hit, which strips all other fields
         on_cpu = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         stock = super()._get_mm_fields_config(hf_inputs, own)
-        return {**stock, NUM_ANCHORS: on_cpu, PIXEL_HASH: on_cpu}
+        return {**stock, NUM_ANCHORS: on_cpu, NUM_TOKENS: on_cpu, PIXEL_HASH: on_cpu}
 
     def _get_prompt_updates(
         self,
@@ -108,6 +135,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         return effective_rates(kwargs, images, self.info.era)
 
     def _num_anchors(self, images: ImageProcessorItems, item: int, rate: float) -> int:
+        return self.info.era.num_anchors(self._num_tokens(images, item), rate)
+
+    def _num_tokens(self, images: ImageProcessorItems, item: int) -> int:
         size = images.get_image_size(item)
-        n = self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
-        return self.info.era.num_anchors(n, rate)
+        return self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)

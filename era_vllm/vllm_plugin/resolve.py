@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
+from era_vllm.vllm_plugin.positions import carry_positions
 from era_vllm.vllm_plugin.version import check_vllm_version
 
 
@@ -25,7 +26,10 @@ def resolve(vllm_config: VllmConfig) -> None:
     config = EraConfig.parse((raw.get("era") if isinstance(raw, dict) else None) or {})
     make_policy(config)
     _refuse(vllm_config)
-    vllm_config.model_config.hf_config.era = config.as_dict()
+    hf_config = vllm_config.model_config.hf_config
+    if config.positions == "original":
+        carry_positions(hf_config)
+    hf_config.era = config.as_dict()
 
 
 def era_config(hf_config: object) -> EraConfig:

@@ -15,6 +15,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import warnings  # noqa: E402
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
+from functools import partial  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -254,12 +255,15 @@ def difference(oracle: Oracle) -> Callable[[Engine, Request, Answer], Difference
             anchors = engine.anchors_of(image, rate, oracle)
             segments += oracle.recycle([image], engine.config, anchors)
         ids = [*answer.prompt_ids, *answer.token_ids][:-1]
+        expected = partial(
+            oracle.log_probs,
+            ids,
+            segments,
+            len(answer.token_ids),
+            positions=engine.config.positions,
+        )
         errors = [
-            (oracle.log_probs(ids, segments, len(answer.token_ids), bias=bias) - answer.log_probs)
-            .abs()
-            .max()
-            .item()
-            for bias in (True, False)
+            (expected(bias=bias) - answer.log_probs).abs().max().item() for bias in (True, False)
         ]
         print(f"difference {errors[0]:.1e}, without bias {errors[1]:.1e}: {request.text!r}")
         return Difference(*errors)

@@ -37,7 +37,11 @@ def errors(oracle, oracle_bf16):
             segments = []
             for image in request.images:
                 _, result, row = live.pruned[live._key(image, live.config.pruning_rate, oracle)]
-                segments.append(Segment(result.embeds[row].float(), result.log_bias[row]))
+                segments.append(
+                    Segment(
+                        result.embeds[row].float(), result.log_bias[row], result.anchors[row], 144
+                    )
+                )
             ids, steps = [*answer.prompt_ids, *answer.token_ids][:-1], len(answer.token_ids)
             exact = oracle.log_probs(ids, segments, steps)
             others = (

@@ -1,0 +1,138 @@
+"""Original positions: an anchor stands where its token stood, and text where it stood unpruned.
+
+vLLM carries M-RoPE positions through everything (chunks, prefix hits, preemption, speculation,
+decode), but not 1-D ones that run ahead of the token index. So the runner is told that the model
+is an M-RoPE model with three equal rows, and row 0 goes to its plain 1-D rotary embedding.
+
+    text        the unpruned place, from ``prompt_positions``, once a request
+    an anchor   the place of its image's first token there, plus the anchor's own index, which
+                rides with the embedding (``channels.py``) since it is known after the encoder only
+
+Leaves out M-RoPE models, whose anchors need three indices.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from era_vllm.errors import UnsupportedError
+
+ROPE_TYPES: Final = ("default", "linear", "llama3")
+"""Scalings whose table may be made longer without changing what it holds."""
+
+
+class AnchorOffsets(nn.Module):
+    """Where the anchors of one step stand within their images, at a fixed address."""
+
+    offsets: Tensor
+    """[rows] int64: index of an anchor within its image; 0 for text and padding."""
+    positions: Tensor
+    """[rows] int64: what the language model is given."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.register_buffer("offsets", torch.zeros(rows, dtype=torch.int64), persistent=False)
+        self.register_buffer("positions", torch.zeros(rows, dtype=torch.int64), persistent=False)
+
+    def write(self, is_visual: Bool[Tensor, "t"], anchors: Int[Tensor, "v"]) -> None:
+        """Set the offsets of the step's anchors, 0 elsewhere.
+
+        Args:
+            is_visual: True at the v tokens of the step that are anchors.
+            anchors: Their indices within their images, in the order of the tokens.
+
+        Mutates: offsets.
+        """
+        self.offsets.zero_()
+        step = self.offsets[: is_visual.shape[0]]
+        step.masked_scatter_(is_visual.to(step.device, non_blocking=True), anchors)
+
+    def clear(self) -> None:
+        """Set every offset to 0."""
+        self.offsets.zero_()
+
+    def add_to(self, carried: Int[Tensor, "3 t"]) -> Int[Tensor, "t"]:
+        """Return the 1-D positions of a step.
+
+        The offsets are used up: batches of idle data-parallel ranks call the model's forward
+        without embedding tokens first, and would be moved by what the last step left.
+
+        Mutates: positions, offsets. No host synchronisation; safe in CUDA graphs.
+        """
+        tokens = carried.shape[1]
+        out = self.positions[:tokens]
+        torch.add(carried[0], self.offsets[:tokens], out=out)
+        self.offsets.zero_()
+        return out
+
+
+def prompt_positions(
+    num_tokens: int, images: Sequence[tuple[int, int, int]]
+) -> tuple[Int[Tensor, "3 t"], int]:
+    """Return a prompt's positions, before anchors' own offsets, and what decoding adds.
+
+    Args:
+        num_tokens: t, tokens of the prompt as pruned (and what was generated before a preemption).
+        images: For each (first placeholder, placeholders K, visual tokens N), in order.
+
+    Returns:
+        Three equal rows, and the number of tokens removed: position = token index + that.
+    """
+    parts: list[Tensor] = []
+    removed = done = 0
+    for first, kept, total in images:
+        parts.append(torch.arange(done, first) + removed)
+        parts.append(torch.full((kept,), first + removed))
+        removed, done = removed + total - kept, first + kept
+    parts.append(torch.arange(done, num_tokens) + removed)
+    return torch.cat(parts).expand(3, -1), removed
+
+
+def carry_positions(hf_config: PretrainedConfig) -> None:
+    """Make vLLM carry positions for a 1-D RoPE model.
+
+    Set on the top-level config: the runner looks there too, while the language model reads its
+    own and still builds its plain rotary embedding (transformers_utils/config.py:656).
+
+    Raises:
+        UnsupportedError: a rotary embedding whose table depends on its length, or none.
+
+    Mutates: hf_config.
+    """
+    found = rope_type(hf_config.get_text_config())
+    if found not in ROPE_TYPES:
+        raise UnsupportedError(
+            f"positions 'original': got a language model with rope type {found!r}, allowed: "
+            f"{', '.join(ROPE_TYPES)}; use positions 'compact' (--era-positions compact)"
+        )
+    hf_config.mrope_section = [1, 1, 1]
+
+
+def rope_type(text_config: PretrainedConfig) -> str:
+    """Return the kind of rotary embedding that a language model's config asks for."""
+    parameters = getattr(text_config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return "none"
+    if "mrope_section" in parameters:
+        return "mrope"
+    return str(parameters.get("rope_type", "default"))
+
+
+@contextmanager
+def longer_rope_table(text_config: PretrainedConfig, more: int) -> Iterator[None]:
+    """Build the language model with ``more`` further rows in its rotary table.
+
+    Prompts end within ``max_position_embeddings`` (``PrunedProcessorMixin.apply``) and generation
+    adds at most ``max_model_len``, so a table of both can never be overrun.
+    """
+    rows = text_config.max_position_embeddings
+    text_config.max_position_embeddings = rows + more
+    try:
+        yield
+    finally:
+        text_config.max_position_embeddings = rows
