@@ -24,6 +24,7 @@ OTHER: dict[str, object] = {
     "attention_queries": "cls",
     "bias_store": "another",
     "bias_columns": 2,
+    "positions": "compact",
 }
 """Another valid value for every setting."""
 NAN, INF = float("nan"), float("inf")
