@@ -4,7 +4,7 @@ Each contract is one file to implement (see .github/CONTRIBUTING.md). The proper
 ``tests/contracts`` are run on every implementation found in ``policies/`` and ``attention/``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -70,6 +70,10 @@ class ModelAdapter(Protocol):
 
     def grid(self, hf_config: object) -> tuple[int, int]:
         """Rows and columns of one segment's token grid, known before encoding."""
+        ...
+
+    def split(self, inputs: Mapping[str, object], segments: int) -> list[dict[str, object]]:
+        """Cut the encoder's inputs into parts of at most so many segments, in order."""
         ...
 
     def language_model(self, model: nn.Module) -> nn.Module:

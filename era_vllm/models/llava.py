@@ -4,9 +4,10 @@ Every image is resized to the tower's one size, so N is fixed (576 for CLIP-L/14
 attention is that of the layer the features come from (``vision_feature_layer``), as in ERA Fig. 6.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
@@ -44,6 +45,13 @@ class LlavaAdapter(ModelAdapter):
             )
         side = vision.image_size // vision.patch_size
         return side, side
+
+    def split(self, inputs: Mapping[str, object], segments: int) -> list[dict[str, object]]:
+        """Cut the pictures, [images, 3, h, w]."""
+        pixels = inputs.get("pixel_values")
+        if not isinstance(pixels, Tensor):
+            return []
+        return [{**inputs, "pixel_values": part} for part in pixels.split(segments)]
 
     def language_model(self, model: nn.Module) -> nn.Module:
         """The module whose attention layers carry the bias."""

@@ -42,6 +42,8 @@ class PrunedModelMixin(nn.Module):
     adapter: ClassVar[ModelAdapter]
     on_prune: OnPrune | None = None
     """Called with what was pruned and what came out; for inspection and tests."""
+    images_per_pass: int
+    """Images that go through the tower at once: as many as vLLM profiled memory for."""
     degenerate: Tensor
     """[kinds] int64: repaired inputs so far, in the order of ``types.Degenerate``."""
 
@@ -59,6 +61,9 @@ class PrunedModelMixin(nn.Module):
                 f"{type(self).__name__} does not provide; choose dpp, pool, random or uniform"
             )
         self.grid = self.adapter.grid(self.config)
+        rows, columns = self.grid
+        budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.images_per_pass = max(1, budget // (rows * columns))
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         signals = self.policy.needs & self.adapter.provides
         self.tap = EncoderTap(layer, signals, self.era.attention_queries)
@@ -70,22 +75,28 @@ class PrunedModelMixin(nn.Module):
         self.register_buffer("degenerate", counts, persistent=False)
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
-        """Return for each image [K, d + 5]: retained embeddings, their bias and index."""
-        num_anchors, seeds = kwargs.pop(NUM_ANCHORS, None), kwargs.pop(PIXEL_HASH, None)
+        """Return for each image [K, d + 5]: retained embeddings, their bias and index.
+
+        The scheduler counts K tokens an image and may send more images than were profiled, so they
+        pass the tower in parts of at most ``images_per_pass``.
+        """
+        counts, seeds = kwargs.pop(NUM_ANCHORS, None), kwargs.pop(PIXEL_HASH, None)
         kwargs.pop(NUM_TOKENS, None)
-        self.tap.clear()
-        encoded = super().embed_multimodal(**kwargs)
-        if len(encoded) == 0:
-            return []
-        embeds = encoded if isinstance(encoded, Tensor) else torch.stack(list(encoded))
-        tokens = VisualTokens(
-            embeds,
-            self.grid,
-            attention=self.tap.take(Signal.ENCODER_ATTENTION),
-            scores=self.tap.take(Signal.ENCODER_SCORES),
-            seeds=seeds.flatten().to(embeds.device, non_blocking=True),
-        )
-        return self._pruned(tokens, num_anchors.flatten().tolist())  # a CPU tensor: no sync
+        done: list[Tensor] = []
+        for inputs in self.adapter.split(kwargs, self.images_per_pass):
+            self.tap.clear()
+            encoded = super().embed_multimodal(**inputs)
+            embeds = encoded if isinstance(encoded, Tensor) else torch.stack(list(encoded))
+            part = slice(len(done), len(done) + len(embeds))
+            tokens = VisualTokens(
+                embeds,
+                self.grid,
+                attention=self.tap.take(Signal.ENCODER_ATTENTION),
+                scores=self.tap.take(Signal.ENCODER_SCORES),
+                seeds=seeds.flatten()[part].to(embeds.device, non_blocking=True),
+            )
+            done += self._pruned(tokens, counts.flatten()[part].tolist())  # CPU tensor: no sync
+        return done
 
     def embed_input_ids(
         self,
