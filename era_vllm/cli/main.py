@@ -1,11 +1,11 @@
-"""``era-vllm``: serve, inspect, doctor, demo. Errors of ours end in one line, not a traceback."""
+"""``era-vllm``: the subcommands. Errors of ours end in one line, not a traceback."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from era_vllm import __version__
-from era_vllm.cli import demo, doctor, inspect, serve
+from era_vllm.cli import accuracy, demo, doctor, inspect, serve
 from era_vllm.errors import EraError
 
 DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their visual tokens.
@@ -14,6 +14,7 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm serve                         OpenAI server with the sample model, 78 % pruned
   era-vllm inspect photo.png             a picture of the tokens that are kept
   era-vllm demo                          two servers, a dozen pictures, both answers
+  era-vllm accuracy                      right answers of the engine, policies against rates
 """
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"era-vllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (serve, inspect, doctor, demo):
+    for module in (serve, inspect, doctor, demo, accuracy):
         module.add_parser(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "serve":

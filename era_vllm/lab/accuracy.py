@@ -2,7 +2,7 @@
 
     python -m era_vllm.lab.accuracy --pictures 100 --policies era dpp uniform --rates 0 .778 .889
 
-Leaves out the engine (``tests/server`` shows that it gives the same answers).
+Leaves out the engine: ``era-vllm accuracy`` (``cli/accuracy.py``) asks the same questions there.
 """
 
 import argparse
@@ -25,6 +25,7 @@ class Accuracy:
     """Right answers of one policy at one rate."""
 
     policy: str
+    positions: str
     pruning_rate: float
     tokens: int
     right: int
@@ -56,7 +57,24 @@ def measure(
                 == question.answer
             )
             asked += 1
-    return Accuracy(config.policy, pruning_rate, tokens, right, asked)
+    return Accuracy(config.policy, config.positions, pruning_rate, tokens, right, asked)
+
+
+def table(rows: Sequence[Accuracy]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        f"{rows[0].asked} questions, exact match, 95 % intervals",
+        "",
+        "| policy | positions | pruning rate | tokens | right |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        p, low, high = (100 * x for x in row.interval)
+        lines.append(
+            f"| {row.policy} | {row.positions} | {row.pruning_rate} | {row.tokens} | "
+            f"{p:.1f} % ({low:.1f}-{high:.1f}) |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -67,6 +85,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=777)
     parser.add_argument("--policies", nargs="+", default=["era", "dpp"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0, 0.5, 0.778, 0.889, 0.944])
+    parser.add_argument("--positions", choices=("original", "compact"), default="original")
     parser.add_argument("--no-merge", action="store_true")
     parser.add_argument("--no-bias", action="store_true")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -76,20 +95,17 @@ def main() -> None:
     rows: list[Accuracy] = []
     for policy in asked.policies:
         config = EraConfig(
-            policy=policy, merge=not asked.no_merge, bias=not asked.no_bias, max_pruning_rate=0.999
+            policy=policy,
+            positions=asked.positions,
+            merge=not asked.no_merge,
+            bias=not asked.no_bias,
+            max_pruning_rate=0.999,
         )
         rows += [measure(oracle, examples, config, rate) for rate in asked.rates]
     if asked.json:
         print(json.dumps([{**asdict(row), "interval": row.interval} for row in rows], indent=1))
         return
-    print(f"{rows[0].asked} questions, exact match, 95 % intervals\n")
-    print("| policy | pruning rate | tokens | right |\n|---|---|---|---|")
-    for row in rows:
-        p, low, high = (100 * x for x in row.interval)
-        print(
-            f"| {row.policy} | {row.pruning_rate} | {row.tokens} | "
-            f"{p:.1f} % ({low:.1f}-{high:.1f}) |"
-        )
+    print(table(rows))
 
 
 if __name__ == "__main__":
