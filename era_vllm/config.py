@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Final, Literal, cast
 
 from era_vllm.errors import ConfigError, unknown_name
 
 OptionValue = bool | int | float | str
+Gamma = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | None
+"""Exponents of the mass: one for all, one a layer, or [layer][KV head]; None = 1 everywhere."""
 DEFAULT_PRUNING_RATE: Final = 0.778
 """576 -> 128 tokens: the mildest budget of the field's LLaVA-1.5 tables."""
 
@@ -50,6 +52,8 @@ class EraConfig:
     """Where a slot's bias is kept: a store of ``attention/bias_store.py``."""
     bias_columns: int | None = None
     """Columns of the store; None = 1 for float32 caches, 2 for bf16 and fp8."""
+    gamma: Gamma = None
+    """A layer's KV head adds gamma x log_bias to its scores, >= 0; 1 is the paper's LAR."""
 
     def __post_init__(self) -> None:
         for name in ("pruning_rate", "max_pruning_rate"):
@@ -94,6 +98,13 @@ class EraConfig:
             columns,
             "an integer from 1 to 4, or null",
         )
+        _check(
+            _is_gamma(self.gamma),
+            "gamma",
+            self.gamma,
+            "a finite number >= 0, a list of them (one a layer), a list of lists of one length "
+            "([layer][KV head]), or null",
+        )
 
     @classmethod
     def parse(cls, raw: Mapping[str, object]) -> "EraConfig":
@@ -111,6 +122,7 @@ class EraConfig:
                 raise ConfigError(unknown_name("era setting", str(key), names))
         values = dict(raw)
         values["policy_options"] = _options(values.get("policy_options"))
+        values["gamma"] = _frozen(values.get("gamma"))
         top = values.get("max_pruning_rate")
         if "pruning_rate" not in values and _is_number(top):
             values["pruning_rate"] = min(DEFAULT_PRUNING_RATE, float(str(top)))
@@ -118,11 +130,26 @@ class EraConfig:
 
     def as_dict(self) -> dict[str, object]:
         """Return plain JSON values; ``parse`` gives the same config back."""
-        return {**asdict(self), "policy_options": dict(self.policy_options)}
+        gamma = json.loads(json.dumps(self.gamma))  # lists for tuples
+        return {**asdict(self), "policy_options": dict(self.policy_options), "gamma": gamma}
 
-    def at_rate(self, pruning_rate: float) -> "EraConfig":
-        """Return this config with another default rate."""
-        return replace(self, pruning_rate=pruning_rate)
+    def exponents(self, layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...] | None:
+        """Return gamma as [layers][kv_heads] of a language model; None = 1 everywhere.
+
+        Raises:
+            ConfigError: gamma has another number of layers or KV heads.
+        """
+        gamma = self.gamma
+        if gamma is None:
+            return None
+        rows = gamma if isinstance(gamma, tuple) else (gamma,) * layers
+        table = tuple(row if isinstance(row, tuple) else (row,) * kv_heads for row in rows)
+        if len(table) != layers or len(table[0]) != kv_heads:
+            raise ConfigError(
+                f"era setting gamma: got {len(table)} layers of {len(table[0])} KV heads; the "
+                f"language model has {layers} of {kv_heads}"
+            )
+        return table
 
     def fingerprint(self) -> str:
         """Hash of every setting that changes the numbers, for cache keys.
@@ -162,6 +189,33 @@ def _options(raw: object) -> tuple[tuple[str, OptionValue], ...]:
             raise ConfigError(_refusal(f"policy_options.{name}", value, allowed))
         options.append((str(name), cast(OptionValue, value)))
     return tuple(sorted(options))
+
+
+def _frozen(raw: object) -> object:
+    """Return nested tuples of floats for lists of numbers; what is neither stays, to be refused."""
+    if isinstance(raw, list | tuple):
+        return tuple(map(_frozen, cast(list[object] | tuple[object, ...], raw)))
+    return float(cast(float, raw)) if _is_number(raw) else raw
+
+
+def _is_gamma(value: object) -> bool:
+    if value is None or _is_exponent(value):
+        return True
+    if not isinstance(value, tuple) or not value:
+        return False
+    rows = cast(tuple[object, ...], value)
+    if all(map(_is_exponent, rows)):
+        return True
+    heads = {len(cast(tuple[object, ...], row)) for row in rows if isinstance(row, tuple)}
+    return len(heads) == 1 and 0 not in heads and all(map(_is_row, rows))
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_exponent, cast(tuple[object, ...], value)))
+
+
+def _is_exponent(value: object) -> bool:
+    return _is_number(value) and cast(float, value) >= 0
 
 
 def _check(ok: bool, name: str, got: object, allowed: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 from fractions import Fraction
 
 import pytest
@@ -25,6 +25,7 @@ OTHER: dict[str, object] = {
     "bias_store": "another",
     "bias_columns": 2,
     "positions": "compact",
+    "gamma": [[1.0, 0.5], [0.9, 0.0]],
 }
 """Another valid value for every setting."""
 NAN, INF = float("nan"), float("inf")
@@ -82,6 +83,9 @@ def test_unknown_settings_name_the_nearest() -> None:
         ("attention_layer", [1.0, "last", True, [1]]),
         ("attention_queries", ["ALL", "", None, 1, ["all"]]),
         ("bias_columns", [0, 5, -1, 1.0, "2", True]),
+        ("positions", ["Original", "", None, 1]),
+        ("gamma", [-0.1, NAN, INF, "1", True, {}, [], [[]], [1, True], [1, -1], [1, [1]]]),
+        ("gamma", [[[1], [1, 1]], [[1], []], [[1], [NAN]], [[[1]]], [["1"]], [None], [[1], None]]),
         ("policy_options", [0, False, "", "ab", ["ab"], [["a", 1]], [1], 3, {1: 2}]),
         ("policy_options", [{"a": value} for value in (None, [1], {"b": 1}, NAN, INF)]),
     ],
@@ -101,6 +105,7 @@ def test_bad_values_are_refused_by_name(name: str, bad: list[object]) -> None:
         ("attention_layer", [None, -2, 0, 22]),
         ("attention_queries", ["all", "cls"]),
         ("bias_columns", [None, 1, 4]),
+        ("gamma", [None, 0, 1, 2.5, [0.5], [0, 1.5], [[1]], [[0, 2], [1, 1]]]),
         ("policy_options", [{}, {"a": True, "b": 1, "c": 0.5, "d": "x"}]),
     ],
 )
@@ -126,9 +131,27 @@ def test_rates_of_single_images() -> None:
     for rate in (-0.1, 0.901, NAN, True, "0.5", None):
         with pytest.raises(ConfigError, match=r"got .*allowed: a number in \[0, 0.9\]"):
             config.check_rate(rate)  # type: ignore[arg-type]
-    assert config.at_rate(0.1) == replace(config, pruning_rate=0.1)
-    with pytest.raises(ConfigError):
-        config.at_rate(0.91)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "expected"),
+    [
+        (None, None),
+        (2, ((2.0, 2.0, 2.0), (2.0, 2.0, 2.0))),
+        ([2, 0.5], ((2.0, 2.0, 2.0), (0.5, 0.5, 0.5))),
+        ([[1, 2, 3], [4, 5, 6]], ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))),
+    ],
+)
+def test_exponents_of_two_layers_of_three_heads(gamma: object, expected: object) -> None:
+    assert EraConfig.parse({"gamma": gamma}).exponents(2, 3) == expected
+
+
+@pytest.mark.parametrize("gamma", [[1], [1, 1, 1], [[1, 1], [1, 1]], [[1, 1, 1]]])
+def test_exponents_for_another_model_are_refused_with_both_counts(gamma: list[object]) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"gamma: got {len(gamma)} layers of \d KV heads.*2 of 3"
+    ):
+        EraConfig.parse({"gamma": gamma}).exponents(2, 3)
 
 
 @pytest.mark.parametrize(
