@@ -5,7 +5,7 @@ reconstructed is an option here, with the recommended default and its number in 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from jaxtyping import Float32, Int
@@ -19,6 +19,8 @@ from era_vllm.steps.search import dpp_map, farthest_first
 from era_vllm.steps.similarity import gram, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
 
+_LARGE: Final = 1e3  # beyond it nothing changes any more but float32 overflows
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -27,7 +29,7 @@ class Policy:
     saliency: Saliency = "share"
     """X2: how attention becomes a distribution over heads."""
     temperature: float = 1.0
-    """X2: of the softmax forms of ``saliency``, > 0."""
+    """X2: of the softmax forms of ``saliency``, [0.001, 1000]."""
     mass_guard: float = 1e-3
     """X4: tokens below this fraction of the median attention mass get entropy 1."""
     profile_weight: float = 0.5
@@ -35,7 +37,7 @@ class Policy:
     search: Literal["additive", "multiplicative", "dpp"] = "additive"
     """X6: how entropy enters the greedy search."""
     entropy_penalty: float = 0.3
-    """X6: alpha, weight of the entropy in the additive search, >= 0."""
+    """X6: alpha, weight of the entropy in the additive search, [0, 1000]."""
     matching: Matching = "cosine"
     """X7: similarity by which a pruned token finds its anchor."""
     centroid: Literal["mean", "weighted"] = "mean"
@@ -43,25 +45,25 @@ class Policy:
     weighting: Literal["saliency", "literal", "log_size", "none"] = "saliency"
     """X9: weight of a pruned token in b: rho s / mean(s), ``literal_scale`` s, 1, or 0."""
     mass_scale: float = 0.39
-    """X9: rho, mean weight of a pruned token, >= 0; 0.39 reproduces the paper's figure."""
+    """X9: rho, mean weight of a pruned token, [0, 1000]; 0.39 reproduces the paper's figure."""
     literal_scale: float = 5.3
-    """X9: factor of the ``literal`` weighting, >= 0."""
+    """X9: factor of the ``literal`` weighting, [0, 1000]."""
 
     prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (self.temperature > 0, "> 0"),
-            "mass_guard": (self.mass_guard >= 0, ">= 0"),
-            "profile_weight": (0 <= self.profile_weight <= 1, "[0, 1]"),
-            "entropy_penalty": (self.entropy_penalty >= 0, ">= 0"),
-            "mass_scale": (self.mass_scale >= 0, ">= 0"),
-            "literal_scale": (self.literal_scale >= 0, ">= 0"),
+            "temperature": (1e-3, _LARGE),
+            "mass_guard": (0.0, _LARGE),
+            "profile_weight": (0.0, 1.0),
+            "entropy_penalty": (0.0, _LARGE),
+            "mass_scale": (0.0, _LARGE),
+            "literal_scale": (0.0, _LARGE),
         }
-        for name, (ok, allowed) in ranges.items():
-            if not ok:
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
                 raise ConfigError(
-                    f"policy 'era' {name}: got {getattr(self, name)}, allowed: {allowed}"
+                    f"policy 'era' {name}: got {getattr(self, name)}, allowed: [{low:g}, {high:g}]"
                 )
 
     @property

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
+from era_vllm.errors import ConfigError
 from era_vllm.steps.bias import log_cluster_size
 from era_vllm.steps.merge import merge_to_nearest
 from era_vllm.types import Clusters, Signal, VisualTokens
@@ -25,9 +26,13 @@ class Policy:
     """A random subset drawn without replacement, nested in a."""
 
     seed: int = 0
-    """Another seed, another draw."""
+    """Another seed, another draw; [0, 2**63)."""
 
     prompt_dependent: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise ConfigError(f"policy 'random' seed: got {self.seed}, allowed: 0 to 2**63 - 1")
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -119,6 +119,17 @@ def test_chat_template_writes_answers(processor: LlavaProcessor) -> None:
     assert unfinished == f"{TRAINED} red"
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "assistant"])
+def test_chat_template_keeps_pictures_of_every_role(processor: LlavaProcessor, role: str) -> None:
+    messages = [
+        {"role": role, "content": [{"type": "image"}, {"type": "text", "text": "dropped"}]},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "What color is the circle?"},
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert words(processor, text, add_special_tokens=False) == TRAINED
+
+
 def test_chat_template_without_a_picture(processor: LlavaProcessor) -> None:
     messages = [{"role": "user", "content": "how many shapes?"}]
     prompt = processor.apply_chat_template(messages, tokenize=False)

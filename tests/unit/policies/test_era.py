@@ -259,6 +259,7 @@ def test_scores_are_needed_for_the_logit_saliency_only() -> None:
         *(("temperature", 0.0), ("mass_guard", -1e-9), ("profile_weight", 1.01)),
         *(("profile_weight", -0.01), ("entropy_penalty", -0.1), ("mass_scale", -0.1)),
         *(("literal_scale", -0.1), ("temperature", float("nan"))),
+        *(("mass_scale", 1e38), ("temperature", 1e-300), ("entropy_penalty", 1e300)),
     ],
 )
 def test_ranges(option: str, value: float) -> None:
