@@ -26,13 +26,15 @@ class Policy:
     """A random subset drawn without replacement, nested in a."""
 
     seed: int = 0
-    """Another seed, another draw; [0, 2**63)."""
+    """Another seed, another draw; a signed 64-bit integer."""
 
     prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 1 << 63:
-            raise ConfigError(f"policy 'random' seed: got {self.seed}, allowed: 0 to 2**63 - 1")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ConfigError(
+                f"policy 'random' seed: got {self.seed}, allowed: 64 bits, -2**63 to 2**63 - 1"
+            )
 
     @property
     def needs(self) -> frozenset[Signal]:
