@@ -20,13 +20,12 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import policy_class, policy_names
 from era_vllm.types import Signal
-from era_vllm.vllm_plugin.launch import PLUGIN
-from era_vllm.vllm_plugin.version import TESTED, check_vllm_version
+from era_vllm.vllm_plugin.launch import PLUGIN, plugins_to_allow
+from era_vllm.vllm_plugin.version import INSTALL, TESTED, check_vllm_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-INSTALL: Final = "pip install 'era-vllm[cpu]' (no GPU) or 'era-vllm[cuda]' (NVIDIA GPU)"
 BROKEN: Final = f"an installed package is broken; in a fresh environment: {INSTALL}"
 
 
@@ -115,13 +114,12 @@ def plugin() -> Iterator[Finding]:
     if allowed is None:
         yield Finding(section, "VLLM_PLUGINS", "not set: vLLM loads every plugin")
         return
-    included = PLUGIN in [name.strip() for name in allowed.split(",")]
-    better = f"{allowed},{PLUGIN}" if allowed else PLUGIN
+    better = plugins_to_allow()
     yield Finding(
         section,
         "VLLM_PLUGINS",
-        f"{allowed!r}" + ("" if included else f": leaves out {PLUGIN!r}"),
-        "" if included else f"set VLLM_PLUGINS={better}, or unset it",
+        f"{allowed!r}" + ("" if better is None else f": leaves out {PLUGIN!r}"),
+        "" if better is None else f"set VLLM_PLUGINS={better}, or unset it",
     )
 
 

@@ -6,16 +6,22 @@ Decoders and hubs have their own error texts, long or leaking; these are replace
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final
 
 from PIL import Image, ImageOps
 
 from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.families import era_architecture
+from era_vllm.vllm_plugin.launch import architectures
+from era_vllm.vllm_plugin.launch import model_config as read_config
 
 if TYPE_CHECKING:
+    import torch
+
     from era_vllm.lab.oracle import Oracle
+
+_OVERHEAD_BYTES: Final = 2 << 30  # activations, KV cache, the libraries themselves
 
 
 def open_image(path: Path) -> Image.Image:
@@ -53,35 +59,28 @@ def open_image(path: Path) -> Image.Image:
 
 
 def model_config(model: str) -> dict[str, object]:
-    """Return a checkpoint's config.json.
+    """Return a checkpoint's config.json; the hub keeps quiet.
 
     Raises:
         ConfigError: no such checkpoint.
     """
-    from transformers import PretrainedConfig
-
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
-    try:
-        found, _ = PretrainedConfig.get_config_dict(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(_no_model(model)) from error
-    if not found:
-        raise ConfigError(_no_model(model))
-    return found
+    return read_config(model)
 
 
-def architectures(config: dict[str, object]) -> list[str]:
-    """Return the architecture names of a config.json."""
-    return list(cast(list[str] | None, config.get("architectures")) or [])
+def open_oracle(model: str, dtype: "torch.dtype | None" = None) -> "Oracle":
+    """Load a checkpoint in plain transformers.
 
-
-def open_oracle(model: str) -> "Oracle":
-    """Load a checkpoint in plain transformers, float32.
+    Args:
+        model: Checkpoint folder or name.
+        dtype: None = float32.
 
     Raises:
         ConfigError: no such checkpoint, or one that lacks files.
         UnsupportedError: a family that is not served.
     """
+    import torch
+
     era_architecture(architectures(model_config(model)))
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -90,7 +89,7 @@ def open_oracle(model: str) -> "Oracle":
     set_verbosity_error()
     disable_progress_bar()
     try:
-        return Oracle(model)
+        return Oracle(model, dtype or torch.float32)
     except OSError as error:
         raise ConfigError(
             f"model {model!r}: the checkpoint lacks weights, processor or tokenizer; needed a "
@@ -98,13 +97,59 @@ def open_oracle(model: str) -> "Oracle":
         ) from error
 
 
+def served_dtype(model: str) -> "torch.dtype":
+    """Return the number format that vLLM serves a checkpoint in, where nothing else is said.
+
+    The config's own, and bf16 for float32 (vllm/config/model.py, ``_resolve_auto_dtype``).
+    """
+    import torch
+
+    config = model_config(model)
+    parts = [config, *(config.get(part) or {} for part in ("text_config", "vision_config"))]
+    names = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    found = next((name for name in names if name), "float32")
+    return torch.float16 if found == "float16" else torch.bfloat16
+
+
+def lacking_memory(model: str, dtype: "torch.dtype", copies: int = 1) -> str:
+    """Say what is missing in main memory for copies of a model; empty if nothing is.
+
+    Args:
+        model: Checkpoint folder or name.
+        dtype: What the weights are loaded as.
+        copies: How many there will be at once.
+
+    Raises:
+        ConfigError: no such checkpoint.
+        UnsupportedError: a family that is not served.
+    """
+    import torch
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    era_architecture(architectures(model_config(model)))
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(AutoConfig.from_pretrained(model))
+    size = dtype.itemsize * sum(parameter.numel() for parameter in empty.parameters())
+    needed, free = copies * size + _OVERHEAD_BYTES, _free_bytes()
+    if free is None or needed <= free:
+        return ""
+    times = f"{copies} times " if copies > 1 else ""
+    return (
+        f"about {needed / 1e9:.0f} GB are needed (the model as {str(dtype).removeprefix('torch.')} "
+        f"{times}in main memory), {free / 1e9:.0f} GB are free"
+    )
+
+
+def _free_bytes() -> int | None:
+    """Return the main memory that is available; None where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kilobytes[0]) << 10 if kilobytes else None
+
+
 def display_name(model: str) -> str:
     """Return how a model is named in texts."""
     return f"{DEFAULT_NAME} (ships with era_vllm)" if model == DEFAULT_MODEL else model
-
-
-def _no_model(model: str) -> str:
-    return (
-        f"model {model!r}: no config.json could be read; needed a folder with a Hugging Face "
-        "checkpoint, or the name of one that can be downloaded from here"
-    )

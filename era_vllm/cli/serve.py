@@ -1,6 +1,7 @@
 """``era-vllm serve``: vLLM's OpenAI server with pruning switched on; takes every vLLM flag."""
 
 import argparse
+from typing import Final
 
 from era_vllm.cli.options import (
     DEFAULT_MODEL,
@@ -10,6 +11,11 @@ from era_vllm.cli.options import (
     refuse_unknown_era_flags,
 )
 from era_vllm.errors import ConfigError
+from era_vllm.vllm_plugin.version import check_vllm_version
+
+DEFAULT_KV_CACHE: Final = "1G"
+"""Of the sample model: about a hundred of its longest requests. vLLM would take most of the memory
+for a model of 8 MB, and not start where a neighbour uses some of it."""
 
 DESCRIPTION = """Run vLLM's own OpenAI server with visual tokens pruned.
 
@@ -40,15 +46,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped, or print the command."""
+    check_vllm_version()
     from era_vllm.vllm_plugin.launch import plan
-    from era_vllm_server.app import asked, serve
+    from era_vllm_server.app import asked, complete, serve
 
     refuse_unknown_era_flags(rest)
-    user = asked(rest, DEFAULT_MODEL)
-    if not user.model_given:
-        rest = [DEFAULT_MODEL, *rest]
-        if "--served-model-name" not in rest:
-            rest += ["--served-model-name", DEFAULT_NAME]
+    rest = with_model(rest)
+    user = asked(rest)
     launch = plan(
         user.model,
         era_settings(arguments),
@@ -60,8 +64,30 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             f"--tokenizer-mode: got {user.tokenizer_mode!r}, but pruning uses a renderer of its "
             "own over vLLM's 'hf' one; leave the flag out"
         )
+    words = complete(launch, rest)
     if arguments.print_command:
-        print(launch.command(rest))
+        print(launch.command(words))
         return 0
-    serve(launch, rest)
+    serve(launch, words)
     return 0
+
+
+def with_model(rest: list[str]) -> list[str]:
+    """Return the flags as typed, or in front of them the sample model, if they name none.
+
+    That one comes with a name and a KV cache of its size, where the flags do not say otherwise.
+    """
+    from era_vllm_server.app import asked
+
+    try:
+        if asked(rest).model is not None:
+            return rest
+    except ConfigError:  # with some flags vLLM demands a model in front; read on with ours there
+        pass
+    rest = [DEFAULT_MODEL, *rest]
+    user = asked(rest)
+    if user.served_model_name is None:
+        rest += ["--served-model-name", DEFAULT_NAME]
+    if user.kv_cache_memory_bytes is None:
+        rest += ["--kv-cache-memory-bytes", DEFAULT_KV_CACHE]
+    return rest

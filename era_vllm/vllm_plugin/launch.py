@@ -1,7 +1,7 @@
 """The flags that switch pruning on, for ``LLM()``, ``era-vllm serve`` and plain ``vllm serve``.
 
 One function decides them, so that the three ways give the same engine. A maximum rate of 0 gives
-none of them: the engine is stock vLLM.
+none of them: the engine is stock vLLM. What is left out: running vLLM (``server``).
 """
 
 import json
@@ -9,8 +9,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PretrainedConfig
+from typing import cast
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
@@ -32,23 +31,36 @@ class Launch:
     environment: Mapping[str, str]
     """Variables to set; empty unless ``VLLM_PLUGINS`` is set and leaves us out."""
 
-    def flags(self) -> list[str]:
-        """Return the same as flags of ``vllm serve``."""
-        out = []
-        for name, value in self.engine.items():
-            text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-            out += ["--" + name.replace("_", "-"), text]
-        return out
+    def arguments(self, rest: Sequence[str]) -> list[str]:
+        """Return the words behind ``vllm serve``: what was typed, then ours.
 
-    def command(self, rest: Sequence[str]) -> str:
-        """Return the plain ``vllm serve`` line that does the same.
+        The user's own ``--hf-overrides`` and ``--additional-config`` are part of ours (``plan``)
+        and left out, in every form: vLLM moves dotted ones (``--hf-overrides.a 1``) behind all
+        other words, where they would replace ours as a whole.
 
         Args:
             rest: Model and further flags, as typed.
         """
+        ours = {"--" + name.replace("_", "-"): value for name, value in self.engine.items()}
+        words, left = list[str](), iter(rest)
+        for word in left:
+            flag, sign, _ = word.partition("=")
+            if flag.partition(".")[0].replace("_", "-") not in ours:
+                words.append(word)
+            elif not sign:
+                next(left, None)  # its value
+        for flag, value in ours.items():
+            words += [flag, value if isinstance(value, str) else json.dumps(value, sort_keys=True)]
+        return words
+
+    def command(self, arguments: Sequence[str]) -> str:
+        """Return the plain ``vllm serve`` line that does the same.
+
+        Args:
+            arguments: What ``arguments`` returned.
+        """
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        words = ["vllm", "serve", *rest, *self.flags()]
-        return " ".join([*variables, shlex.join(words)])
+        return " ".join([*variables, shlex.join(["vllm", "serve", *arguments])])
 
 
 def plan(
@@ -86,13 +98,14 @@ def plan(
             f"hf_overrides['architectures']: got {overrides['architectures']!r}, but pruning "
             "chooses the architecture; drop it, or serve with --era-max-pruning-rate 0"
         )
-    architecture = era_architecture(_model_config(model).get("architectures"))
+    architecture = era_architecture(architectures(model_config(model)))
     engine = {
         "hf_overrides": {**overrides, "architectures": [architecture]},
         "tokenizer_mode": TOKENIZER_MODE,
         "additional_config": {**additional, "era": _changed(config)},
     }
-    return Launch(model, engine, _environment())
+    allowed = plugins_to_allow()
+    return Launch(model, engine, {} if allowed is None else {"VLLM_PLUGINS": allowed})
 
 
 def engine_args(model: str, settings: Mapping[str, object]) -> dict[str, object]:
@@ -106,17 +119,38 @@ def engine_args(model: str, settings: Mapping[str, object]) -> dict[str, object]
     return {"model": model, **launch.engine}
 
 
-def _model_config(model: str) -> dict[str, list[str] | None]:
+def model_config(model: str) -> dict[str, object]:
+    """Return a checkpoint's config.json.
+
+    Raises:
+        ConfigError: no such checkpoint; the hub's own long text is its cause, not part of it.
+    """
+    from transformers import PretrainedConfig
+
+    text = (
+        f"model {model!r}: no config.json could be read; needed a folder with a Hugging Face "
+        "checkpoint, or the name of one that can be downloaded from here"
+    )
     try:
         found, _ = PretrainedConfig.get_config_dict(model)
-    except OSError as error:
-        raise ConfigError(
-            f"model {model!r}: no config.json could be read; needed a folder with a Hugging Face "
-            f"checkpoint or a model name ({error})"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(text) from error
     if not found:
-        raise ConfigError(f"model {model!r}: no config.json found; needed a checkpoint folder")
+        raise ConfigError(text)
     return found
+
+
+def architectures(config: Mapping[str, object]) -> list[str]:
+    """Return the architecture names of a config.json."""
+    return list(cast(list[str] | None, config.get("architectures")) or [])
+
+
+def plugins_to_allow() -> str | None:
+    """Return what ``VLLM_PLUGINS`` must be for vLLM to load us; None where it does already."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None or PLUGIN in [name.strip() for name in allowed.split(",")]:
+        return None
+    return f"{allowed},{PLUGIN}" if allowed else PLUGIN
 
 
 def _changed(config: EraConfig) -> dict[str, object]:
@@ -125,10 +159,3 @@ def _changed(config: EraConfig) -> dict[str, object]:
     shown = ("pruning_rate", "policy")
     values = config.as_dict().items()
     return {name: value for name, value in values if name in shown or value != default[name]}
-
-
-def _environment() -> dict[str, str]:
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is None or PLUGIN in [name.strip() for name in allowed.split(",")]:
-        return {}
-    return {"VLLM_PLUGINS": f"{allowed},{PLUGIN}" if allowed else PLUGIN}

@@ -6,6 +6,7 @@ processor; the number K and the picture's hash travel to the model beside the pi
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from transformers import BatchFeature
@@ -28,7 +29,7 @@ PIXEL_HASH = "era_pixel_hash"
 class PrunedInfoMixin:
     """Over a family's ``ProcessingInfo``: the encoder still works on N tokens an image."""
 
-    @property
+    @cached_property
     def era(self) -> EraConfig:
         """The engine's settings."""
         return era_config(self.ctx.model_config.hf_config)
@@ -122,12 +123,14 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         hf_processor_mm_kwargs,
         out_mm_kwargs,  # noqa: ANN001
     ) -> Sequence[PromptUpdate]:
+        if "image" not in mm_items:
+            return []
         token = self.info.get_hf_config().image_token_index
+        images = mm_items.get_items("image", ImageProcessorItems)
+        rates = self._rates(hf_processor_mm_kwargs, len(images))
 
         def placeholders(item: int) -> list[int]:
-            images = mm_items.get_items("image", ImageProcessorItems)
-            rate = self._rates(hf_processor_mm_kwargs, len(images))[item]
-            return [token] * self._num_anchors(images, item, rate)
+            return [token] * self._num_anchors(images, item, rates[item])
 
         return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
 

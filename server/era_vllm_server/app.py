@@ -17,7 +17,7 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from era_vllm.errors import UnsupportedError
+from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import Launch
 
 
@@ -25,19 +25,20 @@ from era_vllm.vllm_plugin.launch import Launch
 class Asked:
     """What the user's own vLLM flags say about things that pruning sets too."""
 
-    model: str
-    model_given: bool
+    model: str | None
     hf_overrides: Mapping[str, object]
     additional_config: Mapping[str, object]
     tokenizer_mode: str
+    served_model_name: Sequence[str] | None
+    kv_cache_memory_bytes: int | None
 
 
-def serve(launch: Launch, rest: Sequence[str]) -> None:
+def serve(launch: Launch, arguments: Sequence[str]) -> None:
     """Serve until stopped.
 
     Args:
-        launch: vLLM arguments and environment that switch pruning on.
-        rest: Model and further flags of ``vllm serve``, as typed; ours come last and win.
+        launch: Environment that switches pruning on.
+        arguments: What ``complete`` returned for it.
 
     Raises:
         UnsupportedError: ``VLLM_USE_RUST_FRONTEND``, whose renderer is not ours.
@@ -48,7 +49,7 @@ def serve(launch: Launch, rest: Sequence[str]) -> None:
             "unset it"
         )
     os.environ.update(launch.environment)
-    run([*rest, *launch.flags()])
+    run(arguments)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -59,20 +60,51 @@ def run(arguments: Sequence[str]) -> None:
     command.cmd(parsed)
 
 
-def asked(arguments: Sequence[str], default_model: str) -> Asked:
-    """Read, with vLLM's own parser, those flags that ours are merged with."""
-    _, parsed = _parsed(arguments)
+def asked(arguments: Sequence[str]) -> Asked:
+    """Read, with vLLM's own parser, those flags that ours are merged with.
+
+    Raises:
+        ConfigError: vLLM's parser raised, as where flags come without the model that they need.
+    """
+    _, parsed = _parsed(arguments, model=None)  # not the model that vLLM takes if none is named
     return Asked(
-        model=parsed.model_tag or default_model,
-        model_given=parsed.model_tag is not None,
+        model=parsed.model_tag or parsed.model,  # the latter from a --config file
         hf_overrides=parsed.hf_overrides,
         additional_config=parsed.additional_config,
         tokenizer_mode=parsed.tokenizer_mode,
+        served_model_name=parsed.served_model_name,
+        kv_cache_memory_bytes=parsed.kv_cache_memory_bytes,
     )
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[ServeSubcommand, Namespace]:
+def complete(launch: Launch, rest: Sequence[str]) -> list[str]:
+    """Return the words behind ``vllm serve``, once vLLM's parser reads from them what we mean.
+
+    Args:
+        launch: vLLM arguments that switch pruning on.
+        rest: Model and further flags of ``vllm serve``, as typed.
+
+    Raises:
+        ConfigError: a flag of the user's replaces one of ours.
+    """
+    arguments = launch.arguments(rest)
+    _, parsed = _parsed(arguments)
+    for name, value in launch.engine.items():
+        if (found := getattr(parsed, name)) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag}: vLLM reads {found!r} from all flags together, but pruning needs "
+                f"{value!r}; write yours in full as {flag} '{{...}}', not abbreviated or dotted "
+                "in a file"
+            )
+    return arguments
+
+
+def _parsed(arguments: Sequence[str], **defaults: object) -> tuple[ServeSubcommand, Namespace]:
     parser = FlexibleArgumentParser(prog="era-vllm")
     command = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers(dest="subparser"))
-    return command, parser.parse_args([command.name, *arguments])
+    command.subparser_init(parser.add_subparsers(dest="subparser")).set_defaults(**defaults)
+    try:
+        return command, parser.parse_args([command.name, *arguments])
+    except (ValueError, IndexError, OSError) as error:  # what it lets through from its own steps
+        raise ConfigError(f"vLLM cannot read the flags: {error}") from error

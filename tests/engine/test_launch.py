@@ -1,16 +1,25 @@
 """Switching on: flags for the three ways, what they refuse, and that nothing in-tree changes."""
 
+import copy
 import json
 import shlex
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from vllm.exceptions import VLLMClientError
 
 import era_vllm
+from era_vllm.cli.findings import engine_config
+from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.lab import CHECKPOINT
+from era_vllm.vllm_plugin import processor
+from era_vllm.vllm_plugin.cache_keys import pruned_hashes
 from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.launch import plan
+from era_vllm.vllm_plugin.refusals import REFUSALS, refuse
 from era_vllm.vllm_plugin.version import check_vllm_version
 
 MODEL = str(CHECKPOINT)
@@ -38,7 +47,7 @@ def test_the_users_own_overrides_are_kept():
 def test_command_is_a_shell_line_of_the_same_flags(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
     launch = plan(MODEL, {"pruning_rate": 0.889})
-    words = shlex.split(launch.command([MODEL, "--port", "9"]))
+    words = shlex.split(launch.command(launch.arguments([MODEL, "--port", "9"])))
     assert words[:3] == ["VLLM_PLUGINS=lora_filesystem_resolver,era", "vllm", "serve"]
     assert json.loads(words[words.index("--additional-config") + 1])["era"]["pruning_rate"] == 0.889
     with pytest.raises(ConfigError, match="leaves out 'era'"):
@@ -100,11 +109,94 @@ def test_untested_vllm_does_not_break_a_stock_process(monkeypatch):
         plan(MODEL, {})
 
 
+def renderer_registry(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm.renderers.registry", None)
+
+
+def models_config_map(monkeypatch):
+    monkeypatch.delattr("vllm.model_executor.models.config.MODELS_CONFIG_MAP")
+    monkeypatch.delattr("era_vllm.compat.models_config_map")
+    monkeypatch.delitem(sys.modules, "era_vllm.compat.models_config_map")
+
+
+def supported_archs(monkeypatch):
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    monkeypatch.delattr(type(ModelRegistry), "get_supported_archs")
+
+
+@pytest.mark.parametrize("moved", [renderer_registry, models_config_map, supported_archs])
+def test_a_vllm_whose_parts_have_moved_goes_on_without_us(monkeypatch, caplog, moved):
+    era_vllm.register()
+    moved(monkeypatch)
+    monkeypatch.setattr("vllm.__version__", "0.33.0")
+    era_vllm.register()
+    assert "made for vLLM 0.32.x, found 0.33.0" in caplog.text
+
+
+def test_without_vllm_the_way_to_install_it_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'era-vllm\[cpu\]'"):
+        era_vllm.engine_args(MODEL)
+
+
+WANTED = {
+    "pipeline parallelism": ("parallel_config.pipeline_parallel_size", 2),
+    "prefill context parallelism": ("parallel_config.prefill_context_parallel_size", 2),
+    "decode context parallelism": ("parallel_config.decode_context_parallel_size", 2),
+    "micro-batches": ("parallel_config.ubatch_size", 2),
+    "speculative decoding": ("speculative_config", SimpleNamespace(method="eagle")),
+    "encoder CUDA graphs": ("compilation_config.cudagraph_mm_encoder", True),
+    "given embeddings": ("model_config.multimodal_config.enable_mm_embeds", True),
+    "an encoder without": ("model_config.multimodal_config.mm_encoder_only", True),
+}
+
+
+@pytest.fixture(scope="module")
+def pruning_config():
+    """The config of an engine that prunes, as vLLM builds it."""
+    return engine_config(era_vllm.engine_args(MODEL))
+
+
+@pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.feature)
+def test_each_refusal_is_told_with_what_works(pruning_config, row):
+    (path, value), *more = (
+        change for name, change in WANTED.items() if row.feature.startswith(name)
+    )
+    assert not more
+    refuse(pruning_config)
+    with pytest.raises(UnsupportedError) as refused:
+        refuse(changed(pruning_config, {path: value}))
+    assert (
+        str(refused.value) == f"era_vllm cannot prune with {row.feature}: {row.why}; {row.instead}"
+    )
+
+
+def test_all_refusals_are_told_at_once(pruning_config):
+    with pytest.raises(UnsupportedError) as refused:
+        refuse(changed(pruning_config, dict(WANTED.values())))
+    assert all(f"{row.feature}: {row.why}" in str(refused.value) for row in REFUSALS)
+
+
+def changed(config, values):
+    """A copy of vLLM's config with some fields set, as where a platform allows them."""
+    config = copy.copy(config)
+    for path, value in values.items():
+        *parents, field = path.split(".")
+        part = config
+        for name in parents:
+            setattr(part, name, copy.copy(getattr(part, name)))
+            part = getattr(part, name)
+        setattr(part, field, value)
+    return config
+
+
 @pytest.mark.parametrize(
     ("llm", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"enable_mm_embeds": True}, "--enable-mm-embeds"),
+        ({"mm_encoder_only": True}, "--mm-encoder-only"),
         ({"additional_config": {"era": {"pruning_rat": 1}}}, "did you mean 'pruning_rate'"),
     ],
     ids=lambda value: str(value)[:30],
@@ -128,16 +220,67 @@ def test_settings_are_in_every_images_identity(engine, setup, ask, images):
     assert swapped == pair[::-1]
 
 
+def test_our_version_is_in_every_images_identity(monkeypatch):
+    def salted():
+        return pruned_hashes(["a"], [0.5], EraConfig(), "sha256")
+
+    before = salted()
+    assert salted() == before
+    monkeypatch.setattr("era_vllm.__version__", "0.0.0")
+    assert salted() != before
+
+
+def test_an_array_of_pictures_is_one_request_of_several(engine, setup, ask, images):
+    live = engine(setup())
+    pair = [np.asarray(image.convert("RGB")) for image in images[:2]]
+    request = ask("?", *images[:2], rate=(0.5, 0.778)).prompt()
+    for value in (pair, np.stack(pair)):
+        (rendered,) = rendered_by(live, {**request, "multi_modal_data": {"image": value}})
+        lengths = [place.length for place in rendered["mm_placeholders"]["image"]]
+        assert lengths == [72, 32]
+    one = ask("?", images[0], rate=0.5).prompt()
+    (rendered,) = rendered_by(live, {**one, "multi_modal_data": {"image": pair[0]}})
+    assert len(rendered["mm_placeholders"]["image"]) == 1
+
+
+def test_a_callers_prompt_is_left_as_it_was(engine, setup, images):
+    live = engine(setup())
+    ids = live.llm.get_tokenizer()("USER: <image> ? ASSISTANT:")["input_ids"]
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": [images[0]]}}
+    before = dict(prompt)
+    assert len(rendered_by(live, prompt)[0]["prompt_token_ids"]) > 32
+    assert prompt == before
+
+
+def test_rates_are_worked_out_as_often_for_many_images_as_for_one(
+    engine, setup, ask, images, monkeypatch
+):
+    live, calls, stock = engine(setup()), [], processor.effective_rates
+    monkeypatch.setattr(
+        processor, "effective_rates", lambda *args: calls.append(args) or stock(*args)
+    )
+    counts = []
+    for count in (1, 4):
+        calls.clear()
+        hashes(live, ask(f"{count}?", *images[6 : 6 + count], rate=0.6))
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
+    info = live.llm.llm_engine.renderer.mm_processor.info
+    assert info.era is info.era
+
+
 def hashes(engine, request):
     """The multimodal hashes that vLLM's renderer gives a request's images."""
-    (rendered,) = engine.llm.llm_engine.renderer.render_cmpl([engine_prompt(engine, request)])
-    return rendered["mm_hashes"]["image"]
+    return rendered_by(engine, request.prompt())[0]["mm_hashes"]["image"]
 
 
-def engine_prompt(engine, request):
+def rendered_by(engine, prompt):
+    """What an engine's renderer makes of a prompt."""
     from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-    return parse_model_prompt(engine.llm.llm_engine.model_config, request.prompt())
+    live = engine.llm.llm_engine
+    prompts = [parse_model_prompt(live.model_config, prompt)]
+    return live.renderer.render_cmpl(prompts, skip_mm_cache=True)  # the engine never sees them
 
 
 @pytest.mark.parametrize("rate", [-0.1, 0.96, "half", [0.5, 0.5], float("nan")], ids=str)

