@@ -4,7 +4,7 @@ Each contract is one file to implement (see .github/CONTRIBUTING.md). The proper
 ``tests/contracts`` are run on every implementation found in ``policies/`` and ``attention/``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -85,22 +85,6 @@ class ModelAdapter(Protocol):
         ...
 
 
-RectifiedAttention = Callable[
-    [
-        Float[Tensor, "t hq dh"],  # queries
-        Float[Tensor, "s hkv dh"],  # keys
-        Float[Tensor, "s hkv dv"],  # values
-        Float32[Tensor, "s"],  # log_bias of each key
-        float,  # scale
-    ],
-    Float[Tensor, "t hq dv"],
-]
-"""softmax(scale q.k + log_bias) v, causal with the queries as the last t of the s positions.
-
-``attention.reference`` is the dense float32 oracle; a kernel with a per-key bias has this shape.
-"""
-
-
 @dataclass(frozen=True, slots=True)
 class StoreLimits:
     """Where a bias store is exact; outside of it the server refuses at start-up."""
@@ -118,11 +102,14 @@ class BiasStore(Protocol):
 
     ``attention/layer.py`` calls ``before`` and ``after`` around vLLM's own ``Attention``, so the
     bias is written by vLLM's own cache write and lives exactly as long as the slot.
+
+    A layer's KV head may weigh the bias by an exponent (``EraConfig.gamma``, gamma x log_bias): a
+    store is then asked for the columns of each head's own bias.
     """
 
     limits: ClassVar[StoreLimits]
     scaled: ClassVar[Literal["k", "v"]]
-    """Which of a calibrated cache's scales the columns are divided by."""
+    """Whose rows hold the bias: ``read`` is given these."""
 
     @property
     def extra_columns(self) -> int:
@@ -130,9 +117,9 @@ class BiasStore(Protocol):
         ...
 
     def columns(
-        self, bias: Float32[Tensor, "t"], width: int, scale: float, dtype: torch.dtype
-    ) -> Float[Tensor, "t w"]:
-        """Return a step's columns, one row a token, as they are appended to every head."""
+        self, bias: Float32[Tensor, "*r"], width: int, scale: float, dtype: torch.dtype
+    ) -> Float[Tensor, "*r w"]:
+        """Return the columns that stand for each bias; the exponent is in the bias."""
         ...
 
     def before(
@@ -140,17 +127,24 @@ class BiasStore(Protocol):
         query: Float[Tensor, "t hq dh"],
         key: Float[Tensor, "t hkv dh"],
         value: Float[Tensor, "t hkv dh"],
-        columns: Float[Tensor, "t w"],
+        columns: Float[Tensor, "t h w"],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value widened by w columns, just before vLLM's cache write."""
+        """Return query, key and value widened by w columns, just before vLLM's cache write.
+
+        Args:
+            columns: Of the step's tokens; h is 1 (the same for all) or one a KV head.
+        """
         ...
 
     def after(self, out: Float[Tensor, "t hq dw"], head_size: int) -> Float[Tensor, "t hq dh"]:
         """Return the attention output of the original head size."""
         ...
 
-    def cache_scale(self, calibrated: float) -> float:
-        """Return the scale to use instead of a calibrated one (fp8 caches), given what it is."""
+    def cache_scale(self, tensor: Literal["q", "k", "v"], calibrated: float) -> float:
+        """Return the scale to use instead of a calibrated one (fp8 caches; 1 = not calibrated).
+
+        It was measured on tensors without columns, and has to hold them with columns.
+        """
         ...
 
     def read(

@@ -8,6 +8,10 @@ cache, preemption and KV transfer carry it, and a slot that is written again hol
     ValueColumn   q~ = [q, 0]   k~ = [k, 0]   v~ = [m v, m] with m = exp(log_bias); the output's
                   last column is the new denominator: divide by it
 
+The columns are a KV head's own already. So an exponent per layer and KV head (``gamma``: bias
+gamma x log_bias, mass m ** gamma) costs no cache: a store is given each head's own bias, and rounds
+its column once.
+
 Leaves out: which layers do this and with which head size (``layer.py``), one step's biases
 (``bias_buffer.py``).
 """
@@ -25,6 +29,23 @@ from era_vllm.contracts import BiasStore, StoreLimits
 from era_vllm.errors import ConfigError, unknown_name
 
 _FP8: Final = torch.float8_e4m3fn
+_LARGEST_FP8: Final = 448.0
+_MASS_UNIT: Final = 4.0
+"""Smallest scale of fp8 values times mass. Masses are rounded on its grid, which is also the grid
+of every larger power of two up to ``_COARSEST``: the cache does not round them again."""
+_COARSEST: Final = 64.0
+"""Largest scale of fp8 values times mass: a mass of 1 is still a normal number (2^-6)."""
+_LARGEST_MASS: Final = _LARGEST_FP8 * _MASS_UNIT
+"""1792, held in fp8 and float16 caches; an anchor stands for no more than its segment's tokens."""
+_HEADROOM: Final = 500.0
+"""A calibrated value scale covers values; this mass times the largest of them must fit too."""
+_UNCALIBRATED: Final = 8.0
+"""Value scale where none was calibrated: values of 7 with a mass of 500 fit (8 x 448), and values
+down to 1/8 keep fp8's relative precision."""
+_FINEST_KEY_SCALE: Final = 2.0**-7
+"""Columns of up to 448/128 fit: for heads of 64 a bias of 28, for heads of 256 one of 14."""
+_FINEST_QUERY_SCALE: Final = 0.25
+"""The query constant 64 is divided by the query's scale and must stay below 448."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +79,13 @@ class KeyColumns:
         return 64.0 if self.kv_dtype == _FP8 else 1.0
 
     def columns(
-        self, bias: Float32[Tensor, "t"], width: int, scale: float, dtype: torch.dtype
-    ) -> Float[Tensor, "t w"]:
-        """Return one row a token: the rounded bias, its remainders, then zeros."""
+        self, bias: Float32[Tensor, "*r"], width: int, scale: float, dtype: torch.dtype
+    ) -> Float[Tensor, "*r w"]:
+        """Return for each bias: its rounded value, the remainders, then zeros."""
         rest = bias / (scale * self.query_constant)
         parts = []
         for _ in range(self.num_columns):
-            stored = rest.to(self.kv_dtype).float()
+            stored = _rounded(rest, self.kv_dtype)
             parts.append(stored)
             rest = rest - stored
         return pad(torch.stack(parts, -1), (0, width - self.num_columns)).to(dtype)
@@ -74,14 +95,14 @@ class KeyColumns:
         query: Float[Tensor, "t hq dh"],
         key: Float[Tensor, "t hkv dh"],
         value: Float[Tensor, "t hkv dh"],
-        columns: Float[Tensor, "t w"],
+        columns: Float[Tensor, "t h w"],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value widened by w columns, just before vLLM's cache write."""
         width = columns.shape[-1]
         constant = pad(query, (0, self.num_columns), value=self.query_constant)
         return (
             pad(constant, (0, width - self.num_columns)),
-            torch.cat([key, columns[:, None].expand(-1, key.shape[1], -1)], -1),
+            torch.cat([key, columns.expand(-1, key.shape[1], -1)], -1),
             pad(value, (0, width)),
         )
 
@@ -89,9 +110,12 @@ class KeyColumns:
         """Drop the columns of the attention output: they are sums of zeros."""
         return out[..., :head_size]
 
-    def cache_scale(self, calibrated: float) -> float:
+    def cache_scale(self, tensor: Literal["q", "k", "v"], calibrated: float) -> float:
         """Round up to a power of two: any other factor would undo the split into remainders."""
-        return 2.0 ** math.ceil(math.log2(calibrated))
+        if tensor == "v":
+            return calibrated
+        finest = _FINEST_QUERY_SCALE if tensor == "q" else _FINEST_KEY_SCALE
+        return max(finest, _power_of_two(calibrated))
 
     def read(
         self, rows: Float[Tensor, "m hkv dw"], head_size: int, scale: float
@@ -131,24 +155,28 @@ class ValueColumn:
         return 1
 
     def columns(
-        self, bias: Float32[Tensor, "t"], width: int, scale: float, dtype: torch.dtype
-    ) -> Float[Tensor, "t w"]:
-        """Return one row a token: the rounded mass (1 for text), then zeros."""
+        self, bias: Float32[Tensor, "*r"], width: int, scale: float, dtype: torch.dtype
+    ) -> Float[Tensor, "*r w"]:
+        """Return for each bias: the rounded mass (1 for text), then zeros."""
         del scale
-        mass = bias.exp().to(self.kv_dtype).float()
-        return pad(mass[:, None], (0, width - 1)).to(dtype)
+        mass = bias.exp()
+        if self.kv_dtype in (_FP8, torch.float16):
+            mass = mass.clamp_max(_LARGEST_MASS)
+        unit = _MASS_UNIT if self.kv_dtype == _FP8 else 1.0
+        mass = _rounded(mass / unit, self.kv_dtype) * unit
+        return pad(mass[..., None], (0, width - 1)).to(dtype)
 
     def before(
         self,
         query: Float[Tensor, "t hq dh"],
         key: Float[Tensor, "t hkv dh"],
         value: Float[Tensor, "t hkv dh"],
-        columns: Float[Tensor, "t w"],
+        columns: Float[Tensor, "t h w"],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return query and key padded, and value times mass with the mass appended."""
         width = columns.shape[-1]
-        mass = columns[:, None, :1]
-        appended = columns[:, None].expand(-1, value.shape[1], -1)
+        mass = columns[..., :1]
+        appended = columns.expand(-1, value.shape[1], -1)
         return pad(query, (0, width)), pad(key, (0, width)), torch.cat([value * mass, appended], -1)
 
     def after(self, out: Float[Tensor, "t hq dw"], head_size: int) -> Float[Tensor, "t hq dh"]:
@@ -159,9 +187,17 @@ class ValueColumn:
         total = out[..., head_size : head_size + 1].float().clamp_min(0.5)
         return (out[..., :head_size].float() / total).to(out.dtype)
 
-    def cache_scale(self, calibrated: float) -> float:
-        """Widen the value scale: values times mass reach further than values."""
-        return calibrated * (8.0 if calibrated == 1.0 else 64.0)
+    def cache_scale(self, tensor: Literal["q", "k", "v"], calibrated: float) -> float:
+        """Widen the value scale, since values times mass reach further than values.
+
+        To a power of two, or the mass would be rounded a second time when it is stored. 1 is
+        vLLM's value for "not calibrated".
+        """
+        if tensor != "v":
+            return calibrated
+        if calibrated == 1.0:
+            return _UNCALIBRATED
+        return min(_COARSEST, max(_MASS_UNIT, _power_of_two(_HEADROOM * calibrated)))
 
     def read(
         self, rows: Float[Tensor, "m hkv dw"], head_size: int, scale: float
@@ -169,6 +205,17 @@ class ValueColumn:
         """Return the bias held by m slots, given the slots' value rows out of the cache."""
         del scale
         return rows[..., head_size].float().log()
+
+
+def _rounded(x: Float32[Tensor, "*r"], dtype: torch.dtype) -> Float32[Tensor, "*r"]:
+    """Round to a cache's number format; fp8 saturates (torch's own cast may give NaN)."""
+    if dtype == _FP8:
+        x = x.clamp(-_LARGEST_FP8, _LARGEST_FP8)
+    return x.to(dtype).float()
+
+
+def _power_of_two(x: float) -> float:
+    return 2.0 ** math.ceil(math.log2(x))
 
 
 STORES: Final = {"key_columns": KeyColumns, "value_column": ValueColumn}

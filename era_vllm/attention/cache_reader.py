@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from era_vllm.attention.layer import RectifiedAttention, stored_dtype
+from era_vllm.compat import attention_impl
 from era_vllm.errors import CacheError
 
 _BASE = 16  # digits + 1 are exact in every cache dtype, fp8-e4m3 included
@@ -19,7 +20,7 @@ _BASE = 16  # digits + 1 are exact in every cache dtype, fp8-e4m3 included
 def read_bias(
     layer: RectifiedAttention, slots: Int[Tensor, "m"], block_size: int
 ) -> Float32[Tensor, "m hkv"]:
-    """Return the bias that each slot holds, per KV head.
+    """Return the bias that each slot holds, per KV head: gamma x log_bias where gamma is set.
 
     Args:
         layer: A rectified layer whose cache has been allocated.
@@ -30,7 +31,7 @@ def read_bias(
         CacheError: the cache cannot be read on this backend.
     """
     rows = read_rows(layer, slots, block_size)
-    return layer.store.read(rows, layer.unwidened_head_size, layer.impl.scale)
+    return layer.store.read(rows, layer.unwidened_head_size, attention_impl.scale_of(layer))
 
 
 def read_rows(
@@ -51,7 +52,7 @@ def read_rows(
 
 
 def _scale(layer: RectifiedAttention) -> float:
-    return layer._k_scale_float if layer.store.scaled == "k" else layer._v_scale_float
+    return attention_impl.cache_scale(layer, layer.store.scaled)
 
 
 def _positions(layer: RectifiedAttention, block_size: int) -> Int[Tensor, "p dw"]:
@@ -68,7 +69,7 @@ def _positions(layer: RectifiedAttention, block_size: int) -> Int[Tensor, "p dw"
         row = digit.expand(-1, heads, -1).contiguous()
         nothing = torch.zeros_like(row)
         pair = (row, nothing) if layer.store.scaled == "k" else (nothing, row)
-        layer.impl.do_kv_cache_update(layer, *pair, scratch, slots)
+        attention_impl.write_slots(layer, *pair, scratch, slots)
         read = _values(layer, scratch)[0, 0].flatten().float().round().long()
         is_row |= read > 0
         found += (read - 1).clamp_min(0) * place

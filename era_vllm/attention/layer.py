@@ -5,17 +5,22 @@ names, isinstance checks, the KV cache spec and the layer name stay vLLM's. Noth
 the page size follows from the wider head, and the backend is vLLM's choice for it.
 """
 
-from collections.abc import Callable
-
 import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from era_vllm.attention.bias_buffer import BiasBuffer
-from era_vllm.compat import static_forward_context
+from era_vllm.attention.bias_store import make_store
+from era_vllm.compat import attention_impl, static_forward_context
+from era_vllm.config import EraConfig
 from era_vllm.contracts import BiasStore
 from era_vllm.errors import UnsupportedError
 
@@ -24,39 +29,40 @@ class RectifiedAttention(Attention):
     """``Attention`` whose keys carry a per-token bias in extra columns of the head."""
 
     def __init__(
-        self, stock: Attention, store: BiasStore, buffer: BiasBuffer, vllm_config: VllmConfig
+        self,
+        stock: Attention,
+        store: BiasStore,
+        buffer: BiasBuffer,
+        index: int,
+        vllm_config: VllmConfig,
     ) -> None:
-        impl = stock.impl
-        sinks = getattr(impl, "sinks", None)
-        slopes = getattr(impl, "alibi_slopes", None)
-        super().__init__(
-            stock.num_heads,
-            widened_head_size(stock, store),
-            impl.scale,
-            num_kv_heads=stock.num_kv_heads,
-            alibi_slopes=None if slopes is None else slopes.tolist(),
-            use_alibi_sqrt=stock.use_alibi_sqrt,
-            cache_config=vllm_config.cache_config,
-            quant_config=stock.quant_config,
-            per_layer_sliding_window=stock.sliding_window,
-            prefix=stock.layer_name,
-            kv_sharing_target_layer_name=stock.kv_sharing_target_layer_name,
-            **({} if sinks is None else {"sinks": sinks}),
-        )
+        """Build a wider layer from a stock one.
+
+        Args:
+            index: Of the layer in the language model, from 0.
+        """
+        arguments = attention_impl.constructor_arguments(stock, vllm_config)
+        super().__init__(head_size=widened_head_size(stock, store), **arguments)
         self.unwidened_head_size = stock.head_size
         self.store = store
         self.buffer = buffer
+        self.index = index
+        self.fitted_scales: dict[str, float] = {}
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Adapt the fp8 cache scale that the columns are divided by: calibrated without them."""
+        """Fit the fp8 cache's scales to the columns: they were calibrated without them.
+
+        Runs again when weights are loaded anew; a scale that is still ours is left alone.
+        """
         super().process_weights_after_loading(act_dtype)
         if stored_dtype(self) != torch.float8_e4m3fn:
             return
-        name = f"_{self.store.scaled}_scale"
-        scale = self.store.cache_scale(getattr(self, f"{name}_float"))
-        getattr(self, name).fill_(scale)
-        setattr(self, f"{name}_float", scale)
-        setattr(self, f"{name}_cpu", torch.tensor(scale))
+        for tensor in attention_impl.SCALED:
+            given = attention_impl.cache_scale(self, tensor)
+            if given != self.fitted_scales.get(tensor):
+                fitted = self.store.cache_scale(tensor, given)
+                self.fitted_scales[tensor] = fitted
+                attention_impl.set_cache_scale(self, tensor, fitted)
 
     def forward(
         self,
@@ -79,28 +85,26 @@ class RectifiedAttention(Attention):
             query.view(tokens, self.num_heads, size),
             key.view(tokens, self.num_kv_heads, size),
             value.view(tokens, self.num_kv_heads, size),
-            self.buffer.columns[:tokens],
+            self.buffer.of_layer(self.index, tokens),
         )
-        out = super().forward(*wide, output_dtype=output_dtype)
+        flat = (x.flatten(1) for x in wide)  # vLLM quantises queries of two dimensions only
+        out = super().forward(*flat, output_dtype=output_dtype)
         narrow = self.store.after(out.view(tokens, self.num_heads, self.head_size), size)
         return narrow.reshape(tokens, self.num_heads * size)
 
 
-def swap(
-    language_model: nn.Module,
-    vllm_config: VllmConfig,
-    make_store: Callable[[torch.dtype], BiasStore],
-) -> BiasBuffer:
+def swap(language_model: nn.Module, vllm_config: VllmConfig, era: EraConfig) -> BiasBuffer:
     """Replace every attention layer of the language model; call at the end of a model's __init__.
 
     Args:
-        make_store: KV cache dtype -> bias store.
+        era: Says which store, and gamma.
 
     Returns:
         The buffer that one step's biases are written to, shared by all layers.
 
     Raises:
         UnsupportedError: a layer that cannot be widened exactly.
+        ConfigError: gamma is not for this model's layers and heads.
         CacheError: vLLM's layer table does not hold a layer under its own name.
     """
     owners = [
@@ -112,21 +116,43 @@ def swap(
             "so a bias cannot be attached; allowed: decoder-only models with standard attention"
         )
     first: Attention = owners[0].attn
-    store = make_store(stored_dtype(first))
+    store = make_store(era.bias_store, era.bias_columns, stored_dtype(first))
     width = widened_head_size(first, store) - first.head_size
     scheduler = vllm_config.scheduler_config
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     rows = max(scheduler.max_num_batched_tokens, graphs)
-    buffer = BiasBuffer(rows, width, store, first.impl.scale, torch.get_default_dtype())
-    for owner in owners:
+    scale, gamma = attention_impl.scale_of(first), _exponents(era, owners, vllm_config)
+    buffer = BiasBuffer(rows, width, store, scale, torch.get_default_dtype(), gamma)
+    for index, owner in enumerate(owners):
         stock: Attention = owner.attn
         _check(stock, first, store)
         static_forward_context.release(vllm_config, stock)
-        owner.attn = RectifiedAttention(stock, store, buffer, vllm_config)
-    # Triton's split-KV scratch, LMCache's pages and NIXL's hash are sized by this number, not by
-    # the KV cache spec (v1/attention/backends/triton_attn.py:113).
-    vllm_config.model_config.model_arch_config.head_size = first.head_size + width
+        owner.attn = RectifiedAttention(stock, store, buffer, index, vllm_config)
+    attention_impl.announce_head_size(vllm_config, first.head_size + width)
     return buffer
+
+
+def heads_of_rank(total: int, size: int, rank: int) -> slice:
+    """Return a rank's KV heads: its share, or its copy of one where ranks outnumber heads."""
+    first = rank * total // size
+    return slice(first, first + max(1, total // size))
+
+
+def _exponents(
+    era: EraConfig, owners: list[nn.Module], vllm_config: VllmConfig
+) -> Float32[Tensor, "l h"] | None:
+    """Return the exponents of this rank's KV heads."""
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    if (table := era.exponents(len(owners), total)) is None:
+        return None
+    size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    exponents = torch.tensor(table, dtype=torch.float32)[:, heads_of_rank(total, size, rank)]
+    if odd := [owner.attn for owner in owners if owner.attn.num_kv_heads != exponents.shape[1]]:
+        raise UnsupportedError(
+            f"gamma: {odd[0].layer_name} has {odd[0].num_kv_heads} KV heads on rank {rank} of "
+            f"{size}, expected {exponents.shape[1]} of the model's {total}; leave gamma out"
+        )
+    return exponents.contiguous()
 
 
 def stored_dtype(layer: Attention) -> torch.dtype:
@@ -139,13 +165,16 @@ def stored_dtype(layer: Attention) -> torch.dtype:
 def widened_head_size(stock: Attention, store: BiasStore) -> int:
     """Return the smallest head size that holds the store's columns and that the platform takes.
 
-    On a GPU a multiple of 8, and vLLM selects the backend anew for it. On a CPU one of a fixed
-    list; its fp8 cache wants multiples of 32 although no ``supports_*`` call says so.
+    On a GPU a multiple of 8, for an fp8 cache of 16 (FlashAttention 3 on Hopper), and vLLM selects
+    the backend anew for it. On a CPU one of a fixed list; its fp8 cache wants multiples of 32
+    although no ``supports_*`` call says so.
     """
     needed = stock.head_size + store.extra_columns
+    fp8 = stock.kv_cache_dtype.startswith("fp8")
     if not current_platform.is_cpu():
-        return -(-needed // 8) * 8
-    step = 32 if stock.kv_cache_dtype.startswith("fp8") else 16
+        step = 16 if fp8 else 8
+        return -(-needed // step) * step
+    step = 32 if fp8 else 16
     sizes = stock.attn_backend.get_supported_head_sizes()
     fitting = [size for size in sizes if size >= needed and size % step == 0]
     if not fitting:
@@ -173,7 +202,18 @@ def _check(stock: Attention, first: Attention, store: BiasStore) -> None:
             f"{name}: KV cache of {stock.kv_cache_torch_dtype}, the first layer's is "
             f"{first.kv_cache_torch_dtype}; one dtype is needed (kv_cache_dtype_skip_layers)"
         )
-    if getattr(stock.impl, "logits_soft_cap", None) and not store.limits.soft_cap:
-        raise UnsupportedError(f"{name}: attention scores are soft-capped, which the store breaks")
-    if getattr(stock.impl, "sinks", None) is not None and not store.limits.sinks:
-        raise UnsupportedError(f"{name}: attention sinks, which the store breaks")
+    if attention_impl.soft_cap_of(stock) is not None and not store.limits.soft_cap:
+        raise UnsupportedError(
+            f"{name}: attention scores are soft-capped, and a bias in the key would be capped with "
+            "them; choose bias_store value_column"
+        )
+    if attention_impl.sinks_of(stock) is not None and not store.limits.sinks:
+        raise UnsupportedError(
+            f"{name}: attention sinks, which the division by the mass would take away; choose "
+            "bias_store key_columns"
+        )
+    if attention_impl.scale_of(stock) != attention_impl.scale_of(first):
+        raise UnsupportedError(
+            f"{name}: softmax scale {attention_impl.scale_of(stock)} differs from the first "
+            f"layer's {attention_impl.scale_of(first)}; layers of one scale are needed"
+        )

@@ -13,7 +13,7 @@ def rectified_attention(
     query: Float[Tensor, "t hq dh"],
     key: Float[Tensor, "s hkv dh"],
     value: Float[Tensor, "s hkv dv"],
-    log_bias: Float32[Tensor, "s"],
+    log_bias: Float32[Tensor, "s"] | Float32[Tensor, "s hkv"],
     scale: float,
     *,
     causal: bool = True,
@@ -24,13 +24,16 @@ def rectified_attention(
         query: The last t of s positions; hq is a multiple of hkv (grouped queries).
         key: All s positions.
         value: All s positions.
-        log_bias: Natural log added to the scores of each key; 0 = none.
+        log_bias: Natural log added to the scores of each key, or of each key and KV head (where
+            exponents differ); 0 = none.
         scale: Softmax scale, usually dh ** -0.5.
         causal: Whether a query sees only keys at its own position or before.
     """
     groups = query.shape[1] // key.shape[1]
     keys = key.float().repeat_interleave(groups, dim=1)
     values = value.float().repeat_interleave(groups, dim=1)
+    if log_bias.ndim == 2:
+        log_bias = log_bias.T.repeat_interleave(groups, dim=0)[:, None]
     scores = torch.einsum("thd,shd->hts", query.float(), keys) * scale + log_bias
     if causal:
         steps, length = query.shape[0], key.shape[0]

@@ -6,17 +6,19 @@ the paper's equations, spelled out densely. Tests and ``era-vllm doctor`` compar
 with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Float32, Int
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from era_vllm.config import EraConfig
+from era_vllm.config import EraConfig, Gamma
 from era_vllm.errors import UnsupportedError
 from era_vllm.pipeline import prune
 from era_vllm.pixels import pixel_hash
@@ -137,6 +139,7 @@ class Oracle:
         *,
         positions: Literal["original", "compact"] = "original",
         bias: bool = True,
+        gamma: Gamma = None,
     ) -> Float32[Tensor, "m v"]:
         """Return log-probabilities over the vocabulary after each of the last m tokens.
 
@@ -147,6 +150,7 @@ class Oracle:
             last: m.
             positions: Whether anchors and text keep the positions they have unpruned.
             bias: False leaves the bias out: the control that a comparison must fail.
+            gamma: ``EraConfig.gamma``, the exponent of each layer and KV head.
         """
         ids = torch.tensor([list(token_ids)])
         embeds = self.model.get_input_embeddings()(ids)
@@ -156,17 +160,32 @@ class Oracle:
             embeds[visual] = torch.cat([segment.embeds for segment in segments]).to(embeds.dtype)
             column[visual] = torch.cat([segment.log_bias for segment in segments])
         length = ids.shape[1]
-        lowest = torch.finfo(self.dtype).min
-        mask = torch.full((length, length), lowest).triu(1)[None, None]
-        if bias:
-            mask = mask + column[:, None, None].masked_fill(mask < 0, 0.0)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask.to(self.dtype),
-            position_ids=self.position_ids(ids[0], segments, positions)[None],
-            use_cache=False,
-        ).last_hidden_state
+        causal = torch.full((length, length), torch.finfo(self.dtype).min).triu(1)
+
+        def mask(exponents: Float32[Tensor, "h"]) -> Float[Tensor, "1 h t t"]:
+            added = exponents[:, None, None] * column
+            return (causal + added.masked_fill(causal < 0, 0.0))[None].to(self.dtype)
+
+        with ExitStack() as stack:
+            if bias and gamma is not None:
+                for layer, exponents in self._exponents(gamma):
+                    stack.callback(_give_mask(layer, mask(exponents)).remove)
+            hidden = self.model.model.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask(torch.full((1,), float(bias))),
+                position_ids=self.position_ids(ids[0], segments, positions)[None],
+                use_cache=False,
+            ).last_hidden_state
         return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
+
+    def _exponents(self, gamma: Gamma) -> Iterator[tuple[nn.Module, Float32[Tensor, "hq"]]]:
+        """Return each decoder layer with the exponents of its query heads."""
+        layers = self.model.model.language_model.layers
+        text = self.model.config.get_text_config()
+        table = EraConfig(gamma=gamma).exponents(len(layers), text.num_key_value_heads)
+        groups = text.num_attention_heads // text.num_key_value_heads
+        for layer, row in zip(layers, table, strict=True):
+            yield layer, torch.tensor(row).repeat_interleave(groups)
 
     def position_ids(
         self,
@@ -216,6 +235,15 @@ class Oracle:
                 break
             ids.append(token)
         return self.processor.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def _give_mask(layer: nn.Module, mask: Float[Tensor, "1 hq t t"]) -> RemovableHandle:
+    """Have a decoder layer take a mask of its own; the model passes one to all layers."""
+
+    def replace(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        return args, {**kwargs, "attention_mask": mask}
+
+    return layer.register_forward_pre_hook(replace, with_kwargs=True)
 
 
 def segments_of(pruned: PrunedTokens) -> list[Segment]:

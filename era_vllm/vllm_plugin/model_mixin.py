@@ -8,7 +8,6 @@ attention          reads the bias buffer (``attention/layer.py``)
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -18,7 +17,6 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
-from era_vllm.attention.bias_store import make_store
 from era_vllm.attention.layer import swap
 from era_vllm.contracts import ModelAdapter
 from era_vllm.errors import UnsupportedError
@@ -67,9 +65,7 @@ class PrunedModelMixin(nn.Module):
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         signals = self.policy.needs & self.adapter.provides
         self.tap = EncoderTap(layer, signals, self.era.attention_queries)
-        store = partial(make_store, self.era.bias_store, self.era.bias_columns)
-        language_model = self.adapter.language_model(self)
-        self.bias_buffer = swap(language_model, vllm_config, store)
+        self.bias_buffer = swap(self.adapter.language_model(self), vllm_config, self.era)
         self.anchor_offsets = AnchorOffsets(self.bias_buffer.columns.shape[0])
         counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
         self.register_buffer("degenerate", counts, persistent=False)
