@@ -1,0 +1,160 @@
+"""Laws of every bias store, with a cache of each number format emulated around dense attention."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from era_vllm.attention.bias_store import STORES, make_store
+from era_vllm.attention.reference import rectified_attention
+from era_vllm.contracts import BiasStore
+from era_vllm.errors import ConfigError
+
+FP8 = torch.float8_e4m3fn
+HEADS, KV_HEADS, SIZE, WIDTH = 4, 2, 64, 32
+SCALE = SIZE**-0.5
+every_store = pytest.mark.parametrize("name", STORES)
+every_cache = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, FP8], ids=str
+)
+SCALES = st.floats(1e-4, 0.125)  # of keys of .05 to 56, as calibrations give them
+LARGEST = 500.0
+
+
+def stored(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Return what a cache gives back: rounded, and saturated as vLLM's fp8 cache write does."""
+    if dtype != FP8:
+        return x.to(dtype).float()
+    return (x.float() / scale).clamp(-448, 448).to(FP8).float() * scale
+
+
+def tokens(seed: int, count: int = 24, key: float = 1.0, value: float = 1.0) -> list[Tensor]:
+    """Return random query, key, value whose largest keys and values are the given."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (3, HEADS), (count, KV_HEADS), (count, KV_HEADS)
+    q, k, v = (torch.randn(*shape, SIZE, generator=generator) for shape in shapes)
+    return [q, k / k.abs().max() * key, v / v.abs().max() * value]
+
+
+def attend(
+    store: BiasStore, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scales: tuple[float, float]
+) -> Tensor:
+    """Return the attention output through a store and a cache of its number format."""
+    columns = store.columns(bias, WIDTH, SCALE, torch.float32)
+    columns = columns if columns.ndim == 3 else columns[:, None]
+    # The queries are fewer than the keys; a store treats each row alone.
+    wide_q = store.before(q, k[:3], v[:3], columns[:3])[0]
+    _, wide_k, wide_v = store.before(k.repeat(1, 2, 1), k, v, columns)
+    wide_k = stored(wide_k, store.kv_dtype, scales[0])
+    wide_v = stored(wide_v, store.kv_dtype, scales[1])
+    zeros = torch.zeros(k.shape[0])
+    out = rectified_attention(wide_q, wide_k, wide_v, zeros, SCALE, causal=False)
+    return store.after(out, SIZE)
+
+
+@every_store
+@given(seed=st.integers(0, 2**32 - 1), per_head=st.booleans())
+def test_is_rectified_attention(name: str, seed: int, per_head: bool) -> None:
+    q, k, v = tokens(seed, key=4.0)
+    bias = torch.rand(24, *([KV_HEADS] if per_head else [])) * math.log(LARGEST)
+    expected = rectified_attention(q, k, v, bias, SCALE, causal=False)
+    found = attend(make_store(name, None, torch.float32), q, k, v, bias, (1.0, 1.0))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    without = rectified_attention(q, k, v, torch.zeros(24), SCALE, causal=False)
+    assert (without - expected).abs().max() > 1e-3
+
+
+@every_store
+@every_cache
+def test_text_holds_0_and_keeps_its_values(name: str, dtype: torch.dtype) -> None:
+    store = make_store(name, None, dtype)
+    q, k, v = tokens(0)
+    columns = store.columns(torch.zeros(24), WIDTH, SCALE, torch.float32)[:, None]
+    _, wide_k, wide_v = store.before(k.repeat(1, 2, 1), k, v, columns)
+    assert torch.equal(wide_k[..., :SIZE], k) and torch.equal(wide_v[..., :SIZE], v)
+    rows = wide_k if store.scaled == "k" else wide_v
+    assert not store.read(rows, SIZE, SCALE).any()
+
+
+@every_store
+@every_cache
+@given(scale=st.floats(1e-4, 0.9))
+def test_bias_comes_back(name: str, dtype: torch.dtype, scale: float) -> None:
+    """Whatever scale an fp8 cache was calibrated to: a mass is rounded once."""
+    store = make_store(name, None, dtype)
+    error = {
+        "key_columns": {torch.bfloat16: 1e-4, torch.float16: 1e-5, FP8: 0.03},
+        "value_column": {torch.bfloat16: 4e-3, torch.float16: 6e-4, FP8: 0.0625},
+    }[name].get(dtype, 2e-6)
+    bias = torch.linspace(0, math.log(LARGEST), 200)
+    scale = store.cache_scale(store.scaled, scale) if dtype == FP8 else 1.0
+    columns = store.columns(bias, WIDTH, SCALE, torch.float32)[:, None]
+    _, k, v = tokens(0, 200)
+    _, wide_k, wide_v = store.before(k.repeat(1, 2, 1), k, v, columns)
+    rows = stored(wide_k if store.scaled == "k" else wide_v, dtype, scale)
+    assert (store.read(rows, SIZE, SCALE) - bias[:, None]).abs().max() < error
+
+
+@every_store
+@given(seed=st.integers(0, 2**32 - 1), key=SCALES, value=SCALES)
+def test_fp8_holds_clusters_of_500_at_any_calibrated_scale(
+    name: str, seed: int, key: float, value: float
+) -> None:
+    """Nothing saturates, and the output is about as close as for the same tokens without bias."""
+    store = make_store(name, None, FP8)
+    q, k, v = tokens(seed, key=448 * key, value=448 * value)
+    q = q / q.abs().max() / k.abs().max() * SIZE**0.5  # scores of a few units, whatever the keys
+    bias = torch.zeros(24)
+    bias[::4] = math.log(LARGEST)
+    bias[v.abs().amax((1, 2)).argmax()] = math.log(LARGEST)
+    scales = store.cache_scale("k", key), store.cache_scale("v", value)
+    _, wide_k, wide_v = store.before(
+        k.repeat(1, 2, 1), k, v, store.columns(bias, WIDTH, SCALE, torch.float32)[:, None]
+    )
+    assert wide_k.abs().max() <= 448 * scales[0]
+    assert wide_v.abs().max() <= 448 * scales[1]
+    found = attend(store, q, k, v, bias, scales)
+    expected = rectified_attention(q, k, v, bias, SCALE, causal=False)
+    assert (found - expected).abs().max() < 0.1 * v.abs().max()
+
+
+@every_store
+@every_cache
+@pytest.mark.parametrize("bias", [9.0, 80.0])
+def test_more_than_fits_saturates_and_is_never_nan(
+    name: str, dtype: torch.dtype, bias: float
+) -> None:
+    """A mass of 8,000 or 5e34 (an exponent far above 1), values of 30: wrong at most in size."""
+    store = make_store(name, None, dtype)
+    q, k, v = tokens(0, key=30.0, value=30.0)
+    scales = store.cache_scale("k", 1.0), store.cache_scale("v", 1.0)
+    heavy = torch.zeros(24)
+    heavy[::3] = bias
+    found = attend(store, q, k, v, heavy, scales)
+    assert found.isfinite().all()
+    assert found.abs().max() <= 31
+
+
+@every_store
+@given(scale=st.floats(1e-4, 8))
+def test_scales_survive_a_second_load_and_hold_the_query_constant(name: str, scale: float) -> None:
+    store = make_store(name, None, FP8)
+    for tensor in ("q", "k", "v"):
+        fitted = store.cache_scale(tensor, scale)
+        assert fitted == scale or math.frexp(fitted)[0] == 0.5  # untouched, or a power of two
+    q, k, v = tokens(0)
+    columns = store.columns(torch.ones(24), WIDTH, SCALE, torch.float32)[:, None]
+    constant = store.before(k.repeat(1, 2, 1), k, v, columns)[0][..., SIZE:]
+    assert torch.equal(stored(constant, FP8, store.cache_scale("q", scale)), constant)
+
+
+def test_what_a_store_cannot_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'key_columns'"):
+        make_store("key_column", None, torch.float32)
+    with pytest.raises(ConfigError, match="got a KV cache of torch.uint8, allowed: bfloat16, "):
+        make_store("key_columns", None, torch.uint8)
+    with pytest.raises(ConfigError, match="got 2, allowed for value_column: 1"):
+        make_store("value_column", 2, torch.float32)
