@@ -11,7 +11,7 @@ QUICK := tests/unit tests/contracts
 APART := not gpu and not bench
 
 .DEFAULT_GOAL := help
-.PHONY: help env check test test-all test-gpu demo serve clean
+.PHONY: help env check test test-all test-gpu demo bench serve clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ test-gpu: env  ## the tests that need an NVIDIA GPU and a CUDA vLLM
 
 demo:  ## questions about pictures, pruned against unpruned, then the speed (FAST=1: no speed)
 	@$(TIMED) deploy/environment.sh; $(BIN)/era-vllm demo $(if $(FAST),--fast)
+
+bench: env  ## what pruning costs and saves here; figures in out/ (ARGS="--rounds 3 ...")
+	@$(TIMED) $(PYTEST) tests/bench -m bench ; \
+	for what in reducer attention serve; do $(BIN)/era-vllm bench $$what $(ARGS) ; done
 
 else
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from era_vllm import __version__
-from era_vllm.cli import accuracy, demo, doctor, inspect, serve
+from era_vllm.cli import accuracy, bench, demo, doctor, inspect, serve
 from era_vllm.errors import EraError
 
 DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their visual tokens.
@@ -15,6 +15,7 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm inspect photo.png             a picture of the tokens that are kept
   era-vllm demo                          two servers, a dozen pictures, both answers
   era-vllm accuracy                      right answers of the engine, policies against rates
+  era-vllm bench serve                   time against stock vLLM, and where it goes
 """
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"era-vllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (serve, inspect, doctor, demo, accuracy):
+    for module in (serve, inspect, doctor, demo, accuracy, bench):
         module.add_parser(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "serve":

@@ -1,27 +1,27 @@
-"""Time to first token at several pruning rates: the same engine, rounds interleaved, new pictures.
+"""Time to first token at several pruning rates: the same engine, interleaved rounds, new pictures.
 
-Every picture is fresh noise, so no cache can answer for the encoder. A round times each rate
-once; ratios are taken within a round, so that what slows the machine for a while slows both sides.
-Leaves out the engine, which is a function here, and the model (``dummy.py``).
+Every picture is fresh noise, so no cache can answer for the encoder. Leaves out the rounds
+(``bench/clock.py``), the engine, which is a function here, and the model (``dummy.py``). The full
+benchmark, against stock vLLM and a bound, is ``era-vllm bench serve``.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-import numpy as np
 from PIL import Image
 
-from era_vllm.lab.progress import bar
+from era_vllm.lab.bench.clock import interleave
+from era_vllm.lab.bench.inputs import noise_pictures
 
 RATES: Final = (0.0, 0.778, 0.889, 0.944)
 ROUNDS: Final = 3
 """Timed; one more before them warms every rate up."""
 
-FirstToken = Callable[[Image.Image, float], int]
-"""Answer about a picture at a rate with one token; returns the prompt's tokens."""
+FirstToken = Callable[[Image.Image, float], tuple[float, int]]
+"""Answer about a picture at a rate with one token; returns the seconds and the prompt's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,31 +59,23 @@ def measure(
         rates: The first is what the others are compared with.
         rounds: Timed rounds, >= 1; one more is run first and thrown away.
     """
-    noise = np.random.default_rng(0)
-    seconds: list[list[float]] = [[] for _ in rates]
-    tokens = [0] * len(rates)
-    with bar((rounds + 1) * len(rates), "timing", "answer") as shown:
-        for round_number in range(rounds + 1):
-            for step in range(len(rates)):
-                index = (step + round_number) % len(rates)  # no rate always follows the same one
-                rate = rates[index]
-                pixels = noise.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
-                picture = Image.fromarray(pixels)
-                started = time.perf_counter()
-                tokens[index] = first_token(picture, rate)
-                elapsed = time.perf_counter() - started
-                if round_number > 0:
-                    seconds[index].append(elapsed)
-                shown.set_postfix_str(f"rate {rate:g}: {elapsed:.2f} s", refresh=False)
-                shown.update()
+    pictures = noise_pictures(image_size)
+    tokens: dict[float, int] = {}
+
+    def one(rate: float) -> dict[str, float]:
+        elapsed, tokens[rate] = first_token(next(pictures), rate)
+        return {"ttft": elapsed}
+
+    samples = interleave({f"rate {rate:g}": partial(one, rate) for rate in rates}, rounds)
+    seconds = [samples.of(f"rate {rate:g}", "ttft") for rate in rates]
     return [
         Timing(
             rate,
-            tokens[index],
-            tuple(seconds[index]),
-            tuple(own / base for own, base in zip(seconds[index], seconds[0], strict=True)),
+            tokens[rate],
+            own,
+            tuple(mine / base for mine, base in zip(own, seconds[0], strict=True)),
         )
-        for index, rate in enumerate(rates)
+        for rate, own in zip(rates, seconds, strict=True)
     ]
 
 

@@ -2,23 +2,26 @@
 ``"dummy"``. What it takes to time a model that cannot be downloaded; its answers mean nothing.
 
 The vision tower is CLIP-L/14-336's, so an image has 576 tokens. The tokenizer is the shipped
-sample's. Leaves out timing (``demo_speed.py``).
+sample's. Leaves out timing (``bench/``).
 """
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from era_vllm.lab import CHECKPOINT
 
+MAX_CONTEXT: Final = 4096
+"""Of the language model: LLaVA-1.5's."""
 IMAGE_SIZE: Final = 336
 IMAGE_TOKENS: Final = 576
 """Of CLIP-L/14-336: 24 x 24."""
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _IMAGE_TOKEN: Final = 4  # <image> in the sample's tokenizer
-_CLIP_L: Final = {
+CLIP_L: Final[Mapping[str, object]] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -28,6 +31,7 @@ _CLIP_L: Final = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+"""Config of the CLIP-L/14-336 vision tower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +42,24 @@ class LlamaSize:
     intermediate: int = 5632
     layers: int = 17
     heads: int = 16
+    head_size: int | None = None
+    """None = hidden / heads."""
+    tower_layers: int = 24
+    """Of the vision tower in front of it; 24 is CLIP-L."""
 
     @property
     def parameters(self) -> int:
         """Parameters of the layers, embeddings left out (the vocabulary is tiny)."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+        attention = 4 * self.hidden * self.heads * (self.head_size or self.hidden // self.heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+
+SIZES: Final[Mapping[str, LlamaSize]] = {
+    "0.9b": LlamaSize(),
+    "7b": LlamaSize(4096, 11008, 32, 32),
+    "tiny": LlamaSize(256, 512, 2, 2, tower_layers=4),
+}
+"""Names for the command line. ``7b`` is LLaVA-1.5-7B; ``tiny`` tries a command, times nothing."""
 
 
 def make_dummy_llava(folder: Path, size: LlamaSize | None = None) -> None:
@@ -67,7 +84,7 @@ def make_dummy_llava(folder: Path, size: LlamaSize | None = None) -> None:
         "projector_hidden_act": "gelu",
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
-        "vision_config": _CLIP_L,
+        "vision_config": {**CLIP_L, "num_hidden_layers": size.tower_layers},
         "text_config": {
             "model_type": "llama",
             "hidden_size": size.hidden,
@@ -75,8 +92,8 @@ def make_dummy_llava(folder: Path, size: LlamaSize | None = None) -> None:
             "num_hidden_layers": size.layers,
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.heads,
-            "head_dim": size.hidden // size.heads,
-            "max_position_embeddings": 2048,
+            "head_dim": size.head_size or size.hidden // size.heads,
+            "max_position_embeddings": MAX_CONTEXT,
             "vocab_size": 128,
             "bos_token_id": 1,
             "eos_token_id": 2,
