@@ -1,5 +1,8 @@
 """Engines in the test process and their comparison with the oracle.
 
+``exact`` is what most tests end with; ``difference`` returns the numbers behind it, and
+``measured`` puts them into the situation table.
+
 The first engine takes about 25 s, each further one 4 s: so they are made once per configuration
 and stay alive to the end. Subjects that need processes of their own start them themselves.
 """
@@ -7,14 +10,17 @@ and stay alive to the end. Subjects that need processes of their own start them 
 import importlib
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles its log-probability helper for 18 s
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import warnings  # noqa: E402
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator, Sequence  # noqa: E402
+from dataclasses import asdict, dataclass, field  # noqa: E402
 from functools import partial  # noqa: E402
 
 import pytest  # noqa: E402
@@ -29,6 +35,7 @@ from era_vllm.lab.samples import load_samples  # noqa: E402
 from era_vllm.pipeline import prune  # noqa: E402
 from era_vllm.pixels import pixel_hash  # noqa: E402
 from era_vllm.types import PrunedTokens, VisualTokens  # noqa: E402
+from tests import situations  # noqa: E402
 
 with warnings.catch_warnings():  # torch and vLLM use what they deprecate
     warnings.simplefilter("ignore")
@@ -36,7 +43,14 @@ with warnings.catch_warnings():  # torch and vLLM use what they deprecate
 
 STEPS = 9  # the last prompt token + 8 decode steps
 TOLERANCE = 1e-4  # of log-probabilities, whole vocabulary, float32
+CONTROL_FACTOR = 3  # tolerances that an answer must be away from an oracle without the bias
 MODEL = str(CHECKPOINT)
+FOLDER = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect what marked tests measure."""
+    situations.collect(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -200,6 +214,12 @@ def oracle() -> Oracle:
 
 
 @pytest.fixture(scope="session")
+def oracle_bf16() -> Oracle:
+    """The Hugging Face model in bf16."""
+    return Oracle(MODEL, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
 def images() -> list[Image]:
     """The sample pictures."""
     return [sample.image for sample in load_samples()]
@@ -241,8 +261,28 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
         one.core.shutdown()
 
 
-@pytest.fixture(scope="session")
-def difference(oracle: Oracle) -> Callable[[Engine, Request, Answer], Difference]:
+Measured = Callable[[EraConfig, float, float | None, float], None]
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Measured:
+    """``measured(config, difference, without bias, allowed)``: numbers for the situation table."""
+
+    def record(
+        config: EraConfig, difference: float, without_bias: float | None, allowed: float
+    ) -> None:
+        row = situations.Measured(
+            config.positions, config.bias_store, difference, without_bias, allowed
+        )
+        record_property("measured", asdict(row))
+
+    return record
+
+
+@pytest.fixture
+def difference(
+    oracle: Oracle, measured: Measured
+) -> Callable[[Engine, Request, Answer], Difference]:
     """Compare an engine's answer with the oracle, fed the engine's anchors."""
 
     def compare(engine: Engine, request: Request, answer: Answer) -> Difference:
@@ -255,17 +295,107 @@ def difference(oracle: Oracle) -> Callable[[Engine, Request, Answer], Difference
             anchors = engine.anchors_of(image, rate, oracle)
             segments += oracle.recycle([image], engine.config, anchors)
         ids = [*answer.prompt_ids, *answer.token_ids][:-1]
-        expected = partial(
-            oracle.log_probs,
-            ids,
-            segments,
-            len(answer.token_ids),
-            positions=engine.config.positions,
+        found = compare_with(oracle, ids, segments, answer.log_probs, engine.config)
+        print(
+            f"difference {found.exact:.1e}, without bias {found.without_bias:.1e}: {request.text!r}"
         )
-        errors = [
-            (expected(bias=bias) - answer.log_probs).abs().max().item() for bias in (True, False)
-        ]
-        print(f"difference {errors[0]:.1e}, without bias {errors[1]:.1e}: {request.text!r}")
-        return Difference(*errors)
+        control = found.without_bias if request.images else None
+        measured(engine.config, found.exact, control, TOLERANCE)
+        return found
 
     return compare
+
+
+def mean_errors(
+    oracle: Oracle,
+    oracle_bf16: Oracle,
+    answered: Iterable[tuple[list[int], list[Segment], torch.Tensor]],
+    config: EraConfig,
+) -> tuple[float, float, float]:
+    """Return mean errors against float32: of the engine, transformers in bf16, and without bias.
+
+    Means over requests and steps of the largest difference of a log-probability.
+
+    Args:
+        oracle: float32.
+        oracle_bf16: The same model in bf16.
+        answered: For each request all token ids but the last, what stood in the place of its
+            images, and the engine's log-probabilities [steps, vocabulary].
+        config: The engine's settings.
+    """
+    rows = []
+    for ids, segments, log_probs in answered:
+        ask = {"last": len(log_probs), "positions": config.positions}
+        exact = oracle.log_probs(ids, segments, **ask)
+        others = (
+            log_probs,
+            oracle_bf16.log_probs(ids, segments, **ask),
+            oracle.log_probs(ids, segments, bias=False, **ask),
+        )
+        rows.append([(other - exact).abs().amax(-1).mean() for other in others])
+    ours, theirs, without = torch.tensor(rows).mean(0).tolist()
+    return ours, theirs, without
+
+
+def compare_with(
+    oracle: Oracle,
+    ids: list[int],
+    segments: list[Segment],
+    log_probs: torch.Tensor,
+    config: EraConfig,
+) -> Difference:
+    """Compare log-probabilities [steps, vocabulary] with the oracle, with and without the bias."""
+    expected = partial(oracle.log_probs, ids, segments, len(log_probs), positions=config.positions)
+    return Difference(
+        *((expected(bias=bias) - log_probs).abs().max().item() for bias in (True, False))
+    )
+
+
+@pytest.fixture
+def exact(
+    difference: Callable[[Engine, Request, Answer], Difference],
+) -> Callable[[Engine, Sequence[Request], Sequence[Answer]], None]:
+    """Assert that pruned answers are the oracle's, and would not be without the bias."""
+
+    def check(engine: Engine, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        for request, answer in zip(requests, answers, strict=True):
+            found = difference(engine, request, answer)
+            assert found.exact < TOLERANCE
+            if request.images:
+                assert found.without_bias > CONTROL_FACTOR * TOLERANCE
+
+    return check
+
+
+def python(*arguments: str, **variables: str) -> None:
+    """Run Python in this folder, without this process's settings; fail with what it printed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TORCH_"))}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **variables}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Callable[..., dict[str, object]]:
+    """``apart(arguments, settings=..., VARIABLE=...)``: run an engine in a process of its own.
+
+    Returns what ``run_apart.py`` saved.
+    """
+
+    def run(
+        arguments: dict[str, object],
+        *,
+        settings: dict[str, object],
+        questions: Sequence[Sequence[object]],
+        checkpoint: str = MODEL,
+        steps: int = STEPS,
+        rounds: int = 1,
+        **variables: str,
+    ) -> dict[str, object]:
+        ours = {"settings": settings, "questions": questions, "steps": steps, "rounds": rounds}
+        raw, out = json.dumps({**arguments, **ours}), str(tmp_path / "out.pt")
+        python("run_apart.py", checkpoint, raw, out, **variables)
+        return torch.load(out)
+
+    return run

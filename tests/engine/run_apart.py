@@ -1,7 +1,11 @@
 """An engine in a process of its own: what cannot share the test process, saved for comparison.
 
 Usage: run_apart.py CHECKPOINT ARGUMENTS OUT, where ARGUMENTS is JSON of ``LLM``'s own plus
-``questions``: a list of [text, picture or null], asked in one batch.
+
+    questions  [text, picture or null] each, asked in one batch
+    settings   ours
+    steps      tokens to answer
+    rounds     how often to ask; the last answers are saved
 """
 
 import json
@@ -15,6 +19,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 import era_vllm
+from era_vllm.attention.layer import RectifiedAttention
 from era_vllm.lab.samples import load_samples
 
 
@@ -26,28 +31,44 @@ def listen(worker):
 
 
 def collect(worker):
-    """Return this rank's attention, anchors, bias and pictures: lists, tensors do not travel."""
+    """Return what this rank pruned: lists, tensors do not travel."""
     rows = []
     for tokens, result in worker.get_model().seen:
-        rows.append([x.tolist() for x in (tokens.attention, result.anchors, result.log_bias)])
-        rows[-1].append(tokens.seeds.tolist())
+        values = {
+            "attention": tokens.attention,
+            "seeds": tokens.seeds,
+            "anchors": result.anchors,
+            "embeds": result.embeds,
+            "log_bias": result.log_bias,
+        }
+        rows.append({name: value.tolist() for name, value in values.items()})
     return rows
 
 
-def accepted_drafts(llm):
-    """Return how many drafted tokens were accepted so far."""
-    found = [m.value for m in llm.get_metrics() if m.name.endswith("num_accepted_tokens")]
-    return sum(found)
+def describe(worker):
+    """Return what this rank runs."""
+    layers = [m for m in worker.get_model().modules() if isinstance(m, RectifiedAttention)]
+    return {
+        "backend": layers[0].attn_backend.get_name(),
+        "head_size": layers[0].head_size,
+        "runner": type(worker.model_runner).__module__,
+    }
+
+
+def counter(llm, name):
+    """Return a counter of vLLM's, summed over its labels."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
 
 
 def main():
     """Answer and save."""
     checkpoint, raw, out = sys.argv[1:]
     arguments = json.loads(raw)
-    questions = arguments.pop("questions")
+    questions, settings = arguments.pop("questions"), arguments.pop("settings")
+    steps, rounds = arguments.pop("steps"), arguments.pop("rounds")
     llm = LLM(
         **{
-            **era_vllm.engine_args(checkpoint),
+            **era_vllm.engine_args(checkpoint, **settings),
             "dtype": "float32",
             "max_model_len": 512,
             "enforce_eager": True,
@@ -65,16 +86,29 @@ def main():
         prompts.append({"prompt": f"USER: {image}{text} ASSISTANT:"})
         if picture is not None:
             prompts[-1]["multi_modal_data"] = {"image": samples[picture].image}
-    params = SamplingParams(max_tokens=9, temperature=0, logprobs=-1, ignore_eos=True)
+    params = SamplingParams(max_tokens=steps, temperature=0, logprobs=-1, ignore_eos=True)
+    for _ in range(rounds):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     answers = []
-    for output in llm.generate(prompts, params, use_tqdm=False):
-        steps = output.outputs[0].logprobs
-        table = [[step[i].logprob for i in range(len(step))] for step in steps]
+    for output in outputs:
+        rows = output.outputs[0].logprobs
+        table = [[row[i].logprob for i in range(len(row))] for row in rows]
         ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-        answers.append({"ids": ids, "log_probs": torch.tensor(table)})
-    ranks = llm.collective_rpc(collect)
-    accepted = accepted_drafts(llm) if "speculative_config" in arguments else 0
-    torch.save({"answers": answers, "ranks": ranks, "accepted": accepted}, out)
+        cached = output.num_cached_tokens or 0
+        answers.append({"ids": ids, "log_probs": torch.tensor(table), "cached": cached})
+    config = llm.llm_engine.vllm_config
+    saved = {
+        "answers": answers,
+        "ranks": llm.collective_rpc(collect),
+        "accepted": counter(llm, "spec_decode_num_accepted_tokens"),
+        "loaded": counter(llm, "external_prefix_cache_hits"),
+        "preempted": counter(llm, "num_preemptions"),
+        **llm.collective_rpc(describe)[0],
+        "async": config.scheduler_config.async_scheduling,
+        "graphs": config.compilation_config.cudagraph_mode.name,
+        "graph_sizes": config.compilation_config.cudagraph_capture_sizes,
+    }
+    torch.save(saved, out)
 
 
 if __name__ == "__main__":

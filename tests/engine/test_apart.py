@@ -1,93 +1,125 @@
-"""Situations that need processes of their own, each exact against the oracle, float32."""
+"""Situations that need processes of their own, each exact against the oracle, float32.
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+In both modes of positions; ``make test`` runs the default one.
+"""
 
 import pytest
 import torch
 
 from era_vllm.config import EraConfig
-from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 from era_vllm.pixels import pixel_hash
+from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with, python
 
-FOLDER = Path(__file__).parent
-TOLERANCE = 1e-4
 QUESTIONS = [["what shape is red?", 0], ["is there a red circle?", None], ["how many shapes?", 1]]
-
-
-def python(*arguments, **variables):
-    """Run Python in this folder; fail with what it printed."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TORCH_"))}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **variables}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+LONG_QUESTIONS = [
+    [" ".join(["what shape is red?"] * 7), 0],
+    [" ".join(["is there a red circle?"] * 13), None],
+    [" ".join(["how many shapes?"] * 8), 1],
+]
+COMPACT = pytest.param("compact", marks=pytest.mark.slow)
+EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # else a helper for log-probabilities compiles for 18 s
+both_positions = pytest.mark.parametrize("positions", ["original", COMPACT])
 
 
 @pytest.fixture
-def apart(tmp_path):
-    """Run an engine apart and return what it saved."""
+def check(measured):
+    """Compare every answer with the oracle, fed the anchors that the engine chose.
 
-    def run(checkpoint, arguments, **variables):
-        raw = json.dumps({"questions": QUESTIONS, **arguments})
-        python("run_apart.py", str(checkpoint), raw, str(tmp_path / "out.pt"), **variables)
-        return torch.load(tmp_path / "out.pt")
+    ``chosen`` is what the engine that pruned had saved, where it is not the one that answered.
+    """
 
-    return run
+    def compare(oracle, positions, saved, questions=QUESTIONS, chosen=None):
+        config = EraConfig(positions=positions)
+        images = [sample.image for sample in load_samples()]
+        anchors = {}
+        for row in (chosen or saved)["ranks"][0]:
+            anchors |= dict(zip(row["seeds"], torch.tensor(row["anchors"]), strict=True))
+        for (text, picture), answer in zip(questions, saved["answers"], strict=True):
+            segments = []
+            if picture is not None:
+                image = images[picture]
+                kept = anchors[pixel_hash(oracle.pixels(image)[0])]
+                segments = oracle.recycle([image], config, kept[None])
+            ids, found = answer["ids"][:-1], answer["log_probs"]
+            error = compare_with(oracle, ids, segments, found, config)
+            print(f"difference {error.exact:.1e}, without bias {error.without_bias:.1e}: {text!r}")
+            control = None if picture is None else error.without_bias
+            measured(config, error.exact, control, TOLERANCE)
+            assert error.exact < TOLERANCE
+            assert control is None or control > CONTROL_FACTOR * TOLERANCE
 
-
-def check(name, oracle, saved):
-    """Compare every answer with the oracle, fed the engine's anchors."""
-    images = [sample.image for sample in load_samples()]
-    anchors = {}
-    for _, chosen, _, seeds in saved["ranks"][0]:
-        anchors |= dict(zip(seeds, torch.tensor(chosen), strict=True))
-    for (text, picture), answer in zip(QUESTIONS, saved["answers"], strict=True):
-        segments = []
-        if picture is not None:
-            image = images[picture]
-            kept = anchors[pixel_hash(oracle.pixels(image)[0])]
-            segments = oracle.recycle([image], EraConfig(), kept[None])
-        errors = [
-            (oracle.log_probs(answer["ids"][:-1], segments, 9, bias=bias) - answer["log_probs"])
-            .abs()
-            .max()
-            .item()
-            for bias in (True, False)
-        ]
-        print(f"{name}: difference {errors[0]:.1e}, without bias {errors[1]:.1e}: {text!r}")
-        assert errors[0] < TOLERANCE
-        if picture is not None:
-            assert errors[1] > 3 * TOLERANCE
+    return compare
 
 
-def test_tensor_parallel_2(apart, tmp_path):
+@pytest.mark.situation("tensor parallel 2")
+@both_positions
+def test_tensor_parallel_2(apart, check, tmp_path, positions):
     build = "from random_llava import save_random_llava as save; import pathlib, sys; "
     python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
-    saved = apart(tmp_path / "model", {"tensor_parallel_size": 2}, TORCH_COMPILE_DISABLE="1")
+    saved = apart(
+        {"tensor_parallel_size": 2},
+        settings={"positions": positions},
+        questions=QUESTIONS,
+        checkpoint=str(tmp_path / "model"),
+        **EAGER,
+    )
     first, second = saved["ranks"]
-    assert first == second  # attention, anchors and bias of both ranks, bit for bit
+    assert first == second  # attention, anchors, embeddings, bias of both ranks, bit for bit
     oracle = Oracle(str(tmp_path / "model"))
-    found = torch.tensor(first[0][0])
+    found = torch.tensor(first[0]["attention"])
     images = [sample.image for sample in load_samples()[:2]]
     expected = oracle.tokens(images[: found.shape[0]]).attention
     assert found.shape[1:] == (4, 144)  # all heads, not a rank's two
     assert torch.allclose(expected, found, atol=1e-5)
-    check("tensor parallel 2", oracle, saved)
+    check(oracle, positions, saved)
 
 
-def test_torch_compile(apart, oracle):
-    check("torch.compile", oracle, apart(CHECKPOINT, {"enforce_eager": False}))
+@pytest.mark.situation("torch.compile")
+@both_positions
+def test_torch_compile(apart, check, oracle, positions):
+    settings = {"positions": positions}
+    saved = apart({"enforce_eager": False}, settings=settings, questions=QUESTIONS)
+    check(oracle, positions, saved)
 
 
-def test_ngram_speculation(apart, oracle):
+@pytest.mark.situation("n-gram speculation")
+@both_positions
+def test_ngram_speculation(apart, check, oracle, positions, record_property):
     method = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    saved = apart(CHECKPOINT, {"speculative_config": method}, TORCH_COMPILE_DISABLE="1")
-    print("accepted drafts:", saved["accepted"])
+    drafted, settings = {"speculative_config": method}, {"positions": positions}
+    saved = apart(drafted, settings=settings, questions=QUESTIONS, **EAGER)
     assert saved["accepted"] > 0
-    check("ngram", oracle, saved)
+    record_property("counted", f"{saved['accepted']} drafts accepted")
+    check(oracle, positions, saved)
+
+
+@pytest.mark.situation("KV connector, another process")
+@both_positions
+def test_kv_connector_reloads_in_another_process(
+    apart, check, oracle, positions, tmp_path, record_property
+):
+    # The images end at token 35 of a prompt of 66 or more, so that the first 64 hold all of them.
+    stored = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
+    }
+    arguments, settings = {"block_size": 32, "kv_transfer_config": stored}, {"positions": positions}
+    saving, loading = (
+        apart(arguments, settings=settings, questions=LONG_QUESTIONS, **EAGER) for _ in range(2)
+    )
+    assert saving["ranks"][0] and saving["loaded"] == 0
+    assert loading["ranks"] == [[]]  # no picture was encoded or pruned
+    assert loading["loaded"] == 64 * len(LONG_QUESTIONS)
+    record_property("counted", f"{loading['loaded']} tokens loaded, no encoder run")
+    check(oracle, positions, saving, LONG_QUESTIONS)
+    check(oracle, positions, loading, LONG_QUESTIONS, chosen=saving)
+
+
+LONG = (
+    ("what shape is red?", 0, 7),
+    ("is there a red circle?", None, 13),
+    ("how many shapes?", 1, 8),
+)

@@ -6,23 +6,10 @@ Each test with a pruned request must also fail without the bias, by at least thr
 import pytest
 import torch
 
-TOLERANCE = 1e-4
+from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE
 
 
-@pytest.fixture
-def exact(difference):
-    """Assert that pruned answers are the oracle's, and would not be without the bias."""
-
-    def check(engine, requests, answers):
-        for request, answer in zip(requests, answers, strict=True):
-            found = difference(engine, request, answer)
-            assert found.exact < TOLERANCE
-            if request.images:
-                assert found.without_bias > 3 * TOLERANCE
-
-    return check
-
-
+@pytest.mark.situation("one image")
 @pytest.mark.parametrize("policy", ["era", "dpp", "random", "uniform", "pool"])
 def test_one_image(engine, setup, ask, images, exact, policy):
     live = engine(setup(policy=policy))
@@ -63,6 +50,7 @@ def test_attention_settings(engine, setup, ask, images, oracle, exact, settings)
     assert not torch.allclose(tokens.attention[row], other, atol=1e-4)
 
 
+@pytest.mark.situation("several images")
 def test_value_column_store(engine, setup, ask, images, exact):
     live = engine(setup(bias_store="value_column"))
     requests = [
@@ -87,9 +75,10 @@ def test_bias_off(engine, setup, ask, images, oracle, difference):
     (answer,) = live.ask(requests)
     found = difference(live, requests[0], answer)
     assert found.without_bias < TOLERANCE
-    assert found.exact > 3 * TOLERANCE
+    assert found.exact > CONTROL_FACTOR * TOLERANCE
 
 
+@pytest.mark.situation("several images")
 def test_two_images(engine, setup, ask, images, exact):
     live = engine(setup())
     requests = [ask("what shape is blue?", images[2], images[3])]
@@ -107,6 +96,7 @@ def test_image_and_text_only_requests_in_one_batch(engine, setup, ask, images, e
     exact(live, requests, live.ask(requests))
 
 
+@pytest.mark.situation("prefix hit")
 def test_prefix_hit_with_the_same_and_with_another_question(engine, setup, ask, images, exact):
     # two pictures, so that a whole block of 32 slots lies within them
     live = engine(setup(llm={"block_size": 32}))
@@ -122,6 +112,7 @@ def test_prefix_hit_with_the_same_and_with_another_question(engine, setup, ask, 
         exact(live, [request], [answer])
 
 
+@pytest.mark.situation("chunks at every awkward place")
 def test_chunked_prefill_splits_an_image(engine, setup, ask, images, exact):
     live = engine(setup(llm={"max_num_batched_tokens": 16, "max_num_seqs": 4}))
     written = []
@@ -136,6 +127,7 @@ def test_chunked_prefill_splits_an_image(engine, setup, ask, images, exact):
     exact(live, requests, answers)
 
 
+@pytest.mark.situation("two engines in one process")
 def test_two_engines_with_different_settings_in_one_process(engine, setup, ask, images, exact):
     one, other = engine(setup()), engine(setup(policy="dpp", pruning_rate=0.5))
     requests = [ask("what shape is red?", images[9])]
@@ -145,6 +137,7 @@ def test_two_engines_with_different_settings_in_one_process(engine, setup, ask, 
     assert one.model.policy != other.model.policy
 
 
+@pytest.mark.situation("several images at different rates")
 def test_rates_of_one_request_may_differ(engine, setup, ask, images, exact):
     live = engine(setup())
     requests = [ask("what shape is red?", images[0], images[10], rate=(0.5, 0.944))]

@@ -2,24 +2,9 @@
 
 import pytest
 
-TOLERANCE = 1e-4
 
-
-@pytest.fixture
-def exact(difference):
-    """Assert that pruned answers are the oracle's, and would not be without the bias."""
-
-    def check(engine, requests, answers):
-        for request, answer in zip(requests, answers, strict=True):
-            found = difference(engine, request, answer)
-            assert found.exact < TOLERANCE
-            if request.images:
-                assert found.without_bias > 3 * TOLERANCE
-
-    return check
-
-
-def test_preemption(engine, setup, ask, images, exact):
+@pytest.mark.situation("preemption")
+def test_preemption(engine, setup, ask, images, exact, record_property):
     # 9 free blocks of 32 for six requests that grow to 3 blocks each
     live = engine(
         setup(
@@ -35,6 +20,7 @@ def test_preemption(engine, setup, ask, images, exact):
     requests = [ask("how many shapes?", image) for image in images[:6]]
     answers = live.ask(requests, steps=40)
     assert preempted
+    record_property("counted", f"{len(preempted)} preemptions")
     exact(live, requests, answers)
 
 
@@ -52,6 +38,7 @@ def count_preemptions(live):
     return seen
 
 
+@pytest.mark.situation("abort in mid-prefill")
 def test_abort_in_mid_prefill_leaves_the_next_request_right(engine, setup, ask, images, exact):
     live = engine(setup(llm={"max_num_batched_tokens": 16, "max_num_seqs": 4}))
     from vllm import SamplingParams
@@ -66,6 +53,7 @@ def test_abort_in_mid_prefill_leaves_the_next_request_right(engine, setup, ask, 
     exact(live, requests, live.ask(requests))
 
 
+@pytest.mark.situation("an image that ends the prompt")
 def test_image_that_ends_the_prompt(engine, setup, ask, images, exact):
     live = engine(setup())
     ending = EndsWithImage(ask("what shape is red?", images[0]))
@@ -85,6 +73,7 @@ class EndsWithImage:
         return {**self._inner.prompt(), "prompt": f"USER: {self.text} <image>"}
 
 
+@pytest.mark.situation("another rate is no false hit")
 def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact):
     live = engine(setup(llm={"block_size": 32}))
     for rate in (0.5, 0.778, 0.5, 0.889, 0.0):
@@ -96,6 +85,7 @@ def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact):
             exact(live, [request], [answer])
 
 
+@pytest.mark.situation("mixed batch of five")
 def test_mixed_batch_of_five(engine, setup, ask, images, exact):
     live = engine(setup())
     requests = [
@@ -108,6 +98,7 @@ def test_mixed_batch_of_five(engine, setup, ask, images, exact):
     exact(live, requests, live.ask(requests))
 
 
+@pytest.mark.situation("chunks at every awkward place")
 @pytest.mark.parametrize("budget", [4, 5, 17, 34, 35, 36, 37])
 def test_chunks_at_awkward_places(engine, setup, ask, images, exact, budget):
     # 3 tokens, 32 anchors, 3 tokens ...: borders before, at, inside and after the images

@@ -1,0 +1,227 @@
+"""What only a GPU can show: the same comparison with the same oracle, which stays on the CPU.
+
+An engine a test, each in a process of its own with vLLM's defaults: Model Runner V2, async
+scheduling, and CUDA graphs where a test does not ask for eager. The oracle is fed the engine's own
+reduced embeddings, so that the tower's rounding is no difference.
+
+    float32    Triton and Flex only; within 1e-4, with TF32 off
+    bf16       at most 1.25 times the error of transformers' bf16 (``engine/test_precision.py``)
+    fp8        at most the error of a text-only request
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from era_vllm.config import EraConfig
+from era_vllm.lab.oracle import Segment
+from era_vllm.lab.samples import load_samples
+from era_vllm.pixels import pixel_hash
+from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with, mean_errors
+from tests.engine.test_doctor import (  # noqa: F401 - the doctor's live check, on this machine
+    test_doctor_finds_all_well_and_its_control_fails,
+)
+
+TEXTS = (
+    "what shape is red?",
+    "how many shapes?",
+    "what word is shown?",
+    "what number is shown?",
+    "is there a red circle?",
+    "what color is the star?",
+)
+PICTURES = [[text, picture] for picture, text in enumerate(TEXTS)]
+MIXED = [["what shape is red?", 0], ["is there a red circle?", None], ["how many shapes?", 1]]
+BF16_FACTOR = 1.25
+# float32 is float32: by default Triton and cuBLAS round its products to TF32.
+FLOAT32 = {"TRITON_F32_DEFAULT": "ieee", "NVIDIA_TF32_OVERRIDE": "0"}
+V2 = "vllm.v1.worker.gpu.model_runner"
+
+both_stores = pytest.mark.parametrize("store", ["key_columns", "value_column"])
+small_memory = {"gpu_memory_utilization": 0.3}
+
+
+def segments_of(oracle, saved):
+    """Return what the engine put in the place of each picture: picture hash -> segment."""
+    found = {}
+    for row in saved["ranks"][0]:
+        columns = zip(row["seeds"], row["embeds"], row["log_bias"], row["anchors"], strict=True)
+        for seed, embeds, bias, anchors in columns:
+            n = len(row["attention"][0][0])
+            values = torch.tensor(embeds), torch.tensor(bias), torch.tensor(anchors)
+            found[seed] = Segment(*values, n)
+    return found
+
+
+@pytest.fixture
+def answered(oracle):
+    """Return (ids, segments, log-probabilities) of every question."""
+    images = [sample.image for sample in load_samples()]
+
+    def rows(saved, questions, dtype):
+        segments = segments_of(oracle, saved)
+        for (_, picture), answer in zip(questions, saved["answers"], strict=True):
+            own = []
+            if picture is not None:
+                own = [segments[pixel_hash(oracle.pixels(images[picture])[0].to(dtype))]]
+            yield answer["ids"][:-1], own, answer["log_probs"]
+
+    return rows
+
+
+@pytest.fixture
+def exact(answered, oracle, measured):
+    """Assert that every answer of a float32 engine is the oracle's, and is not without the bias."""
+
+    def check(saved, questions, config):
+        for ids, segments, log_probs in answered(saved, questions, torch.float32):
+            found = compare_with(oracle, ids, segments, log_probs, config)
+            control = found.without_bias if segments else None
+            measured(config, found.exact, control, TOLERANCE)
+            assert found.exact < TOLERANCE
+            assert control is None or control > CONTROL_FACTOR * TOLERANCE
+
+    return check
+
+
+@pytest.fixture
+def close(answered, oracle, oracle_bf16, measured):
+    """Assert that a bf16 engine is as close to float32 as transformers in bf16 is."""
+
+    def check(saved, questions, config):
+        rows = answered(saved, questions, torch.bfloat16)
+        ours, theirs, without = mean_errors(oracle, oracle_bf16, rows, config)
+        allowed = BF16_FACTOR * theirs
+        measured(config, ours, without, allowed)
+        assert ours <= allowed
+        assert without > CONTROL_FACTOR * allowed
+
+    return check
+
+
+@pytest.mark.situation("GPU: eager, float32")
+@both_stores
+@pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLEX_ATTENTION"])
+def test_float32(apart, exact, backend, store):
+    config = EraConfig(bias_store=store)
+    arguments = {"attention_backend": backend, **small_memory}
+    saved = apart(arguments, settings={"bias_store": store}, questions=MIXED, **FLOAT32)
+    assert saved["backend"] == backend
+    exact(saved, MIXED, config)
+
+
+@pytest.mark.situation("GPU: compact positions")
+def test_compact_positions(apart, exact):
+    arguments, settings = {"attention_backend": "TRITON_ATTN"}, {"positions": "compact"}
+    saved = apart({**arguments, **small_memory}, settings=settings, questions=MIXED, **FLOAT32)
+    exact(saved, MIXED, EraConfig(positions="compact"))
+
+
+@pytest.mark.situation("GPU: chunked prefill, prefix hits")
+@both_stores
+def test_chunks_and_prefix_hits(apart, exact, store):
+    questions = [[" ".join([text] * 8), picture] for text, picture in MIXED]
+    arguments = {
+        "attention_backend": "TRITON_ATTN",
+        "max_num_batched_tokens": 16,
+        "max_num_seqs": 4,
+        "block_size": 16,
+        **small_memory,
+    }
+    settings = {"bias_store": store}
+    saved = apart(arguments, settings=settings, questions=questions, rounds=2, **FLOAT32)
+    assert min(answer["cached"] for answer in saved["answers"]) >= 16
+    exact(saved, questions, EraConfig(bias_store=store))
+
+
+@pytest.mark.situation("GPU: padding rows of CUDA graphs")
+@both_stores
+def test_padding_rows_of_cuda_graphs(apart, exact, store):
+    # three requests decode in a graph of four rows, after a step that filled more with biases
+    arguments = {
+        "attention_backend": "TRITON_ATTN",
+        "enforce_eager": False,
+        "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 64, 128]},
+        "enable_prefix_caching": False,
+        **small_memory,
+    }
+    settings = {"bias_store": store}
+    saved = apart(arguments, settings=settings, questions=MIXED, rounds=2, **FLOAT32)
+    assert saved["graphs"] != "NONE"
+    assert 3 not in saved["graph_sizes"]
+    exact(saved, MIXED, EraConfig(bias_store=store))
+
+
+@pytest.mark.situation("GPU: preemption")
+def test_preemption(apart, exact, record_property):
+    arguments = {
+        "attention_backend": "TRITON_ATTN",
+        "num_gpu_blocks_override": 19,  # 18 of 16 for six requests that grow to 6 each
+        "block_size": 16,
+        "max_model_len": 128,
+        "max_num_seqs": 6,
+        **small_memory,
+    }
+    saved = apart(arguments, settings={}, questions=PICTURES, steps=40, **FLOAT32)
+    assert saved["preempted"] > 0
+    record_property("counted", f"{saved['preempted']:.0f} preemptions")
+    exact(saved, PICTURES, EraConfig())
+
+
+@pytest.mark.situation("GPU: CUDA graphs and async scheduling, bf16")
+@both_stores
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN", "FLEX_ATTENTION", None])
+def test_bf16_with_the_defaults(apart, close, backend, store, record_property):
+    chosen = {} if backend is None else {"attention_backend": backend}
+    arguments = {"dtype": "bfloat16", "enforce_eager": False, **chosen, **small_memory}
+    saved = apart(arguments, settings={"bias_store": store}, questions=PICTURES)
+    assert saved["runner"] == V2
+    assert saved["async"]
+    assert saved["graphs"] != "NONE"
+    assert backend in (None, saved["backend"])
+    record_property("counted", f"{saved['backend']}, head {saved['head_size']}, {saved['graphs']}")
+    close(saved, PICTURES, EraConfig(bias_store=store))
+
+
+@pytest.mark.situation("GPU: Model Runner V1, bf16")
+@both_stores
+def test_model_runner_v1(apart, close, store):
+    arguments = {"dtype": "bfloat16", "enforce_eager": False, **small_memory}
+    settings = {"bias_store": store}
+    saved = apart(arguments, settings=settings, questions=PICTURES, VLLM_USE_V2_MODEL_RUNNER="0")
+    assert saved["runner"] != V2
+    close(saved, PICTURES, EraConfig(bias_store=store))
+
+
+@pytest.mark.situation("GPU: fp8 KV cache")
+@both_stores
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
+def test_fp8_cache(apart, answered, oracle, oracle_bf16, measured, backend, eager, store):
+    if backend == "FLASH_ATTN" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("FlashAttention reads an fp8 cache on Hopper and later")
+    config, texts = EraConfig(bias_store=store), [[text, None] for text in TEXTS]
+    arguments = {
+        "dtype": "bfloat16",
+        "kv_cache_dtype": "fp8",
+        "enforce_eager": eager,
+        "attention_backend": backend,
+        **small_memory,
+    }
+    questions = PICTURES + texts
+    saved = apart(arguments, settings={"bias_store": store}, questions=questions)
+    rows = list(answered(saved, questions, torch.bfloat16))
+    ours, _, without = mean_errors(oracle, oracle_bf16, rows[: len(TEXTS)], config)
+    allowed, _, _ = mean_errors(oracle, oracle_bf16, rows[len(TEXTS) :], config)
+    measured(config, ours, without, allowed)
+    assert ours <= allowed
+    assert without > CONTROL_FACTOR * allowed
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is None, reason="FlashInfer is not installed")
+def test_flashinfer_takes_no_widened_head(apart):
+    # 64, 128, 256 and 512 only (v1/attention/backends/flashinfer.py); vLLM itself refuses
+    arguments = {"dtype": "bfloat16", "attention_backend": "FLASHINFER", **small_memory}
+    with pytest.raises(AssertionError, match="head_size"):
+        apart(arguments, settings={}, questions=MIXED)

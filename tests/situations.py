@@ -1,0 +1,256 @@
+"""The situation table: what the tests measured, what is refused, what was not run.
+
+A test says which situation it shows, ``@pytest.mark.situation("preemption")``, and the fixture
+``measured`` takes its numbers. Each run adds its results to ``out/situations.json``; the table is
+written by
+
+    .venv/bin/python -m tests.situations        # out/situations.json -> docs/situations.md
+
+Leaves out the measuring (``engine/conftest.py``).
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[1]
+RESULTS: Final = ROOT / "out" / "situations.json"
+TABLE: Final = ROOT / "docs" / "situations.md"
+GPU: Final = "GPU: "
+SITUATIONS: Final = (
+    "one image",
+    "several images",
+    "images side by side",
+    "an image that ends the prompt",
+    "several images at different rates",
+    "mixed batch of five",
+    "prefix hit",
+    "another rate is no false hit",
+    "chunks at every awkward place",
+    "preemption",
+    "abort in mid-prefill",
+    "more images than a tower pass",
+    "idle dummy batches",
+    "decoding past the rope table",
+    "tensor parallel 2",
+    "torch.compile",
+    "n-gram speculation",
+    "KV connector, another process",
+    "two engines in one process",
+    "bf16",
+    "fp8 KV cache",
+    GPU + "eager, float32",
+    GPU + "compact positions",
+    GPU + "chunked prefill, prefix hits",
+    GPU + "CUDA graphs and async scheduling, bf16",
+    GPU + "padding rows of CUDA graphs",
+    GPU + "Model Runner V1, bf16",
+    GPU + "preemption",
+    GPU + "fp8 KV cache",
+)
+NO_TEST: Final = {
+    "GPU: FlashInfer": "takes heads of 64, 128, 256 and 512, and a widened one is none of them: "
+    "vLLM chooses another backend, or refuses `--attention-backend FLASHINFER`",
+    "data parallel": "needs several engines; one rank's idle batches are in the table above",
+    "expert parallel": "no served family has experts",
+    "KV offload, LMCache, NIXL": "stock vLLM cannot run them on a CPU; `docs/gpu.md`",
+    "CPU tensor parallel with uneven heads": "stock vLLM refuses it",
+}
+"""What nothing in the repository runs, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Largest differences of a log-probability that one test found in one engine."""
+
+    positions: str
+    store: str
+    difference: float
+    without_bias: float | None
+    """None for text alone, where there is no bias."""
+    allowed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One test in its last run."""
+
+    situation: str
+    outcome: str
+    """passed, failed or skipped"""
+    why: str
+    """Reason of a skip."""
+    measured: tuple[Measured, ...]
+    counted: tuple[str, ...] = ()
+    """What the situation was seen by, such as "5 preemptions"."""
+
+
+class Collector:
+    """Pytest plugin: keeps the results of marked tests and adds them to the file at the end."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, Result] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Put the mark where the report carries it; refuse one that the table does not know."""
+        for mark in item.iter_markers("situation"):
+            (name,) = mark.args
+            if name not in SITUATIONS:
+                pytest.fail(f"situation {name!r} is not in tests/situations.py", pytrace=False)
+            item.user_properties.append(("situation", name))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep what the call, or a setup that skipped or failed, came to."""
+        properties = defaultdict[str, list](list)
+        for name, value in report.user_properties:
+            properties[name].append(value)
+        if not properties["situation"] or (report.when != "call" and report.passed):
+            return
+        why = report.longrepr[2] if report.skipped else ""
+        self.results[report.nodeid] = Result(
+            properties["situation"][0],
+            report.outcome,
+            why.removeprefix("Skipped: "),
+            tuple(Measured(**row) for row in properties["measured"]),
+            tuple(properties["counted"]),
+        )
+
+    def pytest_sessionfinish(self) -> None:
+        """Replace the results of the tests that ran."""
+        if self.results:
+            RESULTS.parent.mkdir(exist_ok=True)
+            whole = {**load(), **self.results}
+            rows = {test: asdict(result) for test, result in sorted(whole.items())}
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def collect(config: pytest.Config) -> None:
+    """Switch the collector on, once."""
+    if not config.pluginmanager.has_plugin("situations"):
+        config.pluginmanager.register(Collector(), "situations")
+
+
+def load(path: Path = RESULTS) -> dict[str, Result]:
+    """Read the results so far, by test id; none if there is no file."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text())
+    return {
+        test: Result(
+            **{
+                **row,
+                "measured": tuple(Measured(**one) for one in row["measured"]),
+                "counted": tuple(row["counted"]),
+            }
+        )
+        for test, row in rows.items()
+    }
+
+
+def render(results: Mapping[str, Result], refused: Mapping[str, str]) -> str:
+    """Return the page.
+
+    Args:
+        results: Of ``load``.
+        refused: Engine feature -> why it is refused, and what works.
+    """
+    shown = list(_shown(results))
+    done = {row.situation for row in results.values() if row.outcome == "passed" and row.measured}
+    without = [name for name in SITUATIONS if name not in done]
+    return "\n".join(
+        [
+            "# Situations",
+            "",
+            "Written by `.venv/bin/python -m tests.situations` from the results of `make test` and",
+            "`make test-all`; do not edit. The engine's log-probabilities against the oracle's",
+            "(`era_vllm/lab/oracle.py`): whole vocabulary, last prompt token + 8 decode steps,",
+            "float32 on a CPU where nothing else is said. *Difference*: the largest over the",
+            "test's requests. *Without bias*: the smallest difference from an oracle without the",
+            "bias, over the requests with images; each test asserts 3 times what is allowed.",
+            "",
+            "## Exact",
+            "",
+            *_table(
+                (
+                    "situation",
+                    "positions",
+                    "bias store",
+                    "test",
+                    "difference",
+                    "without bias",
+                    "allowed",
+                ),
+                shown,
+            ),
+            "",
+            "## Refused at start",
+            "",
+            *_table(("feature", "why, and what works"), refused.items()),
+            "",
+            "## Not run here",
+            "",
+            *_table(
+                ("feature", "why"),
+                [*((name, _why_not(name, results)) for name in without), *NO_TEST.items()],
+            ),
+            "",
+        ]
+    )
+
+
+def _shown(results: Mapping[str, Result]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each passed test, positions and store, in the order of ``SITUATIONS``."""
+    groups: dict[tuple[str, str, str, str], list[Measured]] = defaultdict(list)
+    counted: dict[tuple[str, str, str, str], str] = {}
+    for test, result in results.items():
+        if result.outcome == "passed":
+            for one in result.measured:
+                name = test.removeprefix("tests/").partition("[")[0]
+                key = result.situation, one.positions, one.store, name
+                groups[key].append(one)
+                counted[key] = ", ".join(result.counted)
+    for key in sorted(groups, key=lambda key: (SITUATIONS.index(key[0]), *key[1:])):
+        rows = groups[key]
+        controls = [row.without_bias for row in rows if row.without_bias is not None]
+        situation, positions, store, test = key
+        yield (
+            f"{situation} ({counted[key]})" if counted[key] else situation,
+            positions,
+            store,
+            f"`{test}`",
+            f"{max(row.difference for row in rows):.1e}",
+            f"{min(controls):.2g}" if controls else "-",
+            f"{rows[0].allowed:.2g}",
+        )
+
+
+def _why_not(situation: str, results: Mapping[str, Result]) -> str:
+    found = [row for row in results.values() if row.situation == situation]
+    if failed := [row for row in found if row.outcome == "failed"]:
+        return f"**fails**: {len(failed)} of {len(found)} tests"
+    return next((row.why for row in found if row.outcome == "skipped"), "its test was not run")
+
+
+def _table(head: Sequence[str], rows: "Iterator[Sequence[str]] | Sequence[Sequence[str]]"):  # noqa: ANN202
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def refusals() -> dict[str, str]:
+    """Return engine feature -> why it is refused, out of the code that refuses."""
+    from era_vllm.vllm_plugin.refusals import REFUSALS
+
+    return {row.feature: f"{row.why}; {row.instead}" for row in REFUSALS}
+
+
+if __name__ == "__main__":
+    TABLE.write_text(render(load(), refusals()))
+    print(f"{TABLE.relative_to(ROOT)}: {len(load())} tests")
