@@ -12,6 +12,7 @@ Start with ``types``, ``pipeline``, ``policies/era``, ``attention/bias_store``, 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
 __version__ = "0.1.0"
@@ -24,7 +25,7 @@ def register() -> None:
     register_with_vllm()
 
 
-def engine_args(model: str, **settings: object) -> "Mapping[str, object]":
+def engine_args(model: "str | os.PathLike[str]", **settings: object) -> "Mapping[str, object]":
     """Arguments for ``vllm.LLM(**engine_args(...))`` that switch pruning on.
 
     Args:

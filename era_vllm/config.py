@@ -8,17 +8,20 @@ the environment. What is left out: server settings (``server``) and policy optio
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Final, Literal, cast
+from numbers import Integral, Real
+from typing import Final, Literal, cast, get_args
 
-from era_vllm.errors import ConfigError, unknown_name
+from era_vllm.errors import ConfigError, UnsupportedError, unknown_name
 
 OptionValue = bool | int | float | str
 Gamma = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | None
 """Exponents of the mass: one for all, one a layer, or [layer][KV head]; None = 1 everywhere."""
 DEFAULT_PRUNING_RATE: Final = 0.778
 """576 -> 128 tokens: the mildest budget of the field's LLaVA-1.5 tables."""
+BiasStoreName = Literal["key_columns", "value_column"]
+"""The stores of ``attention/bias_store.py``, named here so that all settings are checked here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,16 @@ class EraConfig:
     positions: Literal["original", "compact"] = "original"
     """``original``: anchors and text keep the positions they have unpruned; ``compact``: K tokens
     take K positions. Source: METHODS X11."""
-    bias_store: str = "key_columns"
-    """Where a slot's bias is kept: a store of ``attention/bias_store.py``."""
+    bias_store: BiasStoreName = "key_columns"
+    """Where a slot's bias is kept."""
     bias_columns: int | None = None
-    """Columns of the store; None = 1 for float32 caches, 2 for bf16 and fp8."""
+    """Columns of the store; None = 1 for float32 caches, 2 for bf16 and fp8. value_column has 1."""
     gamma: Gamma = None
     """A layer's KV head adds gamma x log_bias to its scores, >= 0; 1 is the paper's LAR."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         for name in ("pruning_rate", "max_pruning_rate"):
             _check(_is_number(getattr(self, name)), name, getattr(self, name), "a number in [0, 1)")
         _check(0 <= self.max_pruning_rate < 1, "max_pruning_rate", self.max_pruning_rate, "[0, 1)")
@@ -76,8 +81,7 @@ class EraConfig:
             _check(
                 isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"
             )
-        for name in ("policy", "bias_store"):
-            _check(isinstance(getattr(self, name), str), name, getattr(self, name), "a name")
+        _check(isinstance(cast(object, self.policy), str), "policy", self.policy, "a name")
         layer, columns = self.attention_layer, self.bias_columns
         _check(layer is None or _is_int(layer), "attention_layer", layer, "an integer or null")
         _check(
@@ -93,10 +97,22 @@ class EraConfig:
             "'original' or 'compact'",
         )
         _check(
+            self.bias_store in get_args(BiasStoreName),
+            "bias_store",
+            self.bias_store,
+            " or ".join(map(repr, get_args(BiasStoreName))),
+        )
+        _check(
             columns is None or (_is_int(columns) and 1 <= columns <= 4),
             "bias_columns",
             columns,
             "an integer from 1 to 4, or null",
+        )
+        _check(
+            columns in (None, 1) or self.bias_store != "value_column",
+            "bias_columns",
+            columns,
+            "1 or null for value_column, more for key_columns only",
         )
         _check(
             _is_gamma(self.gamma),
@@ -176,6 +192,32 @@ class EraConfig:
         return min(n, max(self.min_anchors, rounded))
 
 
+def encoder_layer(asked: int | None, feature_layer: int | Sequence[int], layers: int) -> int:
+    """Return which encoder layer's attention is read, counted from 1.
+
+    Args:
+        asked: ``EraConfig.attention_layer``; None = where the features come from.
+        feature_layer: The model's ``vision_feature_layer``, or several; later ones do not run.
+        layers: All layers of the encoder.
+
+    Raises:
+        UnsupportedError: the features do not come through that layer.
+    """
+
+    def from_1(layer: int) -> int:
+        return layer if layer >= 0 else layers + 1 + layer
+
+    several = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
+    last = max(map(from_1, several))
+    index = last if asked is None else from_1(asked)
+    if not 1 <= index <= last:
+        raise UnsupportedError(
+            f"attention_layer: got {asked}, allowed: 1 to {last} or {-layers} to "
+            f"{last - layers - 1} (layers that the features come through)"
+        )
+    return index
+
+
 def _options(raw: object) -> tuple[tuple[str, OptionValue], ...]:
     if raw is None:
         return ()
@@ -187,7 +229,7 @@ def _options(raw: object) -> tuple[tuple[str, OptionValue], ...]:
         if not (isinstance(value, bool | str) or _is_number(value)):
             allowed = "a boolean, finite number or string"
             raise ConfigError(_refusal(f"policy_options.{name}", value, allowed))
-        options.append((str(name), cast(OptionValue, value)))
+        options.append((str(name), cast(OptionValue, _plain(value))))
     return tuple(sorted(options))
 
 
@@ -228,8 +270,17 @@ def _refusal(name: str, got: object, allowed: str) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_int(value) or (
+        not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    )
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def _plain(value: object) -> object:
+    """Return an int or float for another library's number, which JSON does not know."""
+    if not _is_number(value):
+        return value
+    return int(cast(int, value)) if _is_int(value) else float(cast(float, value))

@@ -80,8 +80,16 @@ class ModelAdapter(Protocol):
         """The module whose attention layers carry the bias."""
         ...
 
+    def encoder_layer(self, hf_config: object, layer: int | None) -> int:
+        """The encoder layer to read, from 1, given it as the model's feature layer is counted.
+
+        None = that one. Refuses, before anything is loaded, a layer that features do not come
+        through.
+        """
+        ...
+
     def tapped_layer(self, model: nn.Module, hf_config: object, layer: int | None) -> TappedLayer:
-        """The encoder layer to read, counted as the model's feature layer is; None = that one."""
+        """That layer of the built model."""
         ...
 
 

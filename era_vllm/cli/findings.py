@@ -115,10 +115,11 @@ def plugin() -> Iterator[Finding]:
         yield Finding(section, "VLLM_PLUGINS", "not set: vLLM loads every plugin")
         return
     better = plugins_to_allow()
+    spaces = " (vLLM keeps spaces as part of a name)" if " " in allowed else ""
     yield Finding(
         section,
         "VLLM_PLUGINS",
-        f"{allowed!r}" + ("" if better is None else f": leaves out {PLUGIN!r}"),
+        f"{allowed!r}" + ("" if better is None else f": leaves out {PLUGIN!r}{spaces}"),
         "" if better is None else f"set VLLM_PLUGINS={better}, or unset it",
     )
 
@@ -145,6 +146,7 @@ def model(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], Layout]:
     rows, columns = found.adapter.grid(of_model.hf_config)
     n = rows * columns
     kept = era.num_anchors(n, era.pruning_rate)
+    found.adapter.encoder_layer(of_model.hf_config, era.attention_layer)  # refuses one that is not
     section = "Model"
     findings = [
         Finding(section, "class", f"{found.__module__}:{found.__name__}"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from era_vllm.config import EraConfig, Gamma
+from era_vllm.config import EraConfig, Gamma, encoder_layer
 from era_vllm.errors import UnsupportedError
 from era_vllm.pipeline import prune
 from era_vllm.pixels import pixel_hash
@@ -74,16 +74,17 @@ class Oracle:
         Args:
             images: s pictures.
             config: Decides the attention's layer and queries.
+
+        Raises:
+            UnsupportedError: a layer that the features do not come through.
         """
         config = config or EraConfig()
         pixels = torch.cat([self.pixels(image) for image in images]).to(self.dtype)
         body, hf = self.model.model, self.model.config
         out = body.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
         features = out.hidden_states[hf.vision_feature_layer][:, 1:]
-        layer = (
-            hf.vision_feature_layer if config.attention_layer is None else config.attention_layer
-        )
-        index = layer if layer >= 0 else len(out.attentions) + 1 + layer
+        layers = hf.vision_config.num_hidden_layers
+        index = encoder_layer(config.attention_layer, hf.vision_feature_layer, layers)
         probabilities = out.attentions[index - 1].float()
         scores = self._scores(index - 1, out.hidden_states[index - 1])
         rows = slice(0, 1) if config.attention_queries == "cls" else slice(None)

@@ -15,9 +15,9 @@ from vllm.model_executor.models.llava import (
     LlavaMultiModalProcessor,
     LlavaProcessingInfo,
 )
-from vllm.model_executor.models.utils import get_layer_index
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from era_vllm.config import encoder_layer
 from era_vllm.contracts import ModelAdapter, TappedLayer
 from era_vllm.errors import UnsupportedError
 from era_vllm.types import Signal
@@ -57,20 +57,19 @@ class LlavaAdapter(ModelAdapter):
         """The module whose attention layers carry the bias."""
         return model.language_model
 
+    def encoder_layer(self, hf_config: LlavaConfig, layer: int | None) -> int:
+        """The CLIP layer whose output the features are, or another below it."""
+        layers = hf_config.vision_config.num_hidden_layers
+        return encoder_layer(layer, hf_config.vision_feature_layer, layers)
+
     def tapped_layer(
         self, model: nn.Module, hf_config: LlavaConfig, layer: int | None
     ) -> TappedLayer:
-        """The CLIP layer whose output the features are, or another below it."""
+        """That layer of the built tower."""
         built = model.vision_tower.vision_model.encoder.layers
-        vision = hf_config.vision_config
-        last, total = len(built), vision.num_hidden_layers
-        index = last if layer is None else get_layer_index(layer, total)
-        if not 1 <= index <= last:
-            raise UnsupportedError(
-                f"attention_layer: got {layer}, allowed: 1 to {last} or {-total} to "
-                f"{last - total - 1} (layers that the features come through)"
-            )
-        return TappedLayer(built[index - 1].self_attn.attn, vision.num_attention_heads, 1)
+        index = self.encoder_layer(hf_config, layer)
+        heads = hf_config.vision_config.num_attention_heads
+        return TappedLayer(built[index - 1].self_attn.attn, heads, 1)
 
 
 class EraLlavaInfo(PrunedInfoMixin, LlavaProcessingInfo):

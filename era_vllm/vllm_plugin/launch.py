@@ -64,7 +64,7 @@ class Launch:
 
 
 def plan(
-    model: str,
+    model: str | os.PathLike[str],
     settings: Mapping[str, object],
     *,
     hf_overrides: Mapping[str, object] | None = None,
@@ -83,6 +83,7 @@ def plan(
         UnsupportedError: a model family, policy or vLLM version that is not served.
     """
     check_vllm_version()
+    model = os.fspath(model)
     config = EraConfig.parse(settings)
     make_policy(config)
     overrides, additional = dict(hf_overrides or {}), dict(additional_config or {})
@@ -108,15 +109,16 @@ def plan(
     return Launch(model, engine, {} if allowed is None else {"VLLM_PLUGINS": allowed})
 
 
-def engine_args(model: str, settings: Mapping[str, object]) -> dict[str, object]:
+def engine_args(model: str | os.PathLike[str], settings: Mapping[str, object]) -> dict[str, object]:
     """Return keyword arguments for ``vllm.LLM``; see ``era_vllm.engine_args``."""
     launch = plan(model, settings)
     if launch.environment:
         raise ConfigError(
-            f"VLLM_PLUGINS is {os.environ['VLLM_PLUGINS']!r}, which leaves out 'era'; set "
-            f"VLLM_PLUGINS={launch.environment['VLLM_PLUGINS']} or unset it"
+            f"VLLM_PLUGINS is {os.environ['VLLM_PLUGINS']!r}, which leaves out 'era' (vLLM keeps "
+            f"spaces as part of a name); set VLLM_PLUGINS={launch.environment['VLLM_PLUGINS']} or "
+            "unset it"
         )
-    return {"model": model, **launch.engine}
+    return {"model": launch.model, **launch.engine}
 
 
 def model_config(model: str) -> dict[str, object]:
@@ -127,6 +129,11 @@ def model_config(model: str) -> dict[str, object]:
     """
     from transformers import PretrainedConfig
 
+    if not model:
+        raise ConfigError(
+            "model: got an empty name, needed a checkpoint folder or name; is a shell variable "
+            "such as $MODEL not set?"
+        )
     text = (
         f"model {model!r}: no config.json could be read; needed a folder with a Hugging Face "
         "checkpoint, or the name of one that can be downloaded from here"
@@ -146,11 +153,15 @@ def architectures(config: Mapping[str, object]) -> list[str]:
 
 
 def plugins_to_allow() -> str | None:
-    """Return what ``VLLM_PLUGINS`` must be for vLLM to load us; None where it does already."""
+    """Return what ``VLLM_PLUGINS`` must be for vLLM to load us; None where it does already.
+
+    vLLM splits at commas and compares what is between them, spaces included.
+    """
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is None or PLUGIN in [name.strip() for name in allowed.split(",")]:
+    if allowed is None or PLUGIN in allowed.split(","):
         return None
-    return f"{allowed},{PLUGIN}" if allowed else PLUGIN
+    names = [name for part in allowed.split(",") if (name := part.strip())]
+    return ",".join(names if PLUGIN in names else [*names, PLUGIN])
 
 
 def _changed(config: EraConfig) -> dict[str, object]:

@@ -4,13 +4,15 @@ A prompt carries its rates as ``mm_processor_kwargs["era"]``: one number for all
 list with one a picture. Absent = the server's default.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 
 KEY: Final = "era"
+_NEAR: Final = 0.85  # so that EVS's video_pruning_rate is another name
 
 
 def effective_rates(
@@ -19,8 +21,10 @@ def effective_rates(
     """Return one rate an image.
 
     Raises:
-        ConfigError: not a number or a list of them, out of range, or as many rates as no images.
+        ConfigError: not a number or a list of them, out of range, not as many rates as images, or
+            a key that looks like a misspelt one.
     """
+    refuse_misspelt(processor_kwargs)
     asked = processor_kwargs.get(KEY)
     if asked is None:
         return [config.pruning_rate] * images
@@ -31,6 +35,22 @@ def effective_rates(
             "single number for all"
         )
     return [config.check_rate(rate) for rate in rates]
+
+
+def refuse_misspelt(names: Iterable[str]) -> None:
+    """Check that no argument looks like ours and would be ignored.
+
+    Raises:
+        ConfigError: one starts with our key, in small or capital letters, or is the setting's name.
+    """
+    for name in names:
+        small = name.lower().replace("-", "_")
+        near = difflib.get_close_matches(small, ["pruning_rate"], cutoff=_NEAR)
+        if name != KEY and (near or small.startswith(KEY)):
+            raise ConfigError(
+                f"mm_processor_kwargs: got {name!r}, needed {KEY!r}: one pruning rate for all "
+                "images of a prompt or a list with one an image"
+            )
 
 
 def without_rates(processor_kwargs: Mapping[str, object]) -> dict[str, object]:

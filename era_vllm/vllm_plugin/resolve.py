@@ -8,8 +8,10 @@ sends to all processes.
 from vllm.config import VllmConfig
 
 from era_vllm.config import EraConfig
+from era_vllm.errors import ConfigError
 from era_vllm.policies import make_policy
 from era_vllm.vllm_plugin.positions import carry_positions
+from era_vllm.vllm_plugin.rates import KEY, refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
 from era_vllm.vllm_plugin.version import check_vllm_version
 
@@ -18,7 +20,7 @@ def resolve(vllm_config: VllmConfig) -> None:
     """Parse, check and keep the settings.
 
     Raises:
-        ConfigError: an unknown or malformed setting.
+        ConfigError: an unknown or malformed setting, or one in the wrong place.
         UnsupportedError: an engine feature that pruning cannot work with, or another vLLM.
     """
     check_vllm_version()
@@ -26,10 +28,24 @@ def resolve(vllm_config: VllmConfig) -> None:
     config = EraConfig.parse((raw.get("era") if isinstance(raw, dict) else None) or {})
     make_policy(config)
     refuse(vllm_config)
+    _refuse_rate(vllm_config)
     hf_config = vllm_config.model_config.hf_config
     if config.positions == "original":
         carry_positions(hf_config)
     hf_config.era = config.as_dict()
+
+
+def _refuse_rate(vllm_config: VllmConfig) -> None:
+    """Refuse a rate among the arguments of every picture: prompts carry theirs in its place."""
+    of_images = vllm_config.model_config.multimodal_config
+    given = (of_images.mm_processor_kwargs if of_images else None) or {}
+    if KEY in given:
+        raise ConfigError(
+            f"mm_processor_kwargs of the engine: got {KEY!r}: {given[KEY]!r}, which is a prompt's; "
+            "set the engine's default rate with pruning_rate (engine_args(model, "
+            "pruning_rate=...)) or --era-pruning-rate"
+        )
+    refuse_misspelt(given)
 
 
 def era_config(hf_config: object) -> EraConfig:

@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMClientError
 
 import era_vllm
 from era_vllm.cli.findings import engine_config
+from era_vllm.cli.findings import model as models_findings
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.lab import CHECKPOINT
@@ -32,6 +33,17 @@ def test_engine_args_switch_pruning_on():
         "tokenizer_mode": "era",
         "additional_config": {"era": {"pruning_rate": 0.5, "policy": "dpp", "merge": False}},
     }
+
+
+def test_a_path_is_as_good_as_its_name():
+    assert era_vllm.engine_args(CHECKPOINT) == era_vllm.engine_args(MODEL)
+
+
+def test_a_plugin_list_with_spaces_is_told_as_vllm_reads_it(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "foo, era")
+    assert plan(MODEL, {}).environment == {"VLLM_PLUGINS": "foo,era"}
+    with pytest.raises(ConfigError, match=r"spaces as part of a name\); set VLLM_PLUGINS=foo,era "):
+        era_vllm.engine_args(MODEL)
 
 
 def test_maximum_rate_0_gives_no_argument_at_all():
@@ -80,6 +92,8 @@ def test_unserved_family_refuses(tmp_path):
 def test_no_checkpoint_refuses(tmp_path):
     with pytest.raises(ConfigError, match="needed a"):
         plan(str(tmp_path / "nothing"), {})
+    with pytest.raises(ConfigError, match="got an empty name"):
+        plan("", {})
 
 
 def test_untested_vllm_refuses_and_can_be_allowed(monkeypatch, caplog):
@@ -172,6 +186,12 @@ def test_each_refusal_is_told_with_what_works(pruning_config, row):
     )
 
 
+def test_doctor_refuses_an_encoder_layer_before_the_engine_does(pruning_config):
+    models_findings(pruning_config, EraConfig(attention_layer=4))
+    with pytest.raises(UnsupportedError, match="got 5, allowed: 1 to 4 or -5 to -2"):
+        models_findings(pruning_config, EraConfig(attention_layer=5))
+
+
 def test_all_refusals_are_told_at_once(pruning_config):
     with pytest.raises(UnsupportedError) as refused:
         refuse(changed(pruning_config, dict(WANTED.values())))
@@ -198,6 +218,8 @@ def changed(config, values):
         ({"enable_mm_embeds": True}, "--enable-mm-embeds"),
         ({"mm_encoder_only": True}, "--mm-encoder-only"),
         ({"additional_config": {"era": {"pruning_rat": 1}}}, "did you mean 'pruning_rate'"),
+        ({"mm_processor_kwargs": {"era": 0.5}}, r"default rate with pruning_rate \(engine_args"),
+        ({"mm_processor_kwargs": {"Era": 0.5}}, "got 'Era', needed 'era'"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -2,15 +2,19 @@
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
+from typing import get_args
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from era_vllm.config import DEFAULT_PRUNING_RATE, EraConfig
-from era_vllm.errors import ConfigError
+from era_vllm.attention.bias_store import STORES, make_store
+from era_vllm.config import DEFAULT_PRUNING_RATE, BiasStoreName, EraConfig, encoder_layer
+from era_vllm.errors import ConfigError, UnsupportedError
 
 OTHER: dict[str, object] = {
     "pruning_rate": 0.5,
@@ -22,8 +26,8 @@ OTHER: dict[str, object] = {
     "bias": False,
     "attention_layer": -1,
     "attention_queries": "cls",
-    "bias_store": "another",
-    "bias_columns": 2,
+    "bias_store": "value_column",
+    "bias_columns": 1,
     "positions": "compact",
     "gamma": [[1.0, 0.5], [0.9, 0.0]],
 }
@@ -79,7 +83,7 @@ def test_unknown_settings_name_the_nearest() -> None:
         ("merge", [0, 1, "true", None]),
         ("bias", [0, 1, "true", None]),
         ("policy", [None, 3, b"era", ["era"]]),
-        ("bias_store", [None, 3]),
+        ("bias_store", [None, 3, "key_column", "Key_Columns", ["key_columns"]]),
         ("attention_layer", [1.0, "last", True, [1]]),
         ("attention_queries", ["ALL", "", None, 1, ["all"]]),
         ("bias_columns", [0, 5, -1, 1.0, "2", True]),
@@ -112,6 +116,50 @@ def test_bad_values_are_refused_by_name(name: str, bad: list[object]) -> None:
 def test_ends_of_ranges_are_allowed(name: str, good: list[object]) -> None:
     for value in good:
         assert EraConfig.parse({name: value}).as_dict()[name] == value
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    """Which JSON knows, and so vLLM's command line and every cache key."""
+    raw = {
+        "pruning_rate": np.float32(0.5),
+        "min_anchors": np.int64(4),
+        "attention_layer": np.int8(-3),
+        "policy_options": {"mass_scale": np.float16(0.5), "n": np.int32(2)},
+        "gamma": [np.float32(0.5), np.int64(1)],
+    }
+    plain = EraConfig(0.5, min_anchors=4, attention_layer=-3, gamma=(0.5, 1.0))
+    options = (("mass_scale", 0.5), ("n", 2))
+    for config in (EraConfig.parse(raw), replace(EraConfig.parse(raw), min_anchors=np.uint8(4))):
+        assert config == replace(plain, policy_options=options)
+        assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
+    assert type(EraConfig().check_rate(np.float32(0.5))) is float
+    for bad in (np.float32("nan"), np.bool_(True), np.array([0.5])):
+        with pytest.raises(ConfigError, match="pruning_rate: got"):
+            EraConfig.parse({"pruning_rate": bad})
+    with pytest.raises(ConfigError, match="min_anchors: got"):
+        EraConfig.parse({"min_anchors": np.float64(1)})
+
+
+def test_the_bias_stores_are_those_that_exist_and_their_columns_fit() -> None:
+    assert set(get_args(BiasStoreName)) == set(STORES)
+    with pytest.raises(ConfigError, match="bias_columns: got 2, allowed: 1 or null for value_col"):
+        EraConfig.parse({"bias_store": "value_column", "bias_columns": 2})
+    for store in STORES:
+        for columns in (None, 1) if store == "value_column" else (None, 1, 2, 4):
+            config = EraConfig.parse({"bias_store": store, "bias_columns": columns})
+            make_store(config.bias_store, config.bias_columns, torch.float32)
+
+
+@pytest.mark.parametrize("feature_layer", [4, -2, [1, -2]])
+def test_an_encoder_layer_is_one_that_the_features_come_through(
+    feature_layer: int | list[int],
+) -> None:
+    """Five layers, of which the first four run; counted from 1, or from -1 = the last of all."""
+    found = [encoder_layer(layer, feature_layer, 5) for layer in (None, 1, 4, -2, -5)]
+    assert found == [4, 1, 4, 4, 1]
+    for layer in (0, 5, 99, -1, -6, -50):
+        with pytest.raises(UnsupportedError, match=f"got {layer}, allowed: 1 to 4 or -5 to -2 "):
+            encoder_layer(layer, feature_layer, 5)
 
 
 def test_a_lower_maximum_takes_the_default_rate_down_but_not_an_asked_for_one() -> None:

@@ -174,7 +174,7 @@ def test_serve_without_vllm_ends_in_one_line(
 
 @pytest.mark.parametrize(
     ("allowed", "better"),
-    [(None, None), ("era", None), ("a, era", None), ("", "era"), ("a", "a,era")],
+    [(None, None), ("a,era", None), ("a, era", "a,era"), ("", "era"), ("a,", "a,era")],
 )
 def test_doctor_tells_what_vllm_plugins_must_be(
     allowed: str | None, better: str | None, monkeypatch: pytest.MonkeyPatch
