@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from era_vllm.errors import UnsupportedError
+from era_vllm.errors import ConfigError, UnsupportedError
 
 DESCRIPTION = """Ask two servers about a dozen pictures: all image tokens against a ninth of them.
 
@@ -26,10 +26,12 @@ out/kept.png (the tokens that are kept of one picture) and out/demo.json.
 """
 RATES: Final = (0.0, 0.889)
 OUT: Final = Path("out")
+MODULE: Final = (sys.executable, "-P", "-m")  # -P: nothing is imported from the user's folder
 _SERVER_FLAGS: Final = (
     *("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4"),
     *("--kv-cache-memory-bytes", str(64 << 20)),
 )
+_STOPPING: Final = (signal.SIGTERM, signal.SIGHUP)
 _SERVER_ENVIRONMENT: Final = {"TORCH_COMPILE_DISABLE": "1"}  # nothing to gain for a tiny model
 
 
@@ -53,9 +55,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     if find_spec("vllm") is None:
         raise UnsupportedError(f"demo: vLLM is not installed; needed 0.32.x: {INSTALL}")
-    signal.signal(signal.SIGTERM, _stop)
+    for number in _STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     started = time.monotonic()
-    OUT.mkdir(exist_ok=True)
+    _make_folder()
     report: dict[str, object] = provenance()
     try:
         report["answers"] = _answers()
@@ -71,6 +75,22 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _make_folder() -> None:
+    """Make ``out/`` and try to write there.
+
+    Raises:
+        ConfigError: it is a file, or nothing can be written in this folder.
+    """
+    try:
+        OUT.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=OUT).close()
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {str(OUT.absolute())!r} cannot be written to ({error.strerror}); start "
+            "era-vllm demo in a folder where you may write, without a file of that name"
+        ) from error
+
+
 def _answers() -> dict[str, object]:
     from dataclasses import asdict
 
@@ -80,7 +100,7 @@ def _answers() -> dict[str, object]:
 
     _say(f"two servers with the sample model, pruning rates {RATES[0]:g} and {RATES[1]:g}")
     samples = load_samples()
-    command = [sys.executable, "-m", "era_vllm.cli.main", "serve", *_SERVER_FLAGS]
+    command = [*MODULE, "era_vllm.cli.main", "serve", *_SERVER_FLAGS]
     with ExitStack() as stack:
         servers = [
             stack.enter_context(
@@ -114,6 +134,7 @@ def _draw_kept(path: Path) -> None:
 
 def _speed(report: dict[str, object]) -> dict[str, object]:
     from era_vllm.lab.demo_speed import Timing, table
+    from era_vllm.lab.servers import tied
 
     _say(
         "speed: the sample model is too small to show it (its first token takes milliseconds), so\n"
@@ -121,8 +142,8 @@ def _speed(report: dict[str, object]) -> dict[str, object]:
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
-        command = [sys.executable, "-m", "era_vllm.cli.speed_engine", str(out)]
-        with subprocess.Popen(command) as process:
+        command = [*MODULE, "era_vllm.cli.speed_engine", str(out)]
+        with subprocess.Popen(tied(command)) as process:
             try:
                 code = process.wait()
             except BaseException:
@@ -151,4 +172,6 @@ def _say(text: str) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
+    for ours in _STOPPING:  # a terminal that closes may send two; stopping is not to be stopped
+        signal.signal(ours, signal.SIG_IGN)
     raise KeyboardInterrupt

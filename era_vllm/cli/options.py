@@ -51,6 +51,11 @@ _FLAGS: Final[dict[str, dict[str, object]]] = {
     },
 }
 
+_SWITCHES: Final = {
+    "merge": "average pruned tokens into anchors",
+    "bias": "add the log-bias to attention scores",
+}
+
 
 def add_era_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a subcommand's parser."""
@@ -65,19 +70,18 @@ def add_era_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="option of the policy, repeatable; e.g. --era-option mass_scale=0.39",
     )
-    for name, what in (("merge", "average pruned tokens into anchors"), ("bias", "add log-bias")):
-        group.add_argument(
-            f"--era-{name}",
-            dest=f"era_{name}",
-            action=argparse.BooleanOptionalAction,
-            help=f"{what} (default on)",
-        )
+    for name, what in _SWITCHES.items():
+        on, *off = _switch(name)
+        for flags, value, said in (([on], True, f"{what} (default)"), (off, False, "do not")):
+            group.add_argument(
+                *flags, dest=f"era_{name}", action="store_const", const=value, help=said
+            )
 
 
 def era_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the ``EraConfig`` fields that were set by flags."""
     settings: dict[str, object] = {}
-    for name in [*_FLAGS, "merge", "bias"]:
+    for name in [*_FLAGS, *_SWITCHES]:
         if (value := getattr(arguments, f"era_{name}")) is not None:
             settings[name] = value
     if arguments.era_option:
@@ -87,11 +91,17 @@ def era_settings(arguments: argparse.Namespace) -> dict[str, object]:
 
 def refuse_unknown_era_flags(rest: list[str]) -> None:
     """Raise ConfigError for a mistyped ``--era-*`` flag that would reach vLLM."""
-    known = [f"--era-{name.replace('_', '-')}" for name in [*_FLAGS, "merge", "bias", "option"]]
+    known = [f"--era-{name.replace('_', '-')}" for name in [*_FLAGS, "option"]]
+    known += [flag for name in _SWITCHES for flag in _switch(name)]
     for word in rest:
         flag = word.split("=")[0]
-        if flag.startswith("--era") and flag not in known:
+        if flag.startswith(("--era", "--no-era")) and flag not in known:
             raise ConfigError(unknown_name("flag", flag, known))
+
+
+def _switch(name: str) -> tuple[str, str, str]:
+    """Flags that switch a setting on, off, and off as argparse spells it."""
+    return f"--era-{name}", f"--era-no-{name}", f"--no-era-{name}"
 
 
 def _option(text: str) -> tuple[str, object]:

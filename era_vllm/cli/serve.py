@@ -33,9 +33,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         usage="era-vllm serve [MODEL] [--era-* ...] [any flag of vllm serve]",
         help="run the OpenAI server with pruning on",
         description=DESCRIPTION,
-        epilog="All other flags go to vLLM: `vllm serve --help=all` lists them.",
+        epilog="All other flags go to vLLM: `era-vllm serve --help=all` lists them,\n"
+        "`era-vllm serve --help=WORD` those with that word in their names.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h", "--help", nargs="?", action=_Help, metavar="WORD", help="this text, or vLLM's"
     )
     add_era_options(parser)
     parser.add_argument(
@@ -44,11 +49,32 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+class _Help(argparse.Action):
+    """Print our own flags at once; leave a word to look for to vLLM's parser."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Act on ``--help`` or ``--help=WORD``."""
+        if values is None:
+            parser.print_help()
+            parser.exit()
+        namespace.help = values
+
+
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped, or print the command."""
     check_vllm_version()
     from era_vllm.vllm_plugin.launch import plan
-    from era_vllm_server.app import asked, complete, serve
+    from era_vllm_server.app import asked, complete, print_help, serve
+
+    if arguments.help:
+        print_help(arguments.help)
+        return 0
 
     refuse_unknown_era_flags(rest)
     rest = with_model(rest)

@@ -1,13 +1,15 @@
 """Servers that a demonstration or a test starts beside itself, waits for, and always stops.
 
-Each is a process group of its own with its log in a file, on a free port of this machine. Leaves
-out what is served: the caller gives the command.
+Each is a process group of its own with its log in a file, on a free port of this machine, and on
+Linux ends also where this process is killed. Leaves out what is served: the caller gives the
+command.
 """
 
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +26,14 @@ from era_vllm.lab.progress import interval_s
 START_LIMIT_S: Final = 300.0
 _STOP_LIMIT_S: Final = 5.0
 _LOG_LINES: Final = 25
+_NOT_INHERITED: Final = "VLLM_API_KEY"  # who asks these servers has no key
+_TIED: Final = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; outlives exec
+if os.getppid() != int(sys.argv[1]):  # it ended before that
+    sys.exit("the process that started this one has ended")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 _DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -38,16 +48,17 @@ class Server:
         Args:
             name: For messages.
             command: Without host and port.
-            environment: Variables set beside this process's own.
+            environment: Variables set beside this process's own (less vLLM's API key).
             log: Where both of its outputs go.
         """
         self.name = name
         self.port = free_port()
         self.log = log
+        inherited = {name: os.environ[name] for name in os.environ if name != _NOT_INHERITED}
         with log.open("wb") as sink:
             self._process = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--port", str(self.port)],
-                env={**os.environ, **environment},
+                tied([*command, "--host", "127.0.0.1", "--port", str(self.port)]),
+                env={**inherited, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -104,6 +115,17 @@ class Server:
     def _tail(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         return "\n".join([f"the end of its log ({self.log}):", *lines])
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """Return a command that asks Linux for a SIGTERM when the thread that starts it ends.
+
+    Source: prctl(2), PR_SET_PDEATHSIG. Another interpreter does it, since ``preexec_fn`` is not
+    safe beside threads, which torch has.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *command]
 
 
 def wait_for(servers: Sequence[Server], limit_s: float = START_LIMIT_S) -> None:

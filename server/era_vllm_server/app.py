@@ -60,6 +60,14 @@ def run(arguments: Sequence[str]) -> None:
     command.cmd(parsed)
 
 
+def print_help(word: str) -> None:
+    """Print vLLM's flags that have a word in their name, a group of them, or ``all``."""
+    try:
+        _parsed([f"--help={word}"])
+    except SystemExit:  # argparse's way to end after a help
+        return
+
+
 def asked(arguments: Sequence[str]) -> Asked:
     """Read, with vLLM's own parser, those flags that ours are merged with.
 
@@ -68,7 +76,8 @@ def asked(arguments: Sequence[str]) -> Asked:
     """
     _, parsed = _parsed(arguments, model=None)  # not the model that vLLM takes if none is named
     return Asked(
-        model=parsed.model_tag or parsed.model,  # the latter from a --config file
+        # the latter from a --config file
+        model=parsed.model if parsed.model_tag is None else parsed.model_tag,
         hf_overrides=parsed.hf_overrides,
         additional_config=parsed.additional_config,
         tokenizer_mode=parsed.tokenizer_mode,

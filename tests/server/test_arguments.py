@@ -94,3 +94,14 @@ def test_flags_that_vllm_cannot_read_end_in_one_line(capsys):
     assert main(["serve", "--config", "nothing.yaml"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("era-vllm serve: vLLM cannot read the flags: ")
+
+
+def test_help_with_a_word_is_vllms(capsys):
+    assert main(["serve", "--help=max-model-len"]) == 0
+    assert "--max-model-len" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[""], ["--port", "9", ""], ["", "--print-command"]], ids=str)
+def test_an_empty_model_is_not_the_sample(words, capsys):
+    assert main(["serve", *words]) == 2
+    assert "is a shell variable such as $MODEL not set?" in capsys.readouterr().err
