@@ -31,6 +31,9 @@ SECTIONS: Final = ("Versions", "Machine", "Plugin", "Model", "Attention", "Live 
 _ENGINE: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCH_COMPILE_DISABLE": "1",  # an eager engine compiles a few helpers all the same: 18 s
+    # float32 is float32: on a GPU Triton and cuBLAS would round its products to TF32.
+    "TRITON_F32_DEFAULT": "ieee",
+    "NVIDIA_TF32_OVERRIDE": "0",
 }
 _WIDTH: Final = 100
 _NAME: Final = 14

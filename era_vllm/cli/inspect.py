@@ -1,7 +1,8 @@
 """``era-vllm inspect``: a picture of the visual tokens that the model keeps, without an engine.
 
-Encoder and projector run in plain transformers, the reduction is the core's: the same choice that
-the server makes. Leaves out the drawing (``lab/picture.py``).
+Encoder and projector run in plain transformers, in the number format that the server uses; the
+reduction is the core's: the same choice that the server makes, up to near-ties that the last bit of
+a feature decides. Leaves out the drawing (``lab/picture.py``).
 """
 
 import argparse
@@ -56,14 +57,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Draw, and say what was kept."""
-    from era_vllm.cli.loading import open_image, open_oracle
+    from era_vllm.cli.loading import lacking_memory, open_image, open_oracle, served_dtype
     from era_vllm.policies import make_policy
 
     config = EraConfig.parse(era_settings(arguments))
     make_policy(config)
     _check_out(arguments.out, arguments.image)
     image = open_image(arguments.image)
-    picture, pruned = kept_picture(open_oracle(arguments.model), image, config)
+    dtype = served_dtype(arguments.model)
+    if lacking := lacking_memory(arguments.model, dtype):
+        raise ConfigError(f"--model {arguments.model!r}: {lacking}; run it where there is more")
+    picture, pruned = kept_picture(open_oracle(arguments.model, dtype), image, config)
     save(picture, arguments.out)
     n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]
     stood_for = pruned.log_bias[0].exp()

@@ -9,14 +9,13 @@ from typing import Final
 import torch
 
 from era_vllm.cli.findings import Finding, Layout
-from era_vllm.cli.loading import open_oracle
+from era_vllm.cli.loading import lacking_memory, open_oracle
 from era_vllm.cli.quiet import muted, progress
 from era_vllm.config import DEFAULT_PRUNING_RATE, EraConfig
 from era_vllm.lab.check import CONTROL_FACTOR, Check, compare
 from era_vllm.lab.samples import load_samples
 
 SECTION: Final = "Live check"
-_OVERHEAD_BYTES: Final = 2 << 30  # activations, KV cache, the libraries themselves
 
 
 def live_check(
@@ -96,19 +95,8 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
 
 
 def _lacking_memory(model: str) -> str:
-    """Say what is missing for two float32 copies of a model; empty if nothing is."""
-    import psutil  # one of vLLM's requirements
-    from transformers import AutoConfig, LlavaForConditionalGeneration
     from vllm.platforms import current_platform
 
-    with torch.device("meta"), muted():
-        empty = LlavaForConditionalGeneration(AutoConfig.from_pretrained(model))
-    size = 4 * sum(parameter.numel() for parameter in empty.parameters())
-    copies = 2 if current_platform.is_cpu() else 1  # the engine's is on the GPU
-    needed, free = copies * size + _OVERHEAD_BYTES, psutil.virtual_memory().available
-    if needed <= free:
-        return ""
-    return (
-        f"the check needs about {needed / 1e9:.0f} GB (the model as float32, in the engine and in "
-        f"plain transformers), {free / 1e9:.0f} GB are free"
-    )
+    with muted():
+        copies = 2 if current_platform.is_cpu() else 1  # the engine's is on the GPU
+        return lacking_memory(model, torch.float32, copies)

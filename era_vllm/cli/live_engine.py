@@ -7,7 +7,7 @@ imports this module after setting it. Leaves out the comparison (``lab/check.py`
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import torch
@@ -18,7 +18,7 @@ from era_vllm.attention.layer import RectifiedAttention
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.check import EngineAnswer
 from era_vllm.lab.oracle import segments_of
-from era_vllm.types import PrunedTokens, VisualTokens
+from era_vllm.types import PrunedTokens
 
 ANSWER_TOKENS: Final = 9
 """The token after the prompt and 8 decode steps."""
@@ -68,10 +68,10 @@ def live_answer(
         limit_mm_per_prompt={"image": 1},
         kv_cache_memory_bytes=max(_CACHES * context * bytes_per_token, 32 << 20),
     )
-    taken: list[tuple[VisualTokens, PrunedTokens]] = []
+    taken: list[PrunedTokens] = []
 
     def listen(model: torch.nn.Module) -> Built:
-        model.on_prune = lambda tokens, pruned: taken.append((tokens, pruned))
+        model.on_prune = lambda tokens, pruned: taken.append(_on_cpu(pruned))
         layers = [part for part in model.modules() if isinstance(part, RectifiedAttention)]
         return Built(len(layers), layers[0].head_size, layers[0].attn_backend.get_name())
 
@@ -95,13 +95,17 @@ def live_answer(
             "the engine answered without pruning the picture; needed one call of the pruning "
             "step; check the 'architecture' and 'plugin' lines above"
         )
-    pruned = taken[0][1]
     completion = output.outputs[0]
     steps = completion.logprobs
     rows = [[step[token].logprob for token in range(len(step))] for step in steps]
     answer = EngineAnswer(
         token_ids=[*output.prompt_token_ids, *completion.token_ids[:-1]],
         log_probs=torch.tensor(rows),
-        segment=segments_of(pruned)[0],
+        segment=segments_of(taken[0])[0],
     )
     return answer, built
+
+
+def _on_cpu(pruned: PrunedTokens) -> PrunedTokens:
+    """Copy to where the oracle is."""
+    return PrunedTokens(*(getattr(pruned, field.name).cpu() for field in fields(pruned)))
