@@ -81,14 +81,18 @@ class RectifiedAttention(Attention):
             [t, hq * dh], as the stock layer.
         """
         tokens, size = query.shape[0], self.unwidened_head_size
-        wide = self.store.before(
+        wide_query, wide_key, wide_value = self.store.before(
             query.view(tokens, self.num_heads, size),
             key.view(tokens, self.num_kv_heads, size),
             value.view(tokens, self.num_kv_heads, size),
             self.buffer.of_layer(self.index, tokens),
         )
-        flat = (x.flatten(1) for x in wide)  # vLLM quantises queries of two dimensions only
-        out = super().forward(*flat, output_dtype=output_dtype)
+        out = super().forward(
+            wide_query.flatten(1),  # vLLM quantises queries of two dimensions only
+            attention_impl.for_truncating_cache(self, "k", wide_key).flatten(1),
+            attention_impl.for_truncating_cache(self, "v", wide_value).flatten(1),
+            output_dtype=output_dtype,
+        )
         narrow = self.store.after(out.view(tokens, self.num_heads, self.head_size), size)
         return narrow.reshape(tokens, self.num_heads * size)
 

@@ -4,10 +4,14 @@ The oracle is fed the engine's own reduced embeddings. Errors are means over the
 the largest difference of log-probabilities, averaged over six requests.
 """
 
+import math
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from era_vllm.lab.oracle import Oracle, Segment
+from era_vllm.policies import uniform
 
 QUESTIONS = (
     "what shape is red?",
@@ -17,6 +21,16 @@ QUESTIONS = (
     "is there a red circle?",
     "what color is the star?",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Heavy(uniform.Policy):
+    """Every fourth anchor stands for 500 tokens, more than an image has."""
+
+    def log_bias(self, tokens, clusters):
+        bias = uniform.Policy.log_bias(self, tokens, clusters)
+        bias[:, ::4] = math.log(500)
+        return bias
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +79,15 @@ def test_bf16_is_as_close_as_transformers(engine, setup, ask, images, errors, st
     assert without > 3 * 1.25 * theirs
 
 
+@pytest.mark.parametrize("policy", ["era", f"{__name__}:Heavy"])
 @pytest.mark.parametrize("store", ["key_columns", "value_column"])
-def test_fp8_cache_is_as_close_as_for_text(engine, setup, ask, images, errors, store):
-    live = engine(setup(bias_store=store, llm={"dtype": "bfloat16", "kv_cache_dtype": "fp8"}))
+def test_fp8_cache_is_as_close_as_for_text(engine, setup, ask, images, errors, store, policy):
+    llm = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}
+    live = engine(setup(bias_store=store, policy=policy, llm=llm))
     requests = [ask(text, image) for text, image in zip(QUESTIONS, images, strict=False)]
     ours, _, without = errors(live, requests, live.ask(requests))
     texts = [ask(text) for text in QUESTIONS]
     text, _, _ = errors(live, texts, live.ask(texts))
-    print(f"fp8 {store}: pruned {ours:.3f}, text alone {text:.3f}, no bias {without:.2f}")
+    print(f"fp8 {store} {policy}: {ours:.3f}, text alone {text:.3f}, no bias {without:.2f}")
     assert ours <= text
     assert without > 3 * text
