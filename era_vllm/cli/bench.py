@@ -7,6 +7,7 @@ import argparse
 import json
 import shlex
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Final
 
 from era_vllm.cli import bench_attention, bench_reducer, bench_serve
 from era_vllm.cli.quiet import progress
-from era_vllm.errors import UnsupportedError
+from era_vllm.errors import ConfigError, UnsupportedError
 
 DESCRIPTION: Final = """Measure what pruning costs and what it saves, on this machine.
 
@@ -66,7 +67,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise UnsupportedError(f"bench: vLLM is not installed; needed 0.32.x: {INSTALL}")
     started = time.monotonic()
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # now rather than after minutes of measuring
+    except OSError as error:
+        raise ConfigError(
+            f"--out: got {arguments.out!r}, which cannot be written to ({error.strerror}); needed "
+            "a folder, or the name of a new one"
+        ) from error
     try:
         report = module.run(arguments)
     except KeyboardInterrupt:

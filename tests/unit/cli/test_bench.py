@@ -68,6 +68,14 @@ def test_what_cannot_run_is_refused_in_one_line(
     assert error.count("\n") == 1
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "reducer", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
 def test_lists_are_parsed() -> None:
     assert sizes("576:64,2880:160") == [(576, 64), (2880, 160)]
     assert numbers(float, 0, 1)("0,.5") == [0.0, 0.5]
