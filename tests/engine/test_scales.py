@@ -1,5 +1,6 @@
 """Layers that are not plain: calibrated fp8 scales, attention sinks, a soft cap."""
 
+import itertools
 import json
 import shutil
 
@@ -8,7 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from era_vllm.attention.layer import RectifiedAttention
+from era_vllm.attention.layer import RectifiedAttention, swap
+from era_vllm.compat import attention_impl
+from era_vllm.config import EraConfig
+from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 
 STORES = ("key_columns", "value_column")
@@ -102,3 +106,116 @@ def test_calibrated_scales(
     print(f"calibrated {store}: pruned {ours:.3f}, text alone {text:.3f}, no bias {without:.2f}")
     assert ours <= text
     assert without > 3 * text
+
+
+HEADS, KV_HEADS, SIZE, TOKENS, BLOCK = 4, 2, 64, 40, 32
+CAP = 3.0
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """``layer(store, **how)``: a rectified layer of its own and the buffer of its biases."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import Attention
+
+    config = EngineArgs(str(CHECKPOINT), dtype="float32").create_engine_config()
+    names = (f"model.layers.{index}.self_attn.attn" for index in itertools.count())
+
+    def build(store, **how):
+        owner = torch.nn.Module()
+        with set_current_vllm_config(config):
+            owner.attn = Attention(
+                HEADS,
+                SIZE,
+                SIZE**-0.5,
+                num_kv_heads=KV_HEADS,
+                cache_config=config.cache_config,
+                prefix=next(names),
+                **how,
+            )
+            buffer = swap(owner, config, EraConfig(bias_store=store))
+        return owner.attn, buffer, config
+
+    return build
+
+
+def attend(layer, buffer, config, query, key, value, bias):
+    """Return the layer's output for one prompt, through a real cache."""
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    blocks = -(-TOKENS // BLOCK)
+    layer.kv_cache = torch.zeros(blocks, KV_HEADS, BLOCK, 2 * layer.head_size)
+    config.cache_config.block_size = BLOCK
+    ends, slots = torch.tensor([0, TOKENS], dtype=torch.int32), torch.arange(TOKENS)
+    common = CommonAttentionMetadata(
+        query_start_loc=ends,
+        query_start_loc_cpu=ends,
+        seq_lens=ends[1:],
+        num_reqs=1,
+        num_actual_tokens=TOKENS,
+        max_query_len=TOKENS,
+        max_seq_len=TOKENS,
+        block_table_tensor=torch.arange(blocks, dtype=torch.int32)[None],
+        slot_mapping=slots,
+    )
+    name = layer.layer_name
+    with set_current_vllm_config(config):
+        spec = layer.get_kv_cache_spec(config)
+        build = layer.attn_backend.get_builder_cls()(spec, [name], config, torch.device("cpu"))
+        metadata = {name: build.build(0, common)}
+    buffer.write(bias != 0, bias[bias != 0])
+    with set_forward_context(metadata, config, slot_mapping={name: slots}):
+        return layer(query.flatten(1), key.flatten(1), value.flatten(1))
+
+
+def expected(query, key, value, bias, cap=None, sinks=None):
+    """Return softmax([cap(scale q.k) + bias, sink]) v: the cap before the bias, no value for it."""
+    key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
+    scores = torch.einsum("thd,shd->hts", query, key) * SIZE**-0.5
+    if cap is not None:
+        scores = cap * (scores / cap).tanh()
+    scores = (scores + bias).masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, TOKENS, 1)], -1)
+    return torch.einsum("hts,shd->thd", scores.softmax(-1)[..., :TOKENS], value).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "how", "why"),
+    [
+        ("value_column", "key_columns", {"logits_soft_cap": CAP}, "soft-capped.*value_column"),
+        ("key_columns", "value_column", {"sinks": torch.ones(HEADS)}, "sinks.*key_columns"),
+        ("key_columns", None, {}, ""),
+        ("value_column", None, {}, ""),
+    ],
+)
+def test_layers_with_a_cap_or_sinks(layer, right, wrong, how, why):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        3 * torch.randn(TOKENS, heads, SIZE, generator=generator)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    bias = torch.zeros(TOKENS)
+    bias[5:20] = torch.rand(15, generator=generator) + 1
+    found = attend(*layer(right, **how), query, key, value, bias)
+    cap, sinks = how.get("logits_soft_cap"), how.get("sinks")
+    exact = expected(query, key, value, bias, cap, sinks)
+    assert (found - exact).abs().max() < 1e-5
+    for other in (
+        expected(query, key, value, torch.zeros(TOKENS), cap, sinks),
+        expected(query, key, value, bias) if how else exact + 1,
+    ):
+        assert (found - other).abs().max() > 1e-2
+    if wrong is not None:
+        with pytest.raises(UnsupportedError, match=why):
+            layer(wrong, **how)
+
+
+def test_one_scale_a_head_is_refused(layer):
+    one, _, _ = layer("key_columns")
+    one._k_scale = torch.ones(KV_HEADS)
+    with pytest.raises(UnsupportedError, match="2 fp8 scales of 'k', one a head"):
+        attention_impl.cache_scale(one, "k")
