@@ -36,6 +36,16 @@ def test_matches_loops_in_float64(seed: int) -> None:
         np.testing.assert_allclose(found[:, head], expected, atol=2e-6)
 
 
+def test_a_bias_per_kv_head_reaches_its_query_heads() -> None:
+    query, key, value, bias = _random(2, (7, 4, 8), (7, 2, 8), (7, 2, 8), (7, 2))
+    found = rectified_attention(query, key, value, bias, 0.3)
+    for head in range(4):
+        one = slice(head // 2, head // 2 + 1)
+        alone = (query[:, head : head + 1], key[:, one], value[:, one], bias[:, head // 2])
+        expected = rectified_attention(*alone, 0.3)
+        torch.testing.assert_close(found[:, head : head + 1], expected, rtol=0, atol=1e-6)
+
+
 def test_agrees_with_torch_under_a_causal_mask() -> None:
     query, key, value = _random(0, (7, 4, 8), (7, 4, 8), (7, 4, 8))
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
