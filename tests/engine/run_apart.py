@@ -4,8 +4,8 @@ Usage: run_apart.py CHECKPOINT ARGUMENTS OUT, where ARGUMENTS is JSON of ``LLM``
 
     questions  [text, picture or null] each, asked in one batch
     settings   ours
-    steps      tokens to answer
-    rounds     how often to ask; the last answers are saved
+    steps      tokens to answer, 9 by default
+    rounds     how often to ask, once by default; the last answers are saved
 """
 
 import json
@@ -31,17 +31,11 @@ def listen(worker):
 
 
 def collect(worker):
-    """Return what this rank pruned: lists, tensors do not travel."""
+    """Return this rank's attention, anchors, bias, pictures, embeddings: tensors do not travel."""
     rows = []
     for tokens, result in worker.get_model().seen:
-        values = {
-            "attention": tokens.attention,
-            "seeds": tokens.seeds,
-            "anchors": result.anchors,
-            "embeds": result.embeds,
-            "log_bias": result.log_bias,
-        }
-        rows.append({name: value.tolist() for name, value in values.items()})
+        kept = tokens.attention, result.anchors, result.log_bias, tokens.seeds, result.embeds
+        rows.append([values.tolist() for values in kept])
     return rows
 
 
@@ -65,7 +59,7 @@ def main():
     checkpoint, raw, out = sys.argv[1:]
     arguments = json.loads(raw)
     questions, settings = arguments.pop("questions"), arguments.pop("settings")
-    steps, rounds = arguments.pop("steps"), arguments.pop("rounds")
+    steps, rounds = arguments.pop("steps", 9), arguments.pop("rounds", 1)
     llm = LLM(
         **{
             **era_vllm.engine_args(checkpoint, **settings),

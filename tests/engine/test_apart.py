@@ -34,8 +34,8 @@ def check(measured):
         config = EraConfig(positions=positions)
         images = [sample.image for sample in load_samples()]
         anchors = {}
-        for row in (chosen or saved)["ranks"][0]:
-            anchors |= dict(zip(row["seeds"], torch.tensor(row["anchors"]), strict=True))
+        for _, kept, _, seeds, _ in (chosen or saved)["ranks"][0]:
+            anchors |= dict(zip(seeds, torch.tensor(kept), strict=True))
         for (text, picture), answer in zip(questions, saved["answers"], strict=True):
             segments = []
             if picture is not None:
@@ -68,7 +68,7 @@ def test_tensor_parallel_2(apart, check, tmp_path, positions):
     first, second = saved["ranks"]
     assert first == second  # attention, anchors, embeddings, bias of both ranks, bit for bit
     oracle = Oracle(str(tmp_path / "model"))
-    found = torch.tensor(first[0]["attention"])
+    found = torch.tensor(first[0][0])
     images = [sample.image for sample in load_samples()[:2]]
     expected = oracle.tokens(images[: found.shape[0]]).attention
     assert found.shape[1:] == (4, 144)  # all heads, not a rank's two

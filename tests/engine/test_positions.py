@@ -9,22 +9,9 @@ import dataclasses
 import pytest
 import torch
 
-TOLERANCE = 1e-4
-CLEAR = 3 * TOLERANCE
+from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE
 
-
-@pytest.fixture
-def exact(difference):
-    """Assert that pruned answers are the oracle's, and would not be without the bias."""
-
-    def check(engine, requests, answers):
-        for request, answer in zip(requests, answers, strict=True):
-            found = difference(engine, request, answer)
-            assert found.exact < TOLERANCE
-            if request.images:
-                assert found.without_bias > 3 * TOLERANCE
-
-    return check
+CLEAR = CONTROL_FACTOR * TOLERANCE
 
 
 @pytest.fixture
@@ -89,6 +76,7 @@ def test_positions_that_vllm_carries(engine, setup, ask, images):
     assert [x[0] for x in decoded] == [prompt[-1] + 1, prompt[-1] + 2]
 
 
+@pytest.mark.situation("idle dummy batches")
 def test_idle_dummy_batches_move_nothing(engine, setup, ask, images, exact):
     live = engine(setup())
     request = ask("what shape is red?", images[9])
@@ -123,6 +111,7 @@ def test_the_same_prompt_is_served_with_compact_positions(engine, setup, ask, im
     assert len(answer.token_ids) == 9
 
 
+@pytest.mark.situation("decoding past the rope table")
 def test_decoding_past_the_rope_table(engine, setup, ask, images, exact):
     live = engine(setup())
     limit = live.core.vllm_config.model_config.hf_config.text_config.max_position_embeddings
@@ -148,7 +137,8 @@ def test_tables_that_depend_on_their_length_are_refused(scaling):
         carry_positions(LlavaConfig(text_config=text))
 
 
-def test_compact(engine, setup, ask, images, exact, difference):
+@pytest.mark.situation("mixed batch of five")
+def test_compact(engine, setup, ask, images, exact):
     live = engine(setup(positions="compact", llm={"block_size": 32}))
     assert not live.core.vllm_config.model_config.uses_mrope
     requests = [
@@ -164,6 +154,7 @@ def test_compact(engine, setup, ask, images, exact, difference):
     exact(live, requests, again)
 
 
+@pytest.mark.situation("chunks at every awkward place")
 @pytest.mark.parametrize("budget", [5, 17, 36])
 def test_compact_in_chunks(engine, setup, ask, images, exact, budget):
     live = engine(
@@ -173,6 +164,7 @@ def test_compact_in_chunks(engine, setup, ask, images, exact, budget):
     exact(live, requests, live.ask(requests))
 
 
+@pytest.mark.situation("more images than a tower pass")
 def test_tower_passes_are_as_large_as_profiled(engine, setup, ask, images, exact):
     live = engine(setup(llm={"max_num_batched_tokens": 300, "max_num_seqs": 8}))
     sizes = []
@@ -196,6 +188,7 @@ def test_positions_are_part_of_an_images_identity():
     assert len(marks) == 2
 
 
+@pytest.mark.situation("images side by side")
 def test_images_that_stand_side_by_side(engine, setup, ask, images, exact):
     live = engine(setup())
     request = SideBySide(ask("what shape is red?", images[0], images[1]))

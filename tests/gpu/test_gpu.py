@@ -45,11 +45,10 @@ small_memory = {"gpu_memory_utilization": 0.3}
 def segments_of(oracle, saved):
     """Return what the engine put in the place of each picture: picture hash -> segment."""
     found = {}
-    for row in saved["ranks"][0]:
-        columns = zip(row["seeds"], row["embeds"], row["log_bias"], row["anchors"], strict=True)
-        for seed, embeds, bias, anchors in columns:
-            n = len(row["attention"][0][0])
-            values = torch.tensor(embeds), torch.tensor(bias), torch.tensor(anchors)
+    for attention, anchors, log_bias, seeds, embeds in saved["ranks"][0]:
+        n = len(attention[0][0])
+        columns = (torch.tensor(values) for values in (embeds, log_bias, anchors))
+        for seed, *values in zip(seeds, *columns, strict=True):
             found[seed] = Segment(*values, n)
     return found
 
