@@ -234,7 +234,9 @@ def _why_not(situation: str, results: Mapping[str, Result]) -> str:
     found = [row for row in results.values() if row.situation == situation]
     if failed := [row for row in found if row.outcome == "failed"]:
         return f"**fails**: {len(failed)} of {len(found)} tests"
-    return next((row.why for row in found if row.outcome == "skipped"), "its test was not run")
+    return next(
+        (row.why for row in found if row.outcome == "skipped"), "no result of a marked test yet"
+    )
 
 
 def _table(head: Sequence[str], rows: "Iterator[Sequence[str]] | Sequence[Sequence[str]]"):  # noqa: ANN202

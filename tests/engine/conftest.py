@@ -325,7 +325,7 @@ def mean_errors(
     """
     rows = []
     for ids, segments, log_probs in answered:
-        ask = {"last": len(log_probs), "positions": config.positions}
+        ask = {"last": len(log_probs), "positions": config.positions, "gamma": config.gamma}
         exact = oracle.log_probs(ids, segments, **ask)
         others = (
             log_probs,
@@ -345,7 +345,8 @@ def compare_with(
     config: EraConfig,
 ) -> Difference:
     """Compare log-probabilities [steps, vocabulary] with the oracle, with and without the bias."""
-    expected = partial(oracle.log_probs, ids, segments, len(log_probs), positions=config.positions)
+    how = {"positions": config.positions, "gamma": config.gamma}
+    expected = partial(oracle.log_probs, ids, segments, len(log_probs), **how)
     return Difference(
         *((expected(bias=bias) - log_probs).abs().max().item() for bias in (True, False))
     )

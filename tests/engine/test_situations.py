@@ -20,7 +20,7 @@ def test_preemption(engine, setup, ask, images, exact, record_property):
     requests = [ask("how many shapes?", image) for image in images[:6]]
     answers = live.ask(requests, steps=40)
     assert preempted
-    record_property("counted", f"{len(preempted)} preemptions")
+    record_property("counted", f"preemptions: {len(preempted)}")
     exact(live, requests, answers)
 
 

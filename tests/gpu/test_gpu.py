@@ -164,7 +164,7 @@ def test_preemption(apart, exact, record_property):
     }
     saved = apart(arguments, settings={}, questions=PICTURES, steps=40, **FLOAT32)
     assert saved["preempted"] > 0
-    record_property("counted", f"{saved['preempted']:.0f} preemptions")
+    record_property("counted", f"preemptions: {saved['preempted']:.0f}")
     exact(saved, PICTURES, EraConfig())
 
 
