@@ -1,7 +1,5 @@
 """gamma: an exponent per layer and KV head, exact for both stores, and none is the paper's form."""
 
-import json
-
 import pytest
 import torch
 
@@ -11,8 +9,7 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
-from tests.engine import test_apart
-from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE
+from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, python
 
 LAYERS, KV_HEADS = 4, 3
 STORES = ("key_columns", "value_column")
@@ -89,22 +86,20 @@ def test_ranks_share_heads_or_hold_copies(total, size, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
-def test_tensor_parallel_ranks_take_their_own_heads(tmp_path, store):
+def test_tensor_parallel_ranks_take_their_own_heads(apart, tmp_path, store):
     code = "from random_llava import save_random_llava as save; import pathlib, sys; "
-    code += "save(pathlib.Path(sys.argv[1]))"
-    test_apart.python("-c", code, str(tmp_path / "model"))
+    model = str(tmp_path / "model")
+    python("-c", code + "save(pathlib.Path(sys.argv[1]))", model)
     era = {"bias_store": store, "gamma": random_gamma(2, 2)}
-    arguments = {
-        "questions": [["what shape is red?", 0]],
-        "settings": era,
-        "tensor_parallel_size": 2,
-    }
-    saved = tmp_path / "out.pt"
-    paths = str(tmp_path / "model"), json.dumps(arguments), str(saved)
-    test_apart.python("run_apart.py", *paths, TORCH_COMPILE_DISABLE="1")
-    found = torch.load(saved)
+    found = apart(
+        {"tensor_parallel_size": 2},
+        settings=era,
+        questions=[["what shape is red?", 0]],
+        checkpoint=model,
+        TORCH_COMPILE_DISABLE="1",
+    )
     (answer,), anchors = found["answers"], torch.tensor(found["ranks"][0][0][1])
-    oracle, config = Oracle(str(tmp_path / "model")), EraConfig.parse(era)
+    oracle, config = Oracle(model), EraConfig.parse(era)
     (image,) = (sample.image for sample in load_samples()[:1])
     segments = oracle.recycle([image], config, anchors)
     swapped = tuple(row[::-1] for row in config.gamma)
