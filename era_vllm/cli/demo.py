@@ -134,7 +134,6 @@ def _draw_kept(path: Path) -> None:
 
 def _speed(report: dict[str, object]) -> dict[str, object]:
     from era_vllm.lab.demo_speed import Timing, table
-    from era_vllm.lab.servers import tied
 
     _say(
         "speed: the sample model is too small to show it (its first token takes milliseconds), so\n"
@@ -143,7 +142,7 @@ def _speed(report: dict[str, object]) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
         command = [*MODULE, "era_vllm.cli.speed_engine", str(out)]
-        with subprocess.Popen(tied(command)) as process:
+        with subprocess.Popen(command) as process:
             try:
                 code = process.wait()
             except BaseException:

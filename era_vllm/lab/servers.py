@@ -1,8 +1,7 @@
 """Servers that a demonstration or a test starts beside itself, waits for, and always stops.
 
-Each is a process group of its own with its log in a file, on a free port of this machine, and on
-Linux ends also where this process is killed. Leaves out what is served: the caller gives the
-command.
+Each is a process group of its own with its log in a file, on a free port of this machine, and ends
+also where this process is killed. Leaves out what is served: the caller gives the command.
 """
 
 import os
@@ -27,13 +26,20 @@ START_LIMIT_S: Final = 300.0
 _STOP_LIMIT_S: Final = 5.0
 _LOG_LINES: Final = 25
 _NOT_INHERITED: Final = "VLLM_API_KEY"  # who asks these servers has no key
-_TIED: Final = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; outlives exec
-if os.getppid() != int(sys.argv[1]):  # it ended before that
-    sys.exit("the process that started this one has ended")
-os.execvp(sys.argv[2], sys.argv[2:])
+_GUARDED: Final = """
+import os, signal, sys, time
+alive = int(sys.argv[1])
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.read(alive, 1)  # the end of the pipe: its other end was in the process that has ended
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(float(sys.argv[2]))
+    os.killpg(0, signal.SIGKILL)
+os.close(alive)
+os.execvp(sys.argv[3], sys.argv[3:])
 """
+"""Runs a command in this process, and beside it a guard of the process group. PR_SET_PDEATHSIG
+would not do: vLLM's server loses a SIGTERM while it starts, and its engine outlives its SIGKILL."""
 _DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -55,15 +61,19 @@ class Server:
         self.port = free_port()
         self.log = log
         inherited = {name: os.environ[name] for name in os.environ if name != _NOT_INHERITED}
+        theirs, self._alive = os.pipe()
+        guarded = [sys.executable, "-I", "-S", "-c", _GUARDED, str(theirs), str(_STOP_LIMIT_S)]
         with log.open("wb") as sink:
             self._process = subprocess.Popen(
-                tied([*command, "--host", "127.0.0.1", "--port", str(self.port)]),
+                [*guarded, *command, "--host", "127.0.0.1", "--port", str(self.port)],
                 env={**inherited, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(theirs,),
             )
+        os.close(theirs)
 
     @property
     def url(self) -> str:
@@ -111,21 +121,13 @@ class Server:
                 self._process.wait(_STOP_LIMIT_S)
             except subprocess.TimeoutExpired:
                 continue
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
 
     def _tail(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         return "\n".join([f"the end of its log ({self.log}):", *lines])
-
-
-def tied(command: Sequence[str]) -> list[str]:
-    """Return a command that asks Linux for a SIGTERM when the thread that starts it ends.
-
-    Source: prctl(2), PR_SET_PDEATHSIG. Another interpreter does it, since ``preexec_fn`` is not
-    safe beside threads, which torch has.
-    """
-    if sys.platform != "linux":
-        return list(command)
-    return [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *command]
 
 
 def wait_for(servers: Sequence[Server], limit_s: float = START_LIMIT_S) -> None:
