@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,12 @@ def test_no_server_outlives_the_demo(how: signal.Signals, code: int, tmp_path: P
 
 def _running(group: int) -> int:
     """How many processes of a group are there and not ended."""
-    listed = subprocess.run(
-        ["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True
-    )
-    rows = [line.split() for line in listed.stdout.splitlines()]
-    return sum(int(found) == group and not state.startswith("Z") for found, state in rows)
+    found = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            found += state != "Z" and int(its_group) == group
+    return found
 
 
 def _wait(happens: Callable[[], bool], limit_s: float = 15) -> None:
