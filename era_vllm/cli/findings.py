@@ -190,6 +190,7 @@ def _policies(provides: frozenset[Signal], chosen: str) -> Iterator[Finding]:
 
 
 def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int]:
+    import torch
     from vllm.config import set_current_vllm_config
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -200,6 +201,8 @@ def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int
 
     stock, cache = config.model_config.get_head_size(), config.cache_config.cache_dtype
     dtype = kv_cache_dtype_str_to_dtype(cache, config.model_config)
+    if cache in ("fp8", "fp8_e4m3"):  # vLLM keeps them as bytes
+        dtype = torch.float8_e4m3fn
     store = make_store(era.bias_store, era.bias_columns, dtype)
     with set_current_vllm_config(config):
         backend = get_attn_backend(stock, config.model_config.dtype, cache)
@@ -211,7 +214,7 @@ def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int
         fits = "the next size that it takes"
     else:
         why = f"vLLM's choice for heads of {wide}"
-        fits = "rounded up to a multiple of 8"
+        fits = f"rounded up to a multiple of {16 if cache.startswith('fp8') else 8}"
     kind = str(dtype).removeprefix("torch.")
     precision = {
         "float32": "one column of float32 is exact",

@@ -13,6 +13,15 @@ DEFAULT_MODEL: Final = str(Path(__file__).parent.parent / "lab" / "checkpoint")
 DEFAULT_NAME: Final = "era-sample"
 """The name it is served under."""
 
+
+def _json(text: str) -> object:
+    """Parse a flag's JSON; argparse turns the error into a sentence."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, needed JSON ({error})") from error
+
+
 _FLAGS: Final[dict[str, dict[str, object]]] = {
     "pruning_rate": {
         "type": float,
@@ -48,6 +57,12 @@ _FLAGS: Final[dict[str, dict[str, object]]] = {
         "type": int,
         "metavar": "N",
         "help": "columns of the store (default 1 for float32 caches, 2 for bf16 and fp8)",
+    },
+    "gamma": {
+        "type": _json,
+        "metavar": "JSON",
+        "help": "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] "
+        "(default 1)",
     },
 }
 

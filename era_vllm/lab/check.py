@@ -76,7 +76,12 @@ def compare(
 
     def difference(bias: bool) -> float:
         expected = oracle.log_probs(
-            answer.token_ids, [answer.segment], steps, positions=config.positions, bias=bias
+            answer.token_ids,
+            [answer.segment],
+            steps,
+            positions=config.positions,
+            gamma=config.gamma,
+            bias=bias,
         )
         return float((expected - answer.log_probs).abs().max())
 

@@ -5,6 +5,7 @@ import torch
 
 from era_vllm.attention.cache_reader import read_bias
 from era_vllm.attention.layer import RectifiedAttention
+from era_vllm.types import Degenerate
 
 PREFIX = 3  # <s> USER :
 
@@ -77,10 +78,27 @@ def test_freed_slot_reused_by_text_holds_0(engine, setup, ask, images):
     assert reused
 
 
-def test_counts_of_repaired_input_are_kept(engine, setup, ask, images):
+def test_repaired_input_is_counted_and_harms_no_neighbour(engine, setup, ask, images, exact):
     live = engine(setup())
-    live.ask([ask("what shape is red?", images[11])])
-    assert live.model.degenerate.tolist() == [0, 0, 0, 0]
+    projector = live.model.multi_modal_projector
+
+    def spoil(module, inputs, out):
+        out = out.clone()
+        out[0, :2] = float("nan")  # two of the first picture's tokens
+        return out
+
+    before = live.model.degenerate.clone()
+    hook = projector.register_forward_hook(spoil)
+    try:
+        requests = [ask("what shape is red?", images[k], rate=0.8) for k in (10, 11)]
+        answers = live.ask(requests)
+    finally:
+        hook.remove()
+    width = live.core.vllm_config.model_config.hf_config.text_config.hidden_size
+    found = (live.model.degenerate - before).tolist()
+    assert found[Degenerate.NON_FINITE_EMBEDS] == 2 * width
+    assert all(answer.log_probs.isfinite().all() for answer in answers)
+    exact(live, requests[1:], answers[1:])
 
 
 def test_padding_rows_and_text_steps_hold_no_bias(engine, setup, ask, images):

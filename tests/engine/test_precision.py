@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 
 import pytest
-import torch
 
-from era_vllm.lab.oracle import Oracle, Segment
+from era_vllm.lab.oracle import Segment
 from era_vllm.policies import uniform
+from tests.engine.conftest import mean_errors
 
 QUESTIONS = (
     "what shape is red?",
@@ -33,14 +33,6 @@ class Heavy(uniform.Policy):
         return bias
 
 
-@pytest.fixture(scope="module")
-def oracle_bf16():
-    """The Hugging Face model in bf16."""
-    from era_vllm.lab import CHECKPOINT
-
-    return Oracle(str(CHECKPOINT), torch.bfloat16)
-
-
 @pytest.fixture
 def errors(oracle, oracle_bf16):
     """Mean errors against float32: of the engine, of transformers in bf16, and without the bias."""
@@ -51,37 +43,32 @@ def errors(oracle, oracle_bf16):
             segments = []
             for image in request.images:
                 _, result, row = live.pruned[live._key(image, live.config.pruning_rate, oracle)]
-                segments.append(
-                    Segment(
-                        result.embeds[row].float(), result.log_bias[row], result.anchors[row], 144
-                    )
-                )
-            ids, steps = [*answer.prompt_ids, *answer.token_ids][:-1], len(answer.token_ids)
-            exact = oracle.log_probs(ids, segments, steps)
-            others = (
-                answer.log_probs,
-                oracle_bf16.log_probs(ids, segments, steps),
-                oracle.log_probs(ids, segments, steps, bias=False),
-            )
-            rows.append([(other - exact).abs().amax(-1).mean() for other in others])
-        return torch.tensor(rows).mean(0).tolist()
+                kept = result.embeds[row].float(), result.log_bias[row], result.anchors[row]
+                segments.append(Segment(*kept, 144))
+            rows.append(([*answer.prompt_ids, *answer.token_ids][:-1], segments, answer.log_probs))
+        return mean_errors(oracle, oracle_bf16, rows, live.config)
 
     return measure
 
 
+@pytest.mark.situation("bf16")
 @pytest.mark.parametrize("store", ["key_columns", "value_column"])
-def test_bf16_is_as_close_as_transformers(engine, setup, ask, images, errors, store):
+def test_bf16_is_as_close_as_transformers(engine, setup, ask, images, errors, measured, store):
     live = engine(setup(bias_store=store, llm={"dtype": "bfloat16"}))
     requests = [ask(text, image) for text, image in zip(QUESTIONS, images, strict=False)]
     ours, theirs, without = errors(live, requests, live.ask(requests))
     print(f"bf16 {store}: engine {ours:.3f}, transformers {theirs:.3f}, no bias {without:.2f}")
+    measured(live.config, ours, without, 1.25 * theirs)
     assert ours <= 1.25 * theirs
     assert without > 3 * 1.25 * theirs
 
 
+@pytest.mark.situation("fp8 KV cache")
 @pytest.mark.parametrize("policy", ["era", f"{__name__}:Heavy"])
 @pytest.mark.parametrize("store", ["key_columns", "value_column"])
-def test_fp8_cache_is_as_close_as_for_text(engine, setup, ask, images, errors, store, policy):
+def test_fp8_cache_is_as_close_as_for_text(
+    engine, setup, ask, images, errors, measured, store, policy
+):
     llm = {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}
     live = engine(setup(bias_store=store, policy=policy, llm=llm))
     requests = [ask(text, image) for text, image in zip(QUESTIONS, images, strict=False)]
@@ -89,5 +76,6 @@ def test_fp8_cache_is_as_close_as_for_text(engine, setup, ask, images, errors, s
     texts = [ask(text) for text in QUESTIONS]
     text, _, _ = errors(live, texts, live.ask(texts))
     print(f"fp8 {store} {policy}: {ours:.3f}, text alone {text:.3f}, no bias {without:.2f}")
+    measured(live.config, ours, without, text)
     assert ours <= text
     assert without > 3 * text
