@@ -50,6 +50,11 @@ def test_anchors_hold_their_bias_and_text_holds_0(
         assert (visual - result.log_bias[row][:, None]).abs().max() < error
         assert visual.max() > 1
         assert not held[:PREFIX].any() and not held[PREFIX + count :].any()
+    first = slots[PREFIX : PREFIX + 6].tolist()
+    print(f"{store}, {dtype}, cache {cache}: last layer, KV head 0, slots {first} ...")
+    print("  log_bias ", [round(x, 4) for x in result.log_bias[row][:6].tolist()])
+    print("  read back", [round(x, 4) for x in visual[:6, 0].tolist()])
+    print(f"  {total - count} text slots: {held[:PREFIX, 0].tolist()} ...")
 
 
 def test_freed_slot_reused_by_text_holds_0(engine, setup, ask, images):
