@@ -97,11 +97,13 @@ class KeyColumns:
         value: Float[Tensor, "t hkv dh"],
         columns: Float[Tensor, "t h w"],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value widened by w columns, just before vLLM's cache write."""
+        """Return query, key and value widened by w columns, just before vLLM's cache write.
+
+        The query holds its constant in all w columns: in those beyond ours the key holds 0.
+        """
         width = columns.shape[-1]
-        constant = pad(query, (0, self.num_columns), value=self.query_constant)
         return (
-            pad(constant, (0, width - self.num_columns)),
+            pad(query, (0, width), value=self.query_constant),
             torch.cat([key, columns.expand(-1, key.shape[1], -1)], -1),
             pad(value, (0, width)),
         )

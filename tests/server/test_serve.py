@@ -102,6 +102,16 @@ def test_streaming_gives_the_same_text(servers):
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == whole
 
 
+def test_a_prompt_beyond_the_rope_table_is_a_400_and_harms_nobody(servers):
+    pictures = [sample.image for sample in load_samples()]
+    pictures += pictures[:3]  # 15 x 144 positions are more than 2,048; 15 x 32 tokens are few
+    with pytest.raises(BadRequestError, match="--era-positions compact"):
+        chat(servers[0].url, "how many shapes?", *pictures)
+    for picture in pictures[:2]:  # also in the refused prompt, so the caches know them
+        alone = chat(servers[0].url, "how many shapes?", picture).choices[0].message.content
+        assert alone == chat(servers[1].url, "how many shapes?", picture).choices[0].message.content
+
+
 def test_clients_cannot_set_processor_arguments(servers):
     sample = load_samples()[0]
     for value in ({"era": 0.5}, {"era": [0.5]}, {"do_resize": False}):
