@@ -38,6 +38,7 @@ class AnchorOffsets(nn.Module):
         super().__init__()
         self.register_buffer("offsets", torch.zeros(rows, dtype=torch.int64), persistent=False)
         self.register_buffer("positions", torch.zeros(rows, dtype=torch.int64), persistent=False)
+        self._dirty = False
 
     def write(self, is_visual: Bool[Tensor, "t"], anchors: Int[Tensor, "v"]) -> None:
         """Set the offsets of the step's anchors, 0 elsewhere.
@@ -51,10 +52,13 @@ class AnchorOffsets(nn.Module):
         self.offsets.zero_()
         step = self.offsets[: is_visual.shape[0]]
         step.masked_scatter_(is_visual.to(step.device, non_blocking=True), anchors)
+        self._dirty = True
 
     def clear(self) -> None:
-        """Set every offset to 0."""
-        self.offsets.zero_()
+        """Set every offset to 0; free on steps that follow a step without images."""
+        if self._dirty:
+            self.offsets.zero_()
+            self._dirty = False
 
     def add_to(self, carried: Int[Tensor, "3 t"]) -> Int[Tensor, "t"]:
         """Return the 1-D positions of a step.

@@ -41,6 +41,14 @@ with warnings.catch_warnings():  # torch and vLLM use what they deprecate
     warnings.simplefilter("ignore")
     importlib.import_module("vllm.model_executor.layers.attention")
 
+QUESTIONS = (  # for means over requests
+    "what shape is red?",
+    "how many shapes?",
+    "what word is shown?",
+    "what number is shown?",
+    "is there a red circle?",
+    "what color is the star?",
+)
 STEPS = 9  # the last prompt token + 8 decode steps
 TOLERANCE = 1e-4  # of log-probabilities, whole vocabulary, float32
 CONTROL_FACTOR = 3  # tolerances that an answer must be away from an oracle without the bias
@@ -81,16 +89,21 @@ def setup() -> Callable[..., Setup]:
 
 @dataclass(frozen=True)
 class Request:
-    """A question about some pictures; ``rate`` None = the engine's default."""
+    """A question about some pictures; ``rate`` None = the engine's default.
+
+    ``form`` says where the pictures stand: {pictures} and {text} are put in.
+    """
 
     text: str
     images: tuple[Image, ...] = ()
     rate: float | tuple[float, ...] | None = None
+    form: str = "USER: {pictures}{text} ASSISTANT:"
 
     def prompt(self) -> dict[str, object]:
         """Return what ``LLM.generate`` takes."""
         pictures = "<image> " * len(self.images)
-        prompt: dict[str, object] = {"prompt": f"USER: {pictures}{self.text} ASSISTANT:"}
+        filled = self.form.format(pictures=pictures, text=self.text)
+        prompt: dict[str, object] = {"prompt": filled}
         if self.images:
             prompt["multi_modal_data"] = {"image": list(self.images)}
         if self.rate is not None:
@@ -101,8 +114,8 @@ class Request:
 
 @pytest.fixture(scope="session")
 def ask() -> Callable[..., Request]:
-    """``ask(text, *images, rate=None)``: describe a request."""
-    return lambda text, *images, rate=None: Request(text, images, rate)
+    """``ask(text, *images, rate=None, form=...)``: describe a request."""
+    return lambda text, *images, rate=None, **form: Request(text, images, rate, **form)
 
 
 @dataclass(frozen=True)

@@ -191,19 +191,9 @@ def test_positions_are_part_of_an_images_identity():
 @pytest.mark.situation("images side by side")
 def test_images_that_stand_side_by_side(engine, setup, ask, images, exact):
     live = engine(setup())
-    request = SideBySide(ask("what shape is red?", images[0], images[1]))
+    form = "USER: <image><image> {text} ASSISTANT:"
+    request = ask("what shape is red?", images[0], images[1], form=form)
     exact(live, [request], live.ask([request]))
-
-
-class SideBySide:
-    """A request whose two pictures have no text between them."""
-
-    def __init__(self, request):
-        self.text, self.images, self.rate = request.text, request.images, request.rate
-        self._inner = request
-
-    def prompt(self):
-        return {**self._inner.prompt(), "prompt": f"USER: <image><image> {self.text} ASSISTANT:"}
 
 
 def test_what_the_oracle_calls_original(oracle):

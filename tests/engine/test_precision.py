@@ -11,16 +11,7 @@ import pytest
 
 from era_vllm.lab.oracle import Segment
 from era_vllm.policies import uniform
-from tests.engine.conftest import mean_errors
-
-QUESTIONS = (
-    "what shape is red?",
-    "how many shapes?",
-    "what word is shown?",
-    "what number is shown?",
-    "is there a red circle?",
-    "what color is the star?",
-)
+from tests.engine.conftest import QUESTIONS, mean_errors
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,18 @@ import pytest
 
 
 @pytest.mark.situation("preemption")
-def test_preemption(engine, setup, ask, images, exact, record_property):
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_preemption(engine, setup, ask, images, exact, record_property, positions):
     # 9 free blocks of 32 for six requests that grow to 3 blocks each
     live = engine(
         setup(
+            positions=positions,
             llm={
                 "num_gpu_blocks_override": 10,
                 "block_size": 32,
                 "max_model_len": 128,
                 "max_num_seqs": 6,
-            }
+            },
         )
     )
     preempted = count_preemptions(live)
@@ -39,8 +41,11 @@ def count_preemptions(live):
 
 
 @pytest.mark.situation("abort in mid-prefill")
-def test_abort_in_mid_prefill_leaves_the_next_request_right(engine, setup, ask, images, exact):
-    live = engine(setup(llm={"max_num_batched_tokens": 16, "max_num_seqs": 4}))
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_abort_in_mid_prefill_leaves_the_next_request_right(
+    engine, setup, ask, images, exact, positions
+):
+    live = engine(setup(positions=positions, llm={"max_num_batched_tokens": 16, "max_num_seqs": 4}))
     from vllm import SamplingParams
 
     inner = live.llm.llm_engine
@@ -54,28 +59,19 @@ def test_abort_in_mid_prefill_leaves_the_next_request_right(engine, setup, ask, 
 
 
 @pytest.mark.situation("an image that ends the prompt")
-def test_image_that_ends_the_prompt(engine, setup, ask, images, exact):
-    live = engine(setup())
-    ending = EndsWithImage(ask("what shape is red?", images[0]))
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_image_that_ends_the_prompt(engine, setup, ask, images, exact, positions):
+    live = engine(setup(positions=positions))
+    ending = ask("what shape is red?", images[0], form="USER: {text} {pictures}")
     (answer,) = live.ask([ending])
     assert answer.prompt_ids[-1] == 4
     exact(live, [ending], [answer])
 
 
-class EndsWithImage:
-    """A request whose picture comes last."""
-
-    def __init__(self, request):
-        self.text, self.images, self.rate = request.text, request.images, request.rate
-        self._inner = request
-
-    def prompt(self):
-        return {**self._inner.prompt(), "prompt": f"USER: {self.text} <image>"}
-
-
 @pytest.mark.situation("another rate is no false hit")
-def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact):
-    live = engine(setup(llm={"block_size": 32}))
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact, positions):
+    live = engine(setup(positions=positions, llm={"block_size": 32}))
     for rate in (0.5, 0.778, 0.5, 0.889, 0.0):
         request = ask("what shape is blue?", images[5], rate=rate)
         (answer,) = live.ask([request])

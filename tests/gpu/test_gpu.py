@@ -19,18 +19,11 @@ from era_vllm.lab.oracle import Segment
 from era_vllm.lab.samples import load_samples
 from era_vllm.pixels import pixel_hash
 from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with, mean_errors
+from tests.engine.conftest import QUESTIONS as TEXTS
 from tests.engine.test_doctor import (  # noqa: F401 - the doctor's live check, on this machine
     test_doctor_finds_all_well_and_its_control_fails,
 )
 
-TEXTS = (
-    "what shape is red?",
-    "how many shapes?",
-    "what word is shown?",
-    "what number is shown?",
-    "is there a red circle?",
-    "what color is the star?",
-)
 PICTURES = [[text, picture] for picture, text in enumerate(TEXTS)]
 MIXED = [["what shape is red?", 0], ["is there a red circle?", None], ["how many shapes?", 1]]
 BF16_FACTOR = 1.25
