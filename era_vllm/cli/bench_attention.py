@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -31,10 +31,14 @@ DESCRIPTION: Final = """Time the attention layer that carries the bias against v
   era-vllm bench attention                              text, and pictures at .5 and .889
   era-vllm bench attention --rates .889 --rounds 3      a quick look
 
-Three real engines with dummy weights stay alive in this process and are asked in turn, with the
-same KV cache memory: stock layers; stock layers of a model whose heads are as wide as the widened
-ones (wide); and the rectified layers (era). All three get the same prompts: text only, and pictures
-of which the language model is fed K tokens (the stock ones keep the first K projector rows).
+Real engines with dummy weights stay alive in this process and are asked in turn, with the same KV
+cache memory: stock layers; stock layers of a model whose heads are as wide as the widened ones
+(wide); and the rectified layers (era). All get the same prompts: text only, and pictures of which
+the language model is fed K tokens (the stock ones keep the first K projector rows).
+
+Where weights happen to lie in memory changes a decode step by up to 5 %: of two identical engines
+the one started first is often the slower. So each kind is started twice, in mirrored order (era,
+stock, wide, wide, stock, era), and the two take turns (`--no-mirror`: once, half the memory).
 
 Timed inside, by hooks: all attention layers of one prefill and of one decode step (cache write
 included), and the language model's whole step around them. The model of `wide` has wider
@@ -48,7 +52,8 @@ same memory holds. Writes OUT/bench-attention.json and .png.
 """
 RATES: Final = (0.5, 0.889)
 GOAL: Final = 1.03
-ENGINES: Final = ("stock", "wide", "era")
+ENGINES: Final = ("era", "stock", "wide")
+"""In the order in which they are started."""
 MEASURES: Final = (
     "attention",
     "language_model",
@@ -61,14 +66,20 @@ MEASURES: Final = (
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    add_common_options(parser, rounds=9)
+    add_common_options(parser, rounds=8)
     add_engine_options(parser, rates=RATES, eager=True)
+    parser.add_argument(
+        "--mirror",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start each engine twice, in mirrored order (default: %(default)s)",
+    )
     add_era_options(parser)
 
 
 def settings(arguments: argparse.Namespace) -> Mapping[str, object]:
     """Return the options as they were used."""
-    return engine_settings(arguments)
+    return {**engine_settings(arguments), "mirror": arguments.mirror}
 
 
 def run(arguments: argparse.Namespace) -> "Report":
@@ -82,36 +93,42 @@ def run(arguments: argparse.Namespace) -> "Report":
     from era_vllm.lab.bench.clock import interleave
     from era_vllm.lab.bench.inputs import image_prompt, noise_pictures, word_prompts
 
-    progress(f"starting three engines: {named(size)}")
+    order = [(name, 0) for name in ENGINES] + [
+        (name, 1) for name in reversed(ENGINES) if arguments.mirror
+    ]
+    progress(f"starting {len(order)} engines: {named(size)}")
     with tempfile.TemporaryDirectory() as folder, start.running() as engines:
         narrow, wide = Path(folder) / "narrow", Path(folder) / "wide"
-        with muted():
-            make_dummy_llava(narrow, size)
-            engines["era"] = start.pruned(narrow, options, era_settings(arguments))
-            make_dummy_llava(wide, replace(size, head_size=engines["era"].head_size))
-            engines["stock"] = start.bound(narrow, options)
-            engines["wide"] = start.bound(wide, options)
-        for engine in engines.values():
+        make_dummy_llava(narrow, size)
+        for name, copy in order:
+            with muted():
+                if name == "era":
+                    engine = start.pruned(narrow, options, era_settings(arguments))
+                else:
+                    engine = start.bound(wide if name == "wide" else narrow, options)
+            engines[f"{name} {copy}"] = engine
             engine.watch()
+            if not wide.exists():
+                make_dummy_llava(wide, replace(size, head_size=engine.head_size))
         pictures, words = noise_pictures(IMAGE_SIZE), word_prompts(arguments.text_tokens)
 
-        def text(engine: str) -> Mapping[str, float]:
-            return engines[engine].ask({"prompt_token_ids": next(words)}, arguments.decode_tokens)
+        def prompt(rate: float | None) -> Mapping[str, object]:
+            if rate is None:
+                return {"prompt_token_ids": next(words)}
+            return image_prompt(next(pictures), rate)
 
-        def image(engine: str, rate: float) -> Mapping[str, float]:
-            prompt = image_prompt(next(pictures), rate)
-            return engines[engine].ask(prompt, arguments.decode_tokens)
+        def cell(name: str, rate: float | None) -> "Cell":
+            copies = cycle([engines[f"{n} {copy}"] for n, copy in order if n == name])
+            return lambda: next(copies).ask(prompt(rate), arguments.decode_tokens)
 
-        cells: dict[str, Cell] = {f"text {name}": partial(text, name) for name in ENGINES}
-        for rate in arguments.rates:
-            cells.update({f"{rate:g} {name}": partial(image, name, rate) for name in ENGINES})
+        cases = {"text": None, **{f"{rate:g}": rate for rate in arguments.rates}}
+        cells = {f"{case} {n}": cell(n, rate) for case, rate in cases.items() for n in ENGINES}
         samples = interleave(cells, arguments.rounds, arguments.warm_ups)
         facts: dict[str, object] = {
             "model": f"{named(size)}, {options.dtype}, {'eager' if options.eager else 'compiled'}",
             "device": device(),
-            "engines": {name: engine.facts() for name, engine in engines.items()},
+            "engines": {name: engines[f"{name} 0"].facts() for name in ENGINES},
         }
-    cases = ["text", *(f"{rate:g}" for rate in arguments.rates)]
     facts["ratios"] = {
         f"{measure} {case} era / {base}": samples.ratio(f"{case} era", f"{case} {base}", measure)
         for case in cases
@@ -120,7 +137,7 @@ def run(arguments: argparse.Namespace) -> "Report":
     }
     strict = {f"{prefix}text": strict_ratio(samples, "text", prefix) for prefix in ("", "decode_")}
     facts["strict"] = strict
-    return _report(samples, facts, cases, arguments)
+    return _report(samples, facts, list(cases), arguments)
 
 
 def strict_ratio(samples: "Samples", case: str, prefix: str = "") -> float | None:

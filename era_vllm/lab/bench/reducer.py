@@ -33,38 +33,43 @@ _GRAMS: Final = 5  # n x n float32 matrices alive at once (measured: 2.8 for era
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """So many tokens become so many."""
+    """So many tokens become so many, in so many segments of equal length."""
 
     n: int
+    """Of a segment."""
     k: int
+    """Of a segment."""
+    segments: int = 1
 
     @property
     def images(self) -> int:
         """Images of CLIP-L/14-336 that the tokens come from."""
-        return max(1, round(self.n / IMAGE_TOKENS))
+        return max(1, round(self.segments * self.n / IMAGE_TOKENS))
 
     @property
     def bytes_needed(self) -> int:
         """Memory that the step may take."""
-        return _GRAMS * 4 * self.n**2
+        return _GRAMS * 4 * self.segments * self.n**2
 
     def __str__(self) -> str:
-        return f"{self.n}->{self.k}"
+        times = f"{self.segments} x " if self.segments > 1 else ""
+        return f"{times}{self.n}->{self.k}"
 
 
-def random_tokens(n: int, width: int, dtype: torch.dtype, device: str) -> VisualTokens:
-    """Return one segment of noise with every signal that a policy may ask for."""
+def random_tokens(size: Size, width: int, dtype: torch.dtype, device: str) -> VisualTokens:
+    """Return segments of noise with every signal that a policy may ask for."""
+    n, segments = size.n, size.segments
     noise = torch.Generator(device).manual_seed(n)
     rows = math.isqrt(n)
     while n % rows:
         rows -= 1
-    scores = torch.randn(1, HEADS, n, device=device, generator=noise)
+    scores = torch.randn(segments, HEADS, n, device=device, generator=noise)
     return VisualTokens(
-        torch.randn(1, n, width, device=device, generator=noise).to(dtype),
+        torch.randn(segments, n, width, device=device, generator=noise).to(dtype),
         (rows, n // rows),
         attention=scores.softmax(-1),
         scores=scores,
-        seeds=torch.tensor([n], device=device),
+        seeds=torch.arange(segments, device=device),
     )
 
 
@@ -73,7 +78,7 @@ def reducer_cell(
 ) -> Callable[[], Mapping[str, float]]:
     """Return a pass of the pruning step: ``prune``, and ``signal`` if the policy needs one."""
     chosen: PruningPolicy = make_policy(EraConfig(policy=policy))
-    tokens = random_tokens(size.n, width, dtype, device)
+    tokens = random_tokens(size, width, dtype, device)
     shape = (size.images, IMAGE_TOKENS + 1, HEADS, _HEAD_SIZE)
     query, key = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
 

@@ -31,7 +31,7 @@ def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "said"),
     [
         (["reducer", "--sizes", "64:576"], "needed K < N"),
-        (["reducer", "--sizes", "576"], "N:K pairs"),
+        (["reducer", "--sizes", "576"], "SxN:K or N:K"),
         (["reducer", "--rounds", "0"], "an integer >= 1"),
         (["reducer", "--n-sweep", "64"], "different integers in [65, inf)"),
         (["serve", "--rates", ".5,1.0"], "different numbers in [0, 1)"),
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(
 
 
 def test_lists_are_parsed() -> None:
-    assert sizes("576:64,2880:160") == [(576, 64), (2880, 160)]
+    assert sizes("576:64,5x576:32") == [(576, 64, 1), (576, 32, 5)]
     assert numbers(float, 0, 1)("0,.5") == [0.0, 0.5]
 
 

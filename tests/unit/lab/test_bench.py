@@ -172,8 +172,10 @@ def test_the_reducer_is_timed_with_what_a_policy_needs(policy: str) -> None:
 
 def test_random_tokens_fill_their_grid() -> None:
     for n, grid in ((576, (24, 24)), (2880, (48, 60)), (7, (1, 7))):
-        assert random_tokens(n, 16, torch.float32, "cpu").grid == grid
+        assert random_tokens(Size(n, 1), 16, torch.float32, "cpu").grid == grid
     assert [Size(n, 1).images for n in (128, 576, 2880, 16384)] == [1, 1, 5, 28]
+    assert Size(576, 32, segments=5).images == 5
+    assert random_tokens(Size(16, 4, segments=3), 8, torch.float32, "cpu").segments == 3
 
 
 def test_the_demos_ratios_are_against_the_first_rate() -> None:
