@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -104,10 +105,15 @@ def era_settings(arguments: argparse.Namespace) -> dict[str, object]:
     return settings
 
 
-def refuse_unknown_era_flags(rest: list[str]) -> None:
-    """Raise ConfigError for a mistyped ``--era-*`` flag that would reach vLLM."""
+def refuse_unknown_era_flags(rest: list[str], more: Iterable[str] = ()) -> None:
+    """Raise ConfigError for a mistyped ``--era-*`` flag that would reach vLLM.
+
+    Args:
+        more: Flags that are known beside those of ``EraConfig``.
+    """
     known = [f"--era-{name.replace('_', '-')}" for name in [*_FLAGS, "option"]]
     known += [flag for name in _SWITCHES for flag in _switch(name)]
+    known += more
     for word in rest:
         flag = word.split("=")[0]
         if flag.startswith(("--era", "--no-era")) and flag not in known:

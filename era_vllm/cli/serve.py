@@ -12,6 +12,13 @@ from era_vllm.cli.options import (
 )
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.version import check_vllm_version
+from era_vllm_server.settings import (
+    ServerSettings,
+    add_server_options,
+    flag,
+    refuse_unknown_variables,
+    server_flags,
+)
 
 DEFAULT_KV_CACHE: Final = "1G"
 """Of the sample model: about a hundred of its longest requests. vLLM would take most of the memory
@@ -43,6 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "-h", "--help", nargs="?", action=_Help, metavar="WORD", help="this text, or vLLM's"
     )
     add_era_options(parser)
+    add_server_options(parser)
     parser.add_argument(
         "--print-command", action="store_true", help="print the `vllm serve` line and stop"
     )
@@ -71,12 +79,15 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     check_vllm_version()
     from era_vllm.vllm_plugin.launch import plan
     from era_vllm_server.app import asked, complete, print_help, serve
+    from era_vllm_server.front import with_front
 
     if arguments.help:
         print_help(arguments.help)
         return 0
 
-    refuse_unknown_era_flags(rest)
+    refuse_unknown_era_flags(rest, [flag(name) for name in ServerSettings.model_fields])
+    refuse_unknown_variables()
+    settings = ServerSettings.parse(server_flags(arguments))
     rest = with_model(rest)
     user = asked(rest)
     launch = plan(
@@ -84,12 +95,14 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         era_settings(arguments),
         hf_overrides=user.hf_overrides,
         additional_config=user.additional_config,
+        server=True,
     )
     if "tokenizer_mode" in launch.engine and user.tokenizer_mode not in ("auto", "hf"):
         raise ConfigError(
             f"--tokenizer-mode: got {user.tokenizer_mode!r}, but pruning uses a renderer of its "
             "own over vLLM's 'hf' one; leave the flag out"
         )
+    launch, rest = with_front(launch, rest, settings, user.shutdown_timeout)
     words = complete(launch, rest)
     if arguments.print_command:
         print(launch.command(words))

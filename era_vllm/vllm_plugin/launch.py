@@ -69,6 +69,7 @@ def plan(
     *,
     hf_overrides: Mapping[str, object] | None = None,
     additional_config: Mapping[str, object] | None = None,
+    server: bool = False,
 ) -> Launch:
     """Decide the arguments.
 
@@ -77,6 +78,7 @@ def plan(
         settings: Fields of ``EraConfig``.
         hf_overrides: The user's own, merged; may not name other architectures.
         additional_config: The user's own, merged; may not hold ``era`` too.
+        server: For a server, whose front reads the settings also where the engine is stock.
 
     Raises:
         ConfigError: a bad setting, or two sources for one.
@@ -92,8 +94,9 @@ def plan(
             "additional_config['era']: pruning settings come from --era-* flags here; drop one of "
             "the two"
         )
+    settled = {**additional, "era": _changed(config)}
     if config.max_pruning_rate == 0:
-        return Launch(model, {}, {})
+        return Launch(model, {"additional_config": settled} if server else {}, {})
     if "architectures" in overrides:
         raise ConfigError(
             f"hf_overrides['architectures']: got {overrides['architectures']!r}, but pruning "
@@ -103,7 +106,7 @@ def plan(
     engine = {
         "hf_overrides": {**overrides, "architectures": [architecture]},
         "tokenizer_mode": TOKENIZER_MODE,
-        "additional_config": {**additional, "era": _changed(config)},
+        "additional_config": settled,
     }
     allowed = plugins_to_allow()
     return Launch(model, engine, {} if allowed is None else {"VLLM_PLUGINS": allowed})

@@ -31,6 +31,7 @@ class Asked:
     tokenizer_mode: str
     served_model_name: Sequence[str] | None
     kv_cache_memory_bytes: int | None
+    shutdown_timeout: int
 
 
 def serve(launch: Launch, arguments: Sequence[str]) -> None:
@@ -83,6 +84,7 @@ def asked(arguments: Sequence[str]) -> Asked:
         tokenizer_mode=parsed.tokenizer_mode,
         served_model_name=parsed.served_model_name,
         kv_cache_memory_bytes=parsed.kv_cache_memory_bytes,
+        shutdown_timeout=parsed.shutdown_timeout,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from era_vllm.cli.bench_attention import strict_ratio
+from era_vllm.cli.bench_attention import strict_ratios
 from era_vllm.cli.bench_reducer import sizes
 from era_vllm.cli.bench_serve import judged
 from era_vllm.cli.bench_setup import add_common_options, add_engine_options, engine_options, numbers
@@ -116,8 +116,8 @@ def test_the_strict_comparison_swaps_only_the_attention() -> None:
             "text wide": {"language_model": (99.0,), "attention": (4.0,)},
         }
     )
-    assert strict_ratio(samples, "text") == pytest.approx(11 / (8 - 2 + 4))
-    assert strict_ratio(samples, "text", "decode_") is None
+    assert strict_ratios(samples, "text")["step"] == pytest.approx(11 / (8 - 2 + 4))
+    assert strict_ratios(samples, "text", "decode_") == {}
 
 
 def test_reducer_writes_figures_and_a_picture(

@@ -1,0 +1,118 @@
+"""What the front does: each setting is a flag of ``era-vllm serve`` and an ``ERA_`` variable.
+
+The flag wins. All server processes read the variables, which ``launch_front`` sets from the flags.
+Leaves out what decides which tokens are kept: that is ``EraConfig``, which travels with the model.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from era_vllm.errors import ConfigError, unknown_name
+
+PREFIX: Final = "ERA_"
+NOT_OURS: Final = frozenset(
+    {
+        *("ERA_VENV", "ERA_PYTHON", "ERA_INSTALL", "ERA_TORCH_INDEX", "ERA_BIND"),
+        "ERA_ALLOW_UNTESTED_VLLM",
+    }
+)
+"""Variables of the scripts in ``deploy``, and of the version check."""
+
+
+class ServerSettings(BaseSettings):
+    """Settings of the front; every field has a flag ``--era-<name>``."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    api_keys_file: Path | None = Field(
+        None, description="keys that may use the server, one a line (default: no key is asked for)"
+    )
+    metrics_key_file: Path | None = Field(
+        None, description="key of /metrics alone (default: an API key, where there are any)"
+    )
+    max_body_bytes: int = Field(
+        32 * 2**20, ge=1024, description="largest request body; more is a 413"
+    )
+    max_data_url_bytes: int = Field(
+        20 * 2**20, ge=1024, description="longest base64 picture, as sent; more is a 400"
+    )
+    max_image_pixels: int = Field(
+        2**25, ge=1, description="largest picture, checked before it is decoded; more is a 400"
+    )
+    request_timeout_s: float = Field(
+        600.0, ge=0, description="a request's deadline; 504, and its work ends; 0 = none"
+    )
+    retry_after_s: int = Field(2, ge=1, description="Retry-After of a 503")
+    drain_timeout_s: float = Field(
+        20.0, ge=0, description="how long accepted requests may go on after SIGTERM"
+    )
+    allow_image_uuid: bool = Field(
+        False, description="let clients name pictures by uuid, apart by API key"
+    )
+
+    @classmethod
+    def parse(cls, flags: Mapping[str, object] | None = None) -> "ServerSettings":
+        """Read the variables; flags win.
+
+        Raises:
+            ConfigError: an unknown ``ERA_`` variable, or a value that is not allowed.
+        """
+        try:
+            return cls(**dict(flags or {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else "?"
+            raise ConfigError(
+                f"{flag(name)} (or {PREFIX}{name.upper()}): got {first['input']!r}, {first['msg']}"
+            ) from error
+
+    def variables(self) -> dict[str, str]:
+        """Return the ``ERA_`` variables that say the same in another process."""
+        default = type(self).model_construct()
+        return {
+            PREFIX + name.upper(): str(value)
+            for name, value in self
+            if value != getattr(default, name)
+        }
+
+
+def refuse_unknown_variables(known_elsewhere: frozenset[str] = frozenset()) -> None:
+    """Check that no ``ERA_`` variable is a mistyped one.
+
+    Raises:
+        ConfigError: with the nearest name.
+    """
+    own = {PREFIX + name.upper() for name in ServerSettings.model_fields}
+    known = own | NOT_OURS | known_elsewhere
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            raise ConfigError(unknown_name("variable", name, known))
+
+
+def flag(name: str) -> str:
+    """Return a setting's flag."""
+    return "--era-" + name.replace("_", "-")
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every setting."""
+    group = parser.add_argument_group("server", "each is an ERA_ variable too: ERA_MAX_BODY_BYTES")
+    for name, field in ServerSettings.model_fields.items():
+        shown = "" if field.default in (None, False) else f" (default {field.default})"
+        options: dict[str, object] = {"metavar": "VALUE"}
+        if field.annotation is bool:
+            options = {"action": "store_const", "const": True}
+        help_ = f"{field.description}{shown}".replace("%", "%%")
+        group.add_argument(flag(name), dest=f"server_{name}", help=help_, **options)  # type: ignore[arg-type]
+
+
+def server_flags(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the settings that were given as flags."""
+    values = {name: getattr(arguments, f"server_{name}") for name in ServerSettings.model_fields}
+    return {name: value for name, value in values.items() if value is not None}
