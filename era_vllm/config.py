@@ -20,6 +20,13 @@ Gamma = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | None
 """Exponents of the mass: one for all, one a layer, or [layer][KV head]; None = 1 everywhere."""
 DEFAULT_PRUNING_RATE: Final = 0.778
 """576 -> 128 tokens: the mildest budget of the field's LLaVA-1.5 tables."""
+LEVELS: Final = (
+    *(("off", 0.0), ("light", 0.5), ("medium", DEFAULT_PRUNING_RATE)),
+    *(("strong", 0.889), ("extreme", 0.944)),
+)
+"""Names of rates: all of 576 tokens, 288, and the three budgets of those tables: 128, 64, 32."""
+NEEDED_LEVELS: Final = ("off", "strong")
+"""What OpenAI's ``detail`` of an image stands for: high and low."""
 BiasStoreName = Literal["key_columns", "value_column"]
 """The stores of ``attention/bias_store.py``, named here so that all settings are checked here."""
 
@@ -29,9 +36,13 @@ class EraConfig:
     """Settings of one engine."""
 
     pruning_rate: float = DEFAULT_PRUNING_RATE
-    """Fraction of visual tokens removed where a request names none, [0, max_pruning_rate]."""
+    """Fraction of visual tokens removed where a request names none, [minimum, maximum]."""
+    min_pruning_rate: float = 0
+    """Lowest rate served, [0, max_pruning_rate]."""
     max_pruning_rate: float = 0.95
     """Highest rate served, [0, 1); 0 leaves the engine stock."""
+    levels: tuple[tuple[str, float], ...] = LEVELS
+    """Names that a request may use for rates; those out of bounds are refused when asked for."""
     min_anchors: int = 1
     """Floor of tokens kept a segment, >= 1."""
     policy: str = "era"
@@ -61,15 +72,19 @@ class EraConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
-        for name in ("pruning_rate", "max_pruning_rate"):
+        low, high = self.min_pruning_rate, self.max_pruning_rate
+        for name in ("pruning_rate", "min_pruning_rate", "max_pruning_rate"):
             _check(_is_number(getattr(self, name)), name, getattr(self, name), "a number in [0, 1)")
-        _check(0 <= self.max_pruning_rate < 1, "max_pruning_rate", self.max_pruning_rate, "[0, 1)")
-        allowed = f"[0, {self.max_pruning_rate}] (raise max_pruning_rate for more)"
+        _check(0 <= high < 1, "max_pruning_rate", high, "[0, 1)")
+        _check(0 <= low <= high, "min_pruning_rate", low, f"[0, {high}] (up to max_pruning_rate)")
+        allowed = f"{self.bounds} (min_pruning_rate and max_pruning_rate set it)"
+        _check(low <= self.pruning_rate <= high, "pruning_rate", self.pruning_rate, allowed)
         _check(
-            0 <= self.pruning_rate <= self.max_pruning_rate,
-            "pruning_rate",
-            self.pruning_rate,
-            allowed,
+            _is_levels(self.levels),
+            "levels",
+            self.levels,
+            "an object of names and rates in [0, 1), with those that an image's detail stands for: "
+            "off, which is 0, and strong",
         )
         _check(
             _is_int(self.min_anchors) and self.min_anchors >= 1,
@@ -126,8 +141,8 @@ class EraConfig:
     def parse(cls, raw: Mapping[str, object]) -> "EraConfig":
         """Build a config from plain values (JSON, flags).
 
-        A default rate above a lower ``max_pruning_rate`` comes down to it; a rate that was asked
-        for does not.
+        A default rate out of the bounds that were given comes to the nearer one; a rate that was
+        asked for does not.
 
         Raises:
             ConfigError: unknown key (with the nearest name), wrong type, value out of range.
@@ -139,15 +154,21 @@ class EraConfig:
         values = dict(raw)
         values["policy_options"] = _options(values.get("policy_options"))
         values["gamma"] = _frozen(values.get("gamma"))
-        top = values.get("max_pruning_rate")
-        if "pruning_rate" not in values and _is_number(top):
-            values["pruning_rate"] = min(DEFAULT_PRUNING_RATE, float(str(top)))
+        if "levels" in values:
+            values["levels"] = _levels(values["levels"])
+        if "pruning_rate" not in values:
+            rate = DEFAULT_PRUNING_RATE
+            for name, nearer in (("min_pruning_rate", max), ("max_pruning_rate", min)):
+                if _is_number(bound := values.get(name)):
+                    rate = nearer(rate, float(str(bound)))
+            values["pruning_rate"] = rate
         return cls(**values)  # type: ignore[arg-type]  # each value is checked in __post_init__
 
     def as_dict(self) -> dict[str, object]:
         """Return plain JSON values; ``parse`` gives the same config back."""
         gamma = json.loads(json.dumps(self.gamma))  # lists for tuples
-        return {**asdict(self), "policy_options": dict(self.policy_options), "gamma": gamma}
+        tables = {"levels": dict(self.levels), "policy_options": dict(self.policy_options)}
+        return {**asdict(self), **tables, "gamma": gamma}
 
     def exponents(self, layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...] | None:
         """Return gamma as [layers][kv_heads] of a language model; None = 1 everywhere.
@@ -170,18 +191,35 @@ class EraConfig:
     def fingerprint(self) -> str:
         """Hash of every setting that changes the numbers, for cache keys.
 
-        The rates are left out: each image's effective rate enters its own key, so that a default
-        of .778 and a request for .778 share caches.
+        The rates and their names are left out: each image's effective rate enters its own key, so
+        that a default of .778 and a request for .778 or for medium share caches.
         """
         values = self.as_dict()
-        del values["pruning_rate"], values["max_pruning_rate"]
+        for name in ("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"):
+            del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def bounds(self) -> str:
+        """The rates that are served, for messages."""
+        return f"[{self.min_pruning_rate}, {self.max_pruning_rate}]"
+
+    def serves(self, pruning_rate: object) -> bool:
+        """Say whether this is a rate within the bounds."""
+        if not _is_number(pruning_rate):
+            return False
+        return self.min_pruning_rate <= cast(float, pruning_rate) <= self.max_pruning_rate
 
     def check_rate(self, pruning_rate: float) -> float:
         """Return an effective rate of one image, or raise ConfigError with the allowed range."""
-        ok = _is_number(pruning_rate) and 0 <= pruning_rate <= self.max_pruning_rate
-        _check(ok, "pruning_rate", pruning_rate, f"a number in [0, {self.max_pruning_rate}]")
-        return float(pruning_rate)
+        _check(
+            self.serves(pruning_rate), "pruning_rate", pruning_rate, f"a number in {self.bounds}"
+        )
+        return float(pruning_rate) + 0.0  # no -0.0, which would have a hash of its own
+
+    def level(self, pruning_rate: float) -> str | None:
+        """Return the name of a rate, None where it has none."""
+        return next((name for name, rate in self.levels if rate == pruning_rate), None)
 
     def num_anchors(self, n: int, pruning_rate: float) -> int:
         """Return K = min(n, max(min_anchors, round(n (1 - pruning_rate)))), halves upwards.
@@ -231,6 +269,33 @@ def _options(raw: object) -> tuple[tuple[str, OptionValue], ...]:
             raise ConfigError(_refusal(f"policy_options.{name}", value, allowed))
         options.append((str(name), cast(OptionValue, _plain(value))))
     return tuple(sorted(options))
+
+
+def _levels(raw: object) -> object:
+    """Return pairs of names and rates, lowest first; what is no object stays, to be refused."""
+    if not isinstance(raw, Mapping):
+        return raw
+    pairs = [(name, _plain(rate)) for name, rate in cast(Mapping[object, object], raw).items()]
+    if not all(_is_number(rate) for _, rate in pairs):
+        return tuple(pairs)
+    return tuple(sorted(pairs, key=lambda pair: (cast(float, pair[1]), str(pair[0]))))
+
+
+def _is_levels(value: object) -> bool:
+    if not isinstance(value, tuple):
+        return False
+    pairs = cast(tuple[object, ...], value)
+    if not all(map(_is_level, pairs)):
+        return False
+    table = dict(cast(tuple[tuple[str, float], ...], pairs))
+    return all(name in table for name in NEEDED_LEVELS) and table["off"] == 0
+
+
+def _is_level(value: object) -> bool:
+    if not isinstance(value, tuple) or len(pair := cast(tuple[object, ...], value)) != 2:
+        return False
+    name, rate = pair
+    return isinstance(name, str) and bool(name) and _is_number(rate) and 0 <= cast(float, rate) < 1
 
 
 def _frozen(raw: object) -> object:

@@ -1,11 +1,15 @@
-"""The ``--era-*`` flags, shared by every subcommand; each sets one field of ``EraConfig``."""
+"""The ``--era-*`` flags, shared by every subcommand; each sets one field of ``EraConfig``.
+
+A server takes them from ``ERA_<FIELD>`` variables too; the flag wins.
+"""
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
+from era_vllm.config import LEVELS
 from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.policies import policy_names
 
@@ -29,10 +33,21 @@ _FLAGS: Final[dict[str, dict[str, object]]] = {
         "metavar": "R",
         "help": "fraction of visual tokens removed, [0, maximum] (default .778: 576 -> 128 tokens)",
     },
+    "min_pruning_rate": {
+        "type": float,
+        "metavar": "R",
+        "help": "lowest rate served, [0, maximum] (default 0)",
+    },
     "max_pruning_rate": {
         "type": float,
         "metavar": "R",
         "help": "highest rate served, [0, 1) (default .95); 0 = stock vLLM, bit for bit",
+    },
+    "levels": {
+        "type": _json,
+        "metavar": "JSON",
+        "help": "names that a request may use for rates; off (0) and strong must be among them "
+        f"(default {json.dumps(dict(LEVELS))})",
     },
     "min_anchors": {"type": int, "metavar": "N", "help": "tokens always kept an image (default 1)"},
     "policy": {
@@ -73,6 +88,9 @@ _SWITCHES: Final = {
 }
 
 
+_PREFIX: Final = "ERA_"
+
+
 def add_era_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a subcommand's parser."""
     group = parser.add_argument_group("pruning")
@@ -94,15 +112,44 @@ def add_era_options(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def era_settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """Return the ``EraConfig`` fields that were set by flags."""
+def era_settings(
+    arguments: argparse.Namespace, variables: Mapping[str, str] | None = None
+) -> dict[str, object]:
+    """Return the ``EraConfig`` fields that were set by flags, or else by variables.
+
+    Args:
+        arguments: Parsed.
+        variables: Environment variables to look at; None = at none.
+
+    Raises:
+        ConfigError: a variable or an option cannot be read.
+    """
     settings: dict[str, object] = {}
+    for name, read in _readers().items():
+        if (text := (variables or {}).get(_PREFIX + name.upper())) is not None:
+            try:
+                settings[name] = read(text)
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                raise ConfigError(f"{_PREFIX}{name.upper()}: got {text!r}: {error}") from error
     for name in [*_FLAGS, *_SWITCHES]:
         if (value := getattr(arguments, f"era_{name}")) is not None:
             settings[name] = value
     if arguments.era_option:
         settings["policy_options"] = dict(map(_option, arguments.era_option))
     return settings
+
+
+def era_variables() -> frozenset[str]:
+    """Return the names of the variables that ``era_settings`` reads."""
+    return frozenset(_PREFIX + name.upper() for name in _readers())
+
+
+def _readers() -> dict[str, Callable[[str], object]]:
+    """Field of ``EraConfig`` -> what reads its variable."""
+    of_flags = {
+        name: cast(Callable[[str], object], flag.get("type", str)) for name, flag in _FLAGS.items()
+    }
+    return {**of_flags, **dict.fromkeys(_SWITCHES, _json), "policy_options": _json}
 
 
 def refuse_unknown_era_flags(rest: list[str], more: Iterable[str] = ()) -> None:

@@ -1,6 +1,7 @@
 """``era-vllm serve``: vLLM's OpenAI server with pruning switched on; takes every vLLM flag."""
 
 import argparse
+import os
 from typing import Final
 
 from era_vllm.cli.options import (
@@ -8,6 +9,7 @@ from era_vllm.cli.options import (
     DEFAULT_NAME,
     add_era_options,
     era_settings,
+    era_variables,
     refuse_unknown_era_flags,
 )
 from era_vllm.errors import ConfigError
@@ -86,13 +88,13 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         return 0
 
     refuse_unknown_era_flags(rest, [flag(name) for name in ServerSettings.model_fields])
-    refuse_unknown_variables()
+    refuse_unknown_variables(era_variables())
     settings = ServerSettings.parse(server_flags(arguments))
     rest = with_model(rest)
     user = asked(rest)
     launch = plan(
         user.model,
-        era_settings(arguments),
+        era_settings(arguments, os.environ),
         hf_overrides=user.hf_overrides,
         additional_config=user.additional_config,
         server=True,
@@ -107,6 +109,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.print_command:
         print(launch.command(words))
         return 0
+    for name in era_variables() & os.environ.keys():
+        del os.environ[
+            name
+        ]  # they are in the flags now, and the server's processes know only its own
     serve(launch, words)
     return 0
 

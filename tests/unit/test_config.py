@@ -18,7 +18,9 @@ from era_vllm.errors import ConfigError, UnsupportedError
 
 OTHER: dict[str, object] = {
     "pruning_rate": 0.5,
+    "min_pruning_rate": 0.1,
     "max_pruning_rate": 0.9,
+    "levels": {"off": 0, "mine": 0.3, "strong": 0.6},
     "min_anchors": 4,
     "policy": "dpp",
     "policy_options": {"ridge": 0.2},
@@ -32,6 +34,8 @@ OTHER: dict[str, object] = {
     "gamma": [[1.0, 0.5], [0.9, 0.0]],
 }
 """Another valid value for every setting."""
+NOT_HASHED = {"pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"}
+"""Each image's own rate is part of its identity instead."""
 NAN, INF = float("nan"), float("inf")
 
 
@@ -44,8 +48,7 @@ def test_every_setting_has_another_value_here() -> None:
 @pytest.mark.parametrize("name", OTHER)
 def test_fingerprint_covers_every_setting_but_the_rates(name: str) -> None:
     changed = EraConfig.parse({name: OTHER[name]}).fingerprint()
-    is_rate = name in ("pruning_rate", "max_pruning_rate")
-    assert (changed == EraConfig().fingerprint()) == is_rate
+    assert (changed == EraConfig().fingerprint()) == (name in NOT_HASHED)
 
 
 def test_fingerprint_does_not_depend_on_the_order_of_options() -> None:
@@ -57,7 +60,7 @@ def test_fingerprint_does_not_depend_on_the_order_of_options() -> None:
 
 def test_fingerprints_of_all_single_changes_differ() -> None:
     prints = {EraConfig.parse({name: value}).fingerprint() for name, value in OTHER.items()}
-    assert len(prints) == len(OTHER) - 1, "the two rates give the default's, all others their own"
+    assert len(prints) == len(OTHER) - len(NOT_HASHED) + 1, "those give the default's"
 
 
 @pytest.mark.parametrize("raw", [{}, OTHER, *({name: value} for name, value in OTHER.items())])
@@ -78,7 +81,15 @@ def test_unknown_settings_name_the_nearest() -> None:
     ("name", "bad"),
     [
         ("pruning_rate", [-0.01, 0.951, 1, NAN, INF, "0.5", None, True, [0.5]]),
+        ("min_pruning_rate", [-0.01, 0.951, 1, NAN, "0", None, False]),
         ("max_pruning_rate", [-0.01, 1, 1.0, 2, NAN, -INF, "0.5", None, False]),
+        (
+            "levels",
+            [None, 3, "off", [], {}, {"off": 0}, {"strong": 0.9}, {"off": 0.1, "strong": 1}],
+        ),
+        ("levels", [{"off": 0, "strong": 0.9, "x": x} for x in (1, -0.1, NAN, "0.5", None, True)]),
+        ("levels", [{"off": 0, "strong": 0.9, x: 0.5} for x in ("", 3)]),
+        ("levels", [{"off": 0.1, "strong": 0.9}, [["off", 0], ["strong", 0.9]]]),
         ("min_anchors", [0, -1, 1.0, "1", None, True]),
         ("merge", [0, 1, "true", None]),
         ("bias", [0, 1, "true", None]),
@@ -104,7 +115,9 @@ def test_bad_values_are_refused_by_name(name: str, bad: list[object]) -> None:
     ("name", "good"),
     [
         ("pruning_rate", [0, 0.0, 0.95]),
+        ("min_pruning_rate", [0, 0.3, 0.95]),
         ("max_pruning_rate", [0, 0.5, 0.999]),
+        ("levels", [{"off": 0, "strong": 0.999}, {"off": 0.0, "strong": 0, "ganz schön": 0.5}]),
         ("min_anchors", [1, 1000]),
         ("attention_layer", [None, -2, 0, 22]),
         ("attention_queries", ["all", "cls"]),
@@ -172,9 +185,32 @@ def test_a_lower_maximum_takes_the_default_rate_down_but_not_an_asked_for_one() 
             EraConfig.parse({"max_pruning_rate": top, "pruning_rate": 0.6})
 
 
+def test_a_higher_minimum_takes_the_default_rate_up_but_not_an_asked_for_one() -> None:
+    assert EraConfig.parse({"min_pruning_rate": 0.9}).pruning_rate == 0.9
+    assert EraConfig.parse({"min_pruning_rate": 0.3}).pruning_rate == DEFAULT_PRUNING_RATE
+    both = {"min_pruning_rate": 0.3, "max_pruning_rate": 0.4}
+    assert EraConfig.parse(both).pruning_rate == 0.4
+    with pytest.raises(ConfigError, match=r"pruning_rate: got 0.2, allowed: \[0.3, 0.4\]"):
+        EraConfig.parse({**both, "pruning_rate": 0.2})
+    with pytest.raises(ConfigError, match=r"min_pruning_rate: got 0.5, allowed: \[0, 0.4\]"):
+        EraConfig.parse({**both, "min_pruning_rate": 0.5})
+
+
+def test_levels_are_names_of_rates_lowest_first() -> None:
+    config = EraConfig.parse({"levels": {"strong": 0.9, "b": 0.3, "a": 0.3, "off": 0}})
+    assert [name for name, _ in config.levels] == ["off", "a", "b", "strong"]
+    assert [config.level(rate) for rate in (0, 0.0, 0.3, 0.9, 0.5)] == [
+        *("off", "off", "a", "strong", None)
+    ]
+    assert config == EraConfig.parse({"levels": dict(reversed(config.levels))})
+
+
 def test_rates_of_single_images() -> None:
     config = EraConfig(max_pruning_rate=0.9)
     assert [config.check_rate(rate) for rate in (0, 0.5, 0.9)] == [0.0, 0.5, 0.9]
+    assert math.copysign(1, config.check_rate(-0.0)) == 1, "it would have a hash of its own"
+    with pytest.raises(ConfigError, match=r"got 0.1, allowed: a number in \[0.2, 0.9\]"):
+        EraConfig(min_pruning_rate=0.2, max_pruning_rate=0.9).check_rate(0.1)
     assert isinstance(config.check_rate(0), float)
     for rate in (-0.1, 0.901, NAN, True, "0.5", None):
         with pytest.raises(ConfigError, match=r"got .*allowed: a number in \[0, 0.9\]"):
