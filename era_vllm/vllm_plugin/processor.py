@@ -24,6 +24,8 @@ from era_vllm.vllm_plugin.resolve import era_config
 NUM_ANCHORS = "era_num_anchors"
 NUM_TOKENS = "era_num_tokens"
 PIXEL_HASH = "era_pixel_hash"
+TOKENS_BEFORE = "era_tokens_before"
+"""Key of a processed prompt, which the renderer takes out again."""
 
 
 class PrunedInfoMixin:
@@ -45,18 +47,24 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
     """Over a family's processor: K placeholders, per-image rates, per-image identity."""
 
     def apply(self, inputs, timing_ctx):  # noqa: ANN001, ANN201  # vLLM's signature
-        """Refuse a prompt that would reach past the rotary table; then vLLM's own.
+        """Do what vLLM does, and say how many tokens each image has from the encoder.
 
-        Before it, since what is raised within leaves vLLM's sender cache ahead of its receiver, and
-        the next request with the same image comes back empty.
+        Refuses before it what cannot be served, since what is raised within leaves vLLM's sender
+        cache ahead of its receiver, and the next request with the same image comes back empty.
         """
-        if self.info.era.positions == "original" and "image" in inputs.mm_data_items:
-            self._check_length(inputs.prompt, inputs.mm_data_items)
-        return super().apply(inputs, timing_ctx)
+        if "image" not in inputs.mm_data_items:
+            return super().apply(inputs, timing_ctx)
+        images = inputs.mm_data_items.get_items("image", ImageProcessorItems)
+        _refuse_names_alone(images)
+        tokens = [self._num_tokens(images, item) for item in range(len(images))]
+        if self.info.era.positions == "original":
+            self._check_length(len(inputs.prompt) + sum(tokens) - len(tokens))
+        result = super().apply(inputs, timing_ctx)
+        result[TOKENS_BEFORE] = tokens
+        return result
 
-    def _check_length(self, prompt: list[int], mm_items) -> None:  # noqa: ANN001
-        images = mm_items.get_items("image", ImageProcessorItems)
-        length = len(prompt) + sum(self._num_tokens(images, i) - 1 for i in range(len(images)))
+    def _check_length(self, length: int) -> None:
+        """Refuse a prompt that would reach past the rotary table."""
         allowed = self.info.get_hf_config().get_text_config().max_position_embeddings
         if length > allowed:
             raise VLLMValidationError(
@@ -143,3 +151,13 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
     def _num_tokens(self, images: ImageProcessorItems, item: int) -> int:
         size = images.get_image_size(item)
         return self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+
+
+def _refuse_names_alone(images: ImageProcessorItems) -> None:
+    """Refuse a picture that is only named: its tokens must be counted before caches are asked."""
+    if any(images.get(item) is None for item in range(len(images))):
+        raise VLLMValidationError(
+            "image uuid: got one without its picture, which a server that prunes cannot count; "
+            "send the picture beside it",
+            parameter="uuid",
+        )

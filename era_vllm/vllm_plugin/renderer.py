@@ -2,45 +2,148 @@
 
 Every kind of request passes here after vLLM has refused what clients may not send, so this is
 where rates are made explicit, and where a bad one becomes an HTTP 400 before any work is done.
+What was done with each image goes back into the request's scope.
 """
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sequence, Sized
+from functools import cached_property
 
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
+from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
+from era_vllm.vllm_plugin.cache_keys import namespace
+from era_vllm.vllm_plugin.processor import TOKENS_BEFORE
 from era_vllm.vllm_plugin.rates import KEY, effective_rates
+from era_vllm.vllm_plugin.requests import (
+    FIELD,
+    ImageRate,
+    current,
+    image_details,
+    image_rates,
+    reports,
+)
 from era_vllm.vllm_plugin.resolve import era_config
+
+_DETAILS = "era_details"
+_RATES = "era_rates"
+"""Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
 
 
 class EraRenderer(HfRenderer):
     """vLLM's Hugging Face renderer that puts the list of rates on each prompt with images."""
 
+    @cached_property
+    def era(self) -> EraConfig:
+        """The engine's settings."""
+        return era_config(self.model_config.hf_config)
+
+    def render_messages(self, messages, params):  # noqa: ANN001, ANN201  # vLLM's signature
+        """Do what vLLM does, and keep each image's ``detail``, which vLLM drops."""
+        messages = _with_lists(messages)
+        conversation, prompt = super().render_messages(messages, params)
+        prompt[_DETAILS] = image_details(messages)
+        return conversation, prompt
+
+    async def render_messages_async(self, messages, params):  # noqa: ANN001, ANN201
+        """Do the same for a server."""
+        messages = _with_lists(messages)
+        conversation, prompt = await super().render_messages_async(messages, params)
+        prompt[_DETAILS] = image_details(messages)
+        return conversation, prompt
+
     def _apply_prompt_extras(
         self, prompts: list[dict[str, object]], prompt_extras: dict[str, object] | None
     ) -> None:
-        """Do what vLLM does, then replace each prompt with images by one that carries its rates.
+        """Do what vLLM does, then replace each prompt by one that carries its namespace and rates.
 
         Mutates: prompts, the list; not the prompts in it, which may be the caller's own.
         """
+        if KEY in ((prompt_extras or {}).get("mm_processor_kwargs") or {}) and current():
+            raise VLLMValidationError(  # where --trust-request-mm-kwargs lets it through
+                f"mm_processor_kwargs.{KEY}: a request says how much to prune by its field "
+                f"{FIELD!r}; leave the argument out",
+                parameter=f"mm_processor_kwargs.{KEY}",
+            )
         super()._apply_prompt_extras(prompts, prompt_extras)
-        config = era_config(self.model_config.hf_config)
         for row, prompt in enumerate(prompts):
-            data = prompt.get("multi_modal_data")
-            images = data.get("image") if isinstance(data, dict) else None
-            if images is None:
-                continue
-            given = prompt.get("mm_processor_kwargs")
-            kwargs = dict(given) if isinstance(given, dict) else {}
-            count = _count(images)
-            try:
-                kwargs[KEY] = effective_rates(kwargs, count, config)
-            except ConfigError as error:
-                raise VLLMValidationError(
-                    str(error), parameter=f"mm_processor_kwargs.{KEY}", value=kwargs.get(KEY)
-                ) from error
-            prompts[row] = {**prompt, "mm_processor_kwargs": kwargs}
+            salt = namespace(self.era, prompt.get("cache_salt"))
+            prompts[row] = {**prompt, "cache_salt": salt, **self._rates(prompt)}
+
+    def _rates(self, prompt: dict[str, object]) -> dict[str, object]:
+        """Return what a prompt needs for its images to be pruned; nothing where it has none."""
+        data = prompt.get("multi_modal_data")
+        images = data.get("image") if isinstance(data, dict) else None
+        if images is None:
+            return {}
+        given = prompt.get("mm_processor_kwargs")
+        kwargs = dict(given) if isinstance(given, dict) else {}
+        try:
+            rates = self._image_rates(kwargs, prompt.get(_DETAILS), _count(images))
+        except ConfigError as error:
+            field = getattr(error, "field", f"mm_processor_kwargs.{KEY}")
+            raise VLLMValidationError(str(error), parameter=field) from error
+        kwargs[KEY] = [rate.pruning_rate for rate in rates]
+        return {"mm_processor_kwargs": kwargs, _RATES: rates}
+
+    def _image_rates(
+        self, kwargs: dict[str, object], details: Sequence[object] | None, count: int
+    ) -> list[ImageRate]:
+        explicit = effective_rates(kwargs, count, self.era)
+        if KEY in kwargs:
+            return [ImageRate(rate, "era") for rate in explicit]
+        details = [None] * count if details is None else details
+        if len(details) != count:
+            raise ConfigError(
+                f"messages: got {count} images, but {len(details)} parts that are one; send each "
+                "as a part of type image_url or input_image"
+            )
+        request = current()
+        return image_rates(details, request.asked if request else None, self.era)
+
+    def process_for_engine(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
+        """Do what vLLM does, and report what was done with the images."""
+        inputs = super().process_for_engine(prompt, *args, **kwargs)
+        self._report(prompt, inputs, **kwargs)
+        return inputs
+
+    async def process_for_engine_async(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
+        """Do the same for a server."""
+        inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
+        self._report(prompt, inputs, **kwargs)
+        return inputs
+
+    def _report(
+        self,
+        prompt: dict[str, object],
+        inputs: dict[str, object],
+        *,
+        skip_mm_cache: bool = False,
+        **_: object,
+    ) -> None:
+        """Tell the request's scope, unless the prompt is not for the engine (tokenize, render).
+
+        Mutates: inputs, which lose what is ours.
+        """
+        before, request = inputs.pop(TOKENS_BEFORE, None), current()
+        if before is None or request is None or skip_mm_cache:
+            return
+        after = [place.length for place in inputs["mm_placeholders"]["image"]]
+        request.report(reports(prompt[_RATES], before, after, self.era))
+
+
+def _with_lists(messages: Iterable[object]) -> list[object]:
+    """Return messages whose contents can be read twice: validation makes iterators of some.
+
+    Upstream: vllm/renderers/chat_utils.py:1825 ``has_non_text_content`` (0.32.0) says so.
+    """
+    return [
+        {**message, "content": list(message["content"])}
+        if isinstance(message, dict) and not isinstance(message.get("content"), str | list | None)
+        else message
+        for message in messages
+    ]
 
 
 def _count(images: object) -> int:

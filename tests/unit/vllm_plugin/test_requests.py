@@ -1,0 +1,207 @@
+"""What a request says of its rates: the field, the details, their order, and the report."""
+
+import asyncio
+import math
+
+import pytest
+
+from era_vllm.config import EraConfig
+from era_vllm.vllm_plugin.requests import (
+    FieldError,
+    ImageRate,
+    asked_rate,
+    current,
+    image_details,
+    image_rates,
+    reports,
+    scope,
+)
+
+PLAIN = EraConfig()
+BOUNDED = EraConfig(pruning_rate=0.5, min_pruning_rate=0.25, max_pruning_rate=0.8)
+STOCK = EraConfig.parse({"max_pruning_rate": 0})
+
+
+@pytest.mark.parametrize(
+    ("field", "rate"),
+    [
+        (None, None),
+        ({"pruning_rate": 0}, 0.0),
+        ({"pruning_rate": 0.95}, 0.95),
+        ({"level": "off"}, 0.0),
+        ({"level": "light"}, 0.5),
+        ({"level": "medium"}, 0.778),
+        ({"level": "strong"}, 0.889),
+        ({"level": "extreme"}, 0.944),
+    ],
+    ids=str,
+)
+def test_the_field_names_a_rate_or_a_level(field: object, rate: float | None) -> None:
+    assert asked_rate(field, PLAIN) == rate
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "said"),
+    [
+        *((wrong, "era", '{"pruning_rate": number}') for wrong in (0.5, "off", [], {}, True)),
+        ({"pruning_rate": 0.5, "level": "light"}, "era", '{"level": name}'),
+        ({"rate": 0.5}, "era", "unknown field 'rate'"),
+        ({"Level": "off"}, "era", "did you mean 'level'"),
+        *(
+            ({"pruning_rate": wrong}, "era.pruning_rate", "a number in [0, 0.95]")
+            for wrong in (-0.1, 0.951, 1, math.nan, math.inf, 10**400, "0.5", None, True, [0.5])
+        ),
+        *(
+            ({"level": wrong}, "era.level", "off (0.0), light (0.5)")
+            for wrong in ("of", "OFF", "", None, 0, ["off"], {"off": 0})
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_malformed_field_is_refused_by_name_value_and_range(
+    field: object, name: str, said: str
+) -> None:
+    with pytest.raises(FieldError) as refused:
+        asked_rate(field, PLAIN)
+    assert refused.value.field == name
+    assert str(refused.value).startswith(f"{name}: got ")
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 300
+
+
+def test_what_a_client_sent_is_told_in_short() -> None:
+    with pytest.raises(FieldError) as refused:
+        asked_rate({"level": "x" * 100_000}, PLAIN)
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("config", "served", "allowed"),
+    [
+        (BOUNDED, {"light": 0.5, "medium": 0.778}, r"light \(0.5\), medium \(0.778\) "),
+        (STOCK, {"off": 0.0}, r"off \(0.0\) \(levels with a rate in \[0, 0\]"),
+    ],
+    ids=["bounded", "stock"],
+)
+def test_explicit_rates_out_of_bounds_are_refused_by_any_name(
+    config: EraConfig, served: dict[str, float], allowed: str
+) -> None:
+    for level, rate in config.levels:
+        if level in served:
+            assert asked_rate({"level": level}, config) == served[level]
+            assert asked_rate({"pruning_rate": rate}, config) == served[level]
+            continue
+        with pytest.raises(FieldError, match=rf"era.level: got '{level}', allowed: {allowed}"):
+            asked_rate({"level": level}, config)
+        with pytest.raises(FieldError, match=r"era.pruning_rate: got .* a number in \["):
+            asked_rate({"pruning_rate": rate}, config)
+
+
+def test_details_are_levels_and_the_field_goes_before_them() -> None:
+    details = ["high", "original", "low", "auto", None]
+    assert image_rates(details, None, PLAIN) == [
+        ImageRate(0.0, "detail"),
+        ImageRate(0.0, "detail"),
+        ImageRate(0.889, "detail"),
+        ImageRate(0.778, "default"),
+        ImageRate(0.778, "default"),
+    ]
+    assert image_rates(details, 0.5, PLAIN) == [ImageRate(0.5, "era")] * 5
+
+
+def test_details_out_of_bounds_are_brought_into_them_and_said_to_be() -> None:
+    assert image_rates(["high", "low", None], None, BOUNDED) == [
+        ImageRate(0.25, "detail", clamped=True),
+        ImageRate(0.8, "detail", clamped=True),
+        ImageRate(0.5, "default"),
+    ]
+    assert image_rates(["high", "low"], None, STOCK) == [
+        ImageRate(0.0, "detail"),
+        ImageRate(0.0, "detail", clamped=True),
+    ]
+
+
+def test_details_follow_the_servers_own_levels() -> None:
+    own = EraConfig.parse({"levels": {"off": 0, "strong": 0.6, "mine": 0.1}})
+    assert image_rates(["low"], None, own) == [ImageRate(0.6, "detail")]
+    assert asked_rate({"level": "mine"}, own) == 0.1
+    with pytest.raises(FieldError, match=r"off \(0\), mine \(0.1\), strong \(0.6\)"):
+        asked_rate({"level": "light"}, own)
+
+
+@pytest.mark.parametrize("detail", ["ultra", "", 3, ["low"], True])
+def test_an_unknown_detail_is_refused_whatever_the_field_says(detail: object) -> None:
+    for asked in (None, 0.5):
+        with pytest.raises(FieldError, match="image_url.detail: got .*high, original, low, auto"):
+            image_rates([detail], asked, PLAIN)
+
+
+def test_details_are_found_in_every_form_of_an_image_in_order() -> None:
+    def url(**more: object) -> dict[str, object]:
+        return {"url": "data:,", **more}
+
+    messages = [
+        {"role": "system", "content": "image_url"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": url(detail="low")},
+                {"type": "text", "text": "?", "detail": "high"},
+                {"type": "input_image", "image_url": "data:,", "detail": "high"},
+                "text",
+                {"image_url": "data:,"},
+                {"type": "video_url", "video_url": url(detail="low")},
+            ],
+        },
+        {"role": "assistant", "content": None},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": url(detail="auto"), "detail": "low"},
+                {"type": "image_pil", "image_pil": object()},
+                {"type": "text", "text": "?", "uuid": "a", "image_url": url(detail="original")},
+                {"type": ["image_url"], "image_url": url(detail="low")},
+            ],
+        },
+    ]
+    assert image_details(messages) == ["low", "high", None, "auto", None, "original"]
+
+
+def test_a_report_says_level_source_and_tokens() -> None:
+    rates = [ImageRate(0.889, "detail"), ImageRate(0.6, "era"), ImageRate(0.0, "detail", True)]
+    first, second, third = (
+        one.as_dict() for one in reports(rates, [144] * 3, [16, 58, 144], PLAIN)
+    )
+    assert first == {
+        "pruning_rate": 0.889,
+        "level": "strong",
+        "source": "detail",
+        "clamped": False,
+        "tokens_before": 144,
+        "tokens_after": 16,
+    }
+    assert (second["level"], second["source"], second["tokens_after"]) == (None, "era", 58)
+    assert (third["level"], third["clamped"]) == ("off", True)
+
+
+def test_each_request_has_a_scope_that_its_tasks_share() -> None:
+    counted: list[int] = []
+
+    async def render(rate: float) -> None:
+        await asyncio.sleep(0)
+        found = current()
+        assert found is not None and found.asked == rate
+        found.report(reports([ImageRate(rate, "era")], [4], [2], PLAIN))
+
+    async def request(rate: float) -> float:
+        with scope(on_images=lambda images: counted.append(len(images))) as opened:
+            opened.asked = rate
+            await asyncio.create_task(render(rate))
+            return opened.images[0].pruning_rate
+
+    async def both() -> list[float]:
+        return await asyncio.gather(request(0.1), request(0.2))
+
+    assert asyncio.run(both()) == [0.1, 0.2]
+    assert counted == [1, 1]
+    assert current() is None
