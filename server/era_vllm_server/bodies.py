@@ -1,0 +1,167 @@
+"""The layer that sees each request's body once, before its route: it opens the request's scope.
+
+It refuses what a route would ignore or what would reach another client's picture: ``era`` where it
+has no meaning, and names of pictures (``uuid``, rendered ``features``), which vLLM's caches answer
+before anybody looks at pixels. Most bodies hold none of these words and are not parsed here.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
+
+from era_vllm.vllm_plugin.requests import FIELD, ImageReport, scope
+from era_vllm_server.exchange import Refusal
+from era_vllm_server.metrics import CLAMPED, IMAGES, TOKENS_AFTER, TOKENS_BEFORE
+
+OWN_PATHS: Final = "/v1/era/"
+"""Routes below it read their bodies themselves."""
+_WORDS: Final = (b'"era"', b'"uuid"', b'"mm_hashes"', b"\\u00", b"\x00")
+"""A body with none of them has none of the fields, be they plain, escaped or in UTF-16."""
+_MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
+"""Types of parts, and keys of parts without a type, that hold a picture or the like."""
+
+
+class Bodies:
+    """An ASGI layer inside of vLLM's authentication."""
+
+    def __init__(
+        self, app: ASGIApp, take_era: frozenset[str], policy: str, allow_image_uuid: bool
+    ) -> None:
+        """Put it around an application.
+
+        Args:
+            app: vLLM's.
+            take_era: Paths whose bodies may have the field ``era``.
+            policy: Label of what is counted.
+            allow_image_uuid: Put a client's names apart by its key, instead of refusing them.
+        """
+        self._app = app
+        self._take_era = take_era
+        self._policy = policy
+        self._allow_image_uuid = allow_image_uuid
+
+    async def __call__(self, asgi: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if asgi["type"] != "http":
+            await self._app(asgi, receive, send)
+            return
+        if asgi["method"] in ("POST", "PUT", "PATCH"):
+            body, again = await _read(receive)
+            if body is not None and any(word in body for word in _WORDS):
+                refusal, changed = self._check(asgi, body)
+                if refusal is not None:
+                    await refusal.answer(send)
+                    return
+                if changed is not None:
+                    asgi, again = _with_body(asgi, changed, receive)
+            receive = again
+        with scope(on_images=self._count):
+            await self._app(asgi, receive, send)
+
+    def _check(self, asgi: Scope, body: bytes) -> tuple[Refusal | None, bytes | None]:
+        """Return why a body is refused, or how it is to be read instead."""
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError):  # the route's to refuse
+            return None, None
+        if not isinstance(fields, dict):
+            return None, None
+        path = asgi["path"].removeprefix(asgi.get("root_path", "")).rstrip("/")
+        elsewhere = path not in self._take_era and not f"{path}/".startswith(OWN_PATHS)
+        if elsewhere and fields.get(FIELD) is not None:
+            routes = ", ".join(sorted(self._take_era))
+            message = f"{FIELD}: got it for {path}, allowed: {routes}; leave it out here"
+            return _refused(FIELD, message), None
+        if isinstance(features := fields.get("features"), dict) and features.get("mm_hashes"):
+            return _refused("image_uuid", _FEATURES), None
+        named = list(_named(fields))
+        if not named:
+            return None, None
+        if not self._allow_image_uuid:
+            return _refused("image_uuid", _UUID), None
+        for part in named:
+            part["uuid"] = f"{_owner(asgi)}-{part['uuid']}"
+        return None, json.dumps(fields).encode()
+
+    def _count(self, images: Sequence[ImageReport]) -> None:
+        for image in images:
+            labels = (self._policy, image.level or "custom")
+            TOKENS_BEFORE.labels(*labels).inc(image.tokens_before or 0)
+            TOKENS_AFTER.labels(*labels).inc(image.tokens_after or 0)
+            IMAGES.labels(image.source).inc()
+            CLAMPED.inc(image.clamped)
+
+
+_UUID: Final = (
+    "uuid: a name could stand for another client's picture, so names are not taken; leave it out, "
+    "or have the server started with --era-allow-image-uuid, which keeps them apart by API key"
+)
+_FEATURES: Final = (
+    "features.mm_hashes: a name could stand for another client's picture, so rendered features are "
+    "not taken; send content_parts"
+)
+
+
+def _refused(reason: str, message: str) -> Refusal:
+    return Refusal(HTTPStatus.BAD_REQUEST, reason, message)
+
+
+async def _read(receive: Receive) -> tuple[bytes | None, Receive]:
+    """Return a request's body, and what gives it to the application again.
+
+    None where the client has gone before its end.
+    """
+    parts = list[bytes]()
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None, _first(message, receive)
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            body = b"".join(parts)
+            return body, _first({"type": "http.request", "body": body}, receive)
+
+
+def _first(message: Message, receive: Receive) -> Receive:
+    """Return a ``receive`` that gives one message before what the server gives."""
+    kept = [message]
+
+    async def next_message() -> Message:
+        return kept.pop() if kept else await receive()
+
+    return next_message
+
+
+def _with_body(asgi: Scope, body: bytes, receive: Receive) -> tuple[Scope, Receive]:
+    """Return a request whose body is another; the server's own has been read."""
+    others = [header for header in asgi["headers"] if header[0] != b"content-length"]
+    length = (b"content-length", str(len(body)).encode())
+    kept = _first({"type": "http.request", "body": body}, receive)
+    return {**asgi, "headers": [*others, length]}, kept
+
+
+def _named(fields: dict[str, object]) -> Iterator[dict[str, object]]:
+    """Yield every part of a body that names its picture, wherever it stands."""
+    left: list[object] = [fields]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+            for part in value:
+                if isinstance(part, dict) and part.get("uuid") is not None:
+                    kind = part.get("type")
+                    if (isinstance(kind, str) and kind in _MEDIA) or not _MEDIA.isdisjoint(part):
+                        yield part
+
+
+def _owner(asgi: Scope) -> str:
+    """Return what tells one API key from another, and not the key."""
+    keys = [value for name, value in asgi["headers"] if name == b"authorization"]
+    return hashlib.sha256(b"\n".join(keys)).hexdigest()[:16]

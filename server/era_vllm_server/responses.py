@@ -1,0 +1,79 @@
+"""Puts the ``era`` object into what vLLM answers, and changes no other byte of it.
+
+The object is inserted before a closing brace of vLLM's own text, which is never parsed and written
+again: how it spells a number or a letter stays as it was.
+"""
+
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from http import HTTPStatus
+
+from fastapi.responses import Response, StreamingResponse
+
+Place = Callable[[str, bool], int | None]
+"""(an event of a stream, whether an earlier one holds the object) -> index of the brace before
+which it goes; None = not into this one."""
+
+
+def with_era(response: Response, era: Mapping[str, object], place: Place) -> Response:
+    """Return a response that holds the object; refusals are returned as they are.
+
+    Args:
+        response: vLLM's, JSON or a stream of events.
+        era: The object.
+        place: Which events of a stream hold it.
+
+    Mutates: response.
+    """
+    if response.status_code != HTTPStatus.OK:
+        return response
+    member = '"era":' + json.dumps(era, separators=(",", ":"))
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _events(response.body_iterator, member, place)
+    else:
+        body = bytes(response.body)
+        at = body.rindex(b"}")
+        response.body = b"".join((body[:at], b",", member.encode(), body[at:]))
+        response.headers["content-length"] = str(len(response.body))
+    return response
+
+
+def in_chat(event: str, placed: bool) -> int | None:
+    """Place it in the first chunk, and in the usage chunk, which has no choices."""
+    if '"choices":' in event and (not placed or '"choices":[]' in event):
+        return event.rindex("}")
+    return None
+
+
+def in_responses(event: str, placed: bool) -> int | None:
+    """Place it in the response that is created, and in the one that is complete."""
+    kind = event.partition("\n")[0].removeprefix("event: ")
+    if kind in ("response.created", "response.completed", "response.incomplete"):
+        return _end(event, "response")
+    return None
+
+
+def in_messages(event: str, placed: bool) -> int | None:
+    """Place it in the message that starts, as which clients keep it."""
+    return _end(event, "message") if event.startswith("event: message_start\n") else None
+
+
+def _end(event: str, name: str) -> int:
+    """Return the index of the brace that closes a member of an event's object."""
+    start = event.index(f'"{name}":{{') + len(name) + 3
+    return json.JSONDecoder().raw_decode(event, start)[1] - 1
+
+
+async def _events(
+    events: AsyncGenerator[str, None], member: str, place: Place
+) -> AsyncGenerator[str, None]:
+    placed = False
+    async with aclosing(events):
+        async for event in events:
+            at = place(event, placed)
+            if at is None:
+                yield event
+            else:
+                placed = True
+                yield f"{event[:at]},{member}{event[at:]}"

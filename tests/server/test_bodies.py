@@ -1,0 +1,209 @@
+"""What is refused in a body wherever it is sent, and how ``era`` gets into a response's bytes."""
+
+import asyncio
+import json
+
+import pytest
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from era_vllm_server.bodies import Bodies
+from era_vllm_server.responses import in_chat, in_messages, in_responses, with_era
+
+TAKES = "/v1/chat/completions"
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+def chat(part):
+    return {"messages": [{"role": "user", "content": [part]}]}
+
+
+def send(body, path="/pooling", *, allow=False, key=None, pieces=1, root=""):
+    """Give a body to the layer; returns the answer, and what the application was given of it."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    step = -(-len(raw) // pieces) or 1
+    parts = [raw[at : at + step] for at in range(0, len(raw), step)] or [b""]
+    left = [
+        {"type": "http.request", "body": part, "more_body": at + 1 < len(parts)}
+        for at, part in enumerate(parts)
+    ]
+    given, answer = [], []
+
+    async def receive():
+        return left.pop(0) if left else {"type": "http.disconnect"}
+
+    async def application(scope, receive, send):
+        message = await receive()
+        given.append((dict(scope["headers"]), message["body"]))
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def sent(message):
+        answer.append(message)
+
+    headers = [(b"content-length", str(len(raw)).encode())]
+    if key is not None:
+        headers.append((b"authorization", f"Bearer {key}".encode()))
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "headers": headers}
+    layer = Bodies(application, frozenset({TAKES}), "era", allow)
+    asyncio.run(layer(scope, receive, sent))
+    assert len(given) + (len(answer) > 0) == 1
+    if given:
+        return None, given[0]
+    return (answer[0]["status"], json.loads(answer[1]["body"])["error"]["message"]), None
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_plain_body_is_handed_on_as_it_came(pieces):
+    for body in (b"", b"{", b'"era"', b"[]", json.dumps(chat(IMAGE)).encode(), b'{"a": "\\u00e9"}'):
+        answer, (_, given) = send(body, pieces=pieces)
+        assert (answer, given) == (None, body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"era": {"level": "off"}}',
+        b'{"prompt": "x", "era":0}',
+        b'{"\\u0065ra": []}',
+        '{"era": {}}'.encode("utf-16"),
+        '{"era": "é"}'.encode("utf-32"),
+    ],
+    ids=str,
+)
+def test_era_is_refused_where_it_has_no_effect_however_it_is_spelt(body):
+    (status, said), _ = send(body, "/tokenize", pieces=2)
+    assert status == 400
+    assert said == f"era: got it for /tokenize, allowed: {TAKES}; leave it out here"
+    for path, root in ((TAKES, ""), (f"{TAKES}/", ""), (f"/api{TAKES}", "/api"), (TAKES, "/api")):
+        assert send(body, path, root=root) == (None, ({b"content-length": b"%d" % len(body)}, body))
+    for path in ("/v1/era", "/v1/era/inspect"):
+        assert send(body, path)[0] is None
+    assert send(body, "/v1/erase")[0] is not None
+
+
+def test_era_that_is_null_or_further_in_is_not_ours():
+    for body in ({"era": None}, {"metadata": {"era": 1}}, [{"era": 1}], {"a": "era"}):
+        assert send(body)[0] is None
+
+
+PARTS = [
+    {**IMAGE, "uuid": "cat"},
+    {"type": "image_url", "image_url": None, "uuid": "cat"},
+    {"image_url": "data:,", "uuid": "cat"},
+    {"type": "text", "text": "?", "image_url": "data:,", "uuid": 3},
+    {"type": "input_image", "image_url": "data:,", "uuid": ""},
+    {"type": "video_url", "video_url": {"url": "data:,"}, "uuid": "cat"},
+    {"type": ["odd"], "image_pil": None, "uuid": "cat"},
+]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_names_of_pictures_are_refused_or_kept_apart_by_key(part):
+    bodies = [
+        chat(part),
+        {"input": [{"role": "user", "content": [part]}]},
+        {"token_ids": [1], "content_parts": [part]},
+        {"messages": [[{"role": "user", "content": [IMAGE, part]}]], "odd": [[[part]]]},
+    ]
+    for path in (TAKES, "/anything"):
+        for body in bodies:
+            (status, said), _ = send(body, path)
+            assert status == 400
+            assert "--era-allow-image-uuid" in said
+    seen = set()
+    for key in ("a", "b", None):
+        for _ in range(2):
+            answer, (headers, raw) = send(bodies[0], TAKES, allow=True, key=key)
+            assert answer is None
+            assert int(headers[b"content-length"]) == len(raw)
+            (given,) = json.loads(raw)["messages"][0]["content"]
+            owner, _, name = given.pop("uuid").partition("-")
+            assert name == str(part["uuid"])
+            assert given == {k: v for k, v in part.items() if k != "uuid"}
+            seen.add(owner)
+    assert len(seen) == 3
+    assert all(len(owner) == 16 for owner in seen)
+
+
+def test_what_only_looks_like_a_name_passes():
+    properties = {"uuid": {"type": "string"}, "image_url": {"type": "string"}}
+    tool = {"type": "function", "function": {"parameters": {"properties": properties}}}
+    for body in (
+        {"tools": [tool]},
+        {"uuid": "x"},
+        chat({"type": "text", "text": "?", "uuid": "x"}),
+        chat({**IMAGE, "uuid": None}),
+    ):
+        assert send(body, TAKES)[0] is None
+
+
+def test_rendered_features_are_not_taken():
+    body = {"token_ids": [1], "features": {"mm_hashes": {"image": ["abc"]}}}
+    for allow in (False, True):
+        (status, said), _ = send(body, "/inference/v1/generate", allow=allow)
+        assert status == 400
+        assert "another client's picture" in said
+    assert send({"features": "mm_hashes"})[0] is None
+
+
+ERA = {"policy": "era", "images": [{"level": "größer"}]}
+MEMBER = b',"era":' + json.dumps(ERA, separators=(",", ":")).encode()
+
+
+def test_the_object_goes_into_a_json_body_and_nothing_else_changes():
+    stock = {"id": "1", "n": [1e-7, 1.0], "text": 'é "}', "usage": {"a": None}}
+    before, after = JSONResponse(stock), with_era(JSONResponse(stock), ERA, in_chat)
+    assert after.body.replace(MEMBER, b"") == before.body
+    assert json.loads(after.body) == {**stock, "era": ERA}
+    assert after.headers["content-length"] == str(len(after.body))
+    refused = JSONResponse({"error": {}}, 400)
+    assert with_era(refused, ERA, in_chat).body == JSONResponse({"error": {}}).body
+
+
+CHUNKS = [
+    ": keep-alive\n\n",
+    'data: {"id":"1","choices":[{"delta":{"content":"\\"choices\\":[]}"}}],"x":1e-7}\n\n',
+    'data: {"id":"1","choices":[{"delta":{"content":"é}\\n\\n"}}]}\n\n',
+    'data: {"id":"1","choices":[],"usage":{"prompt_tokens":3}}\n\n',
+    "data: [DONE]\n\n",
+]
+RESPONSE = '"response":{"id":"1","output":[{"text":"}\\"response\\":{"}],"t":0.10}'
+EVENTS = [
+    f'event: response.created\ndata: {{{RESPONSE},"sequence_number":0,"type":"x"}}\n\n',
+    'event: response.output_text.delta\ndata: {"delta":"\\"response\\":{}"}\n\n',
+    f'event: response.in_progress\ndata: {{{RESPONSE},"sequence_number":1}}\n\n',
+    f'event: response.completed\ndata: {{"sequence_number":9,{RESPONSE}}}\n\n',
+]
+MESSAGE = [
+    'event: message_start\ndata: {"type":"message_start","message":{"id":"1","usage":{"a":1}}}\n\n',
+    'event: message_delta\ndata: {"delta":{"stop_reason":"end"},"usage":{"b":2}}\n\n',
+]
+
+
+@pytest.mark.parametrize(
+    ("stock", "place", "holders"),
+    [
+        (CHUNKS, in_chat, {1: (), 3: ()}),
+        (['data: {"error":{"message":"\\"choices\\":"}}\n\n'], in_chat, {}),
+        (EVENTS, in_responses, {0: ("response",), 3: ("response",)}),
+        (MESSAGE, in_messages, {0: ("message",)}),
+    ],
+    ids=["chat", "an error", "responses", "messages"],
+)
+def test_the_object_goes_into_some_events_and_nothing_else_changes(stock, place, holders):
+    async def events():
+        for event in stock:
+            yield event
+
+    async def collect():
+        response = with_era(StreamingResponse(events()), ERA, place)
+        return [event async for event in response.body_iterator]
+
+    found = asyncio.run(collect())
+    assert [event.replace(MEMBER.decode(), "") for event in found] == stock
+    for at, event in enumerate(found):
+        assert (MEMBER.decode() in event) == (at in holders)
+        if at in holders:
+            data = json.loads(event.partition("data: ")[2])
+            for name in holders[at]:
+                data = data[name]
+            assert data["era"] == ERA
