@@ -25,6 +25,7 @@ from era_vllm.policies import make_policy
 from era_vllm.types import DEGENERATE_KINDS, PrunedTokens, Signal, VisualTokens
 from era_vllm.vllm_plugin.channels import pack, unpack
 from era_vllm.vllm_plugin.encoder_tap import EncoderTap
+from era_vllm.vllm_plugin.metrics import ReducerMetrics
 from era_vllm.vllm_plugin.positions import AnchorOffsets, longer_rope_table, prompt_positions
 from era_vllm.vllm_plugin.processor import NUM_ANCHORS, NUM_TOKENS, PIXEL_HASH
 from era_vllm.vllm_plugin.resolve import era_config
@@ -69,6 +70,7 @@ class PrunedModelMixin(nn.Module):
         self.anchor_offsets = AnchorOffsets(self.bias_buffer.columns.shape[0])
         counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
         self.register_buffer("degenerate", counts, persistent=False)
+        self.reducer_metrics = ReducerMetrics()
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """Return for each image [K, d + 5]: retained embeddings, their bias and index.
@@ -91,7 +93,9 @@ class PrunedModelMixin(nn.Module):
                 scores=self.tap.take(Signal.ENCODER_SCORES),
                 seeds=seeds.flatten()[part].to(embeds.device, non_blocking=True),
             )
-            done += self._pruned(tokens, counts.flatten()[part].tolist())  # CPU tensor: no sync
+            num_anchors = counts.flatten()[part].tolist()  # CPU tensor: no sync
+            with self.reducer_metrics.timed(tokens.segments, embeds.device):
+                done += self._pruned(tokens, num_anchors)
         return done
 
     def embed_input_ids(

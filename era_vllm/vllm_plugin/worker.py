@@ -1,0 +1,116 @@
+"""What API servers may ask of a worker: methods that vLLM's ``collective_rpc`` calls by name.
+
+vLLM mixes the class into its own worker (``worker_extension_cls``, set by ``resolve`` where the
+user has none), so nothing is patched and nothing but plain values travels. Each call runs between
+two steps, on every rank. Leaves out: routes and limits (``server``).
+"""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Final, TypedDict
+
+import torch
+
+from era_vllm.errors import CacheError
+from era_vllm.vllm_plugin.inspector import Inspector, Watched
+from era_vllm.vllm_plugin.metrics import Counted
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from era_vllm.vllm_plugin.model_mixin import PrunedModelMixin
+
+WORKER: Final = "era_vllm.vllm_plugin.worker.EraWorker"
+"""``worker_extension_cls``."""
+
+
+class ReadBack(TypedDict):
+    """One rank's biases as they lie in the KV slots of a prompt with one image."""
+
+    layers: int
+    kv_heads: int
+    log_bias: list[float]
+    """The image's slots in the first layer's first KV head."""
+    differences: list[float]
+    """Of each layer: the largest |read - gamma x log_bias| over KV heads and the image's slots."""
+    text_slots: int
+    largest_text_bias: float
+    """Largest |read| in the prompt's other slots, over layers and KV heads."""
+
+
+class EraWorker:
+    """Mixed into vLLM's worker."""
+
+    model_runner: "GPUModelRunner"
+    vllm_config: "VllmConfig"
+
+    def era_metrics(self) -> Counted:
+        """Return what this rank counted."""
+        model = _model(self)
+        return model.reducer_metrics.counted(model.degenerate)
+
+    def era_watch(self, pixel_hash: int, num_anchors: int, seconds: float) -> None:
+        """Catch an image when it is pruned."""
+        _inspector(self).watch(Watched(pixel_hash, num_anchors), seconds)
+
+    def era_take(
+        self, pixel_hash: int, num_anchors: int, request_id: str | None
+    ) -> dict[str, object]:
+        """Return what was caught of an image, and forget it.
+
+        Args:
+            pixel_hash, num_anchors: As watched for.
+            request_id: Of the running request with that image alone, whose KV slots are read too.
+
+        Returns:
+            ``pruned``: ``inspector.Found``, or None if it was not pruned since; ``read_back``: this
+            rank's ``ReadBack``, or None if not asked for or the request holds no slots;
+            ``unreadable``: why the cache cannot be read on this backend, or None.
+        """
+        found = _inspector(self).take(Watched(pixel_hash, num_anchors))
+        read = unreadable = None
+        if found is not None and request_id is not None:
+            try:
+                read = _read_back(self, request_id, found.log_bias)
+            except CacheError as error:  # an exception on the way through vLLM is only a text
+                unreadable = str(error)
+        pruned = None if found is None else asdict(found)
+        return {"pruned": pruned, "read_back": read, "unreadable": unreadable}
+
+
+def _model(worker: EraWorker) -> "PrunedModelMixin":
+    return worker.model_runner.get_model()
+
+
+def _inspector(worker: EraWorker) -> Inspector:
+    model = _model(worker)
+    if not isinstance(model.on_prune, Inspector):
+        model.on_prune = Inspector(model.policy)
+    return model.on_prune
+
+
+def _read_back(worker: EraWorker, request_id: str, log_bias: list[float]) -> ReadBack | None:
+    from era_vllm.attention.cache_reader import read_bias, request_slots
+    from era_vllm.attention.layer import RectifiedAttention
+
+    runner, model = worker.model_runner, _model(worker)
+    size = worker.vllm_config.cache_config.block_size
+    if (held := request_slots(runner, request_id, size)) is None:
+        return None
+    name, slots = held
+    place = runner.requests[name].mm_features[0].mm_position
+    image = slice(place.offset, place.offset + place.length)
+    layers = [layer for layer in model.modules() if isinstance(layer, RectifiedAttention)]
+    read = torch.stack([read_bias(layer, slots, size) for layer in layers])  # [l, t, h]
+    gamma = model.bias_buffer.gamma
+    exponents = torch.ones(1, 1) if gamma is None else gamma.cpu()
+    expected = exponents[:, None] * torch.tensor(log_bias)[None, :, None]
+    text = torch.cat([read[:, : image.start], read[:, image.stop :]], 1)
+    return {
+        "layers": len(layers),
+        "kv_heads": read.shape[2],
+        "log_bias": read[0, image, 0].tolist(),
+        "differences": (read[:, image] - expected).abs().amax((1, 2)).tolist(),
+        "text_slots": text.shape[1],
+        "largest_text_bias": float(text.abs().max()) if text.numel() else 0.0,
+    }

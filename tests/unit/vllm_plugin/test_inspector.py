@@ -1,0 +1,66 @@
+"""The catch of one image out of what a worker prunes."""
+
+import pytest
+import torch
+
+from era_vllm.pipeline import prune
+from era_vllm.policies import dpp, era
+from era_vllm.steps.entropy import head_entropy, head_profile, unattended
+from era_vllm.types import VisualTokens
+from era_vllm.vllm_plugin import inspector
+from era_vllm.vllm_plugin.inspector import Inspector, Watched
+
+
+@pytest.fixture
+def tokens():
+    generator = torch.Generator().manual_seed(0)
+    return VisualTokens(
+        torch.randn(3, 12, 8, generator=generator),
+        (3, 4),
+        attention=torch.rand(3, 4, 12, generator=generator),
+        seeds=torch.tensor([11, 22, 33]),
+    )
+
+
+def test_the_watched_image_is_caught_and_no_other(tokens):
+    result = prune(tokens, 4, era.Policy())
+    catch = Inspector(era.Policy())
+    for image in (Watched(22, 4), Watched(33, 5)):
+        catch.watch(image, 60)
+    catch(tokens, result)
+    found = catch.take(Watched(22, 4))
+    assert found.grid == (3, 4)
+    assert found.anchors == result.anchors[1].tolist()
+    assert found.assignment == result.assignment[1].tolist()
+    assert found.log_bias == result.log_bias[1].tolist()
+    assert catch.take(Watched(22, 4)) is None  # handed out once
+    assert catch.take(Watched(33, 5)) is None  # another number of anchors
+    assert catch.take(Watched(11, 4)) is None  # nobody watched
+
+
+def test_entropy_is_the_policys_own_and_none_where_it_has_none(tokens):
+    policy = era.Policy(saliency="softmax", temperature=0.5)
+    caught = []
+    for each in (policy, dpp.Policy()):
+        catch = Inspector(each)
+        catch.watch(Watched(11, 4), 60)
+        catch(tokens, prune(tokens, 4, each))
+        caught.append(catch.take(Watched(11, 4)).entropy)
+    profile = head_profile(tokens, "softmax", 0.5)
+    assert caught[0] == head_entropy(profile, unattended(tokens, policy.mass_guard))[0].tolist()
+    assert caught[1] is None
+
+
+def test_watching_is_bounded_in_time_and_number(tokens, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(inspector, "monotonic", lambda: now)
+    catch, result = Inspector(era.Policy()), prune(tokens, 4, era.Policy())
+    catch.watch(Watched(11, 4), 10)
+    now = 10.1
+    catch(tokens, result)
+    assert catch.take(Watched(11, 4)) is None
+    catch.watch(Watched(11, 4), 10)
+    for other in range(100, 108):
+        catch.watch(Watched(other, 4), 10)
+    catch(tokens, result)
+    assert catch.take(Watched(11, 4)) is None
