@@ -1,7 +1,7 @@
 """What turns vLLM's server into ours: one middleware, one endpoint plugin, one media connector.
 
 ``with_front`` decides vLLM's flags and variables for them, so that ``era-vllm serve`` and the plain
-``vllm serve`` line that it prints start the same server.
+``vllm serve`` line that it prints start the same server. docs/security.md has a table of them.
 """
 
 import os
@@ -10,11 +10,22 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Final
 
-from era_vllm.vllm_plugin.launch import PLUGIN, Launch
+from era_vllm.errors import ConfigError
+from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
 from era_vllm_server.settings import ServerSettings
 
 MIDDLEWARE: Final = "era_vllm_server.guard.Guard"
 CONNECTOR: Final = "era"
+LIMITS: Final = {
+    "VLLM_MAX_N_SEQUENCES": "128",  # OpenAI's own bound of n; vLLM's is 16384
+    "VLLM_MAX_COMPLETION_PROMPTS": "128",  # 1024
+    "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "20",  # 256
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # 1; for what does not fetch through our connector
+}
+"""vLLM's own limits, set where the user has not set them; behind each vLLM's default."""
+IMAGES: Final = ("--limit-mm-per-prompt", '{"image": 16}')
+"""vLLM's default is 999. A pruned image is few tokens and a whole run of the encoder, so that the
+length of a prompt no longer bounds the work."""
 _GROUPS: Final = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -22,6 +33,8 @@ _GROUPS: Final = (
     "vllm.stat_logger_plugins",
 )
 _ENDPOINTS: Final = "vllm.endpoint_plugins"
+_MARGIN_S: Final = 10
+"""For vLLM's own shutdown, once nothing is under way."""
 
 
 def with_front(
@@ -34,21 +47,41 @@ def with_front(
         typed: Model and flags of ``vllm serve``, as typed.
         settings: Of the front.
         shutdown_timeout: What vLLM reads as ``--shutdown-timeout`` from them; 0 = not typed.
+
+    Raises:
+        ConfigError: vLLM would end accepted requests before we do.
     """
+    drain_s = settings.drain_timeout_s
     words = [*typed, "--middleware", MIDDLEWARE]  # behind the user's own: the last is outermost
-    if not shutdown_timeout:  # it must outlast our own drain
-        words += ["--shutdown-timeout", str(int(settings.drain_timeout_s) + 10)]
-    environment = {
-        "VLLM_PLUGINS": ",".join(_installed()),
+    if shutdown_timeout and shutdown_timeout <= drain_s:
+        raise ConfigError(
+            f"--shutdown-timeout: got {shutdown_timeout} s, needed more than --era-drain-timeout-s "
+            f"({drain_s:g} s); vLLM would end the requests that are still draining"
+        )
+    if drain_s and not shutdown_timeout:
+        words += ["--shutdown-timeout", str(int(drain_s) + _MARGIN_S)]
+    if not any(_is(word, flag) for word in typed for flag in (IMAGES[0], "--config")):
+        words += IMAGES
+    wanted = {
         "VLLM_MEDIA_CONNECTOR": CONNECTOR,
-        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-        "VLLM_MAX_IMAGE_PIXELS": str(settings.max_image_pixels),
+        "VLLM_MAX_IMAGE_PIXELS": str(settings.max_image_pixels),  # vLLM's default: 178956970
+        **LIMITS,
+    }
+    unset = {name: value for name, value in wanted.items() if name not in os.environ}
+    plugins = plugins_to_allow() if "VLLM_PLUGINS" in os.environ else ",".join(_installed())
+    environment = {
+        **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
+        **unset,
         **settings.variables(),
         **launch.environment,
     }
-    if PLUGIN in os.environ.get("VLLM_PLUGINS", "").split(","):
-        del environment["VLLM_PLUGINS"]
     return replace(launch, environment=environment), words
+
+
+def _is(word: str, flag: str) -> bool:
+    """Tell whether a word sets a flag, in one of the forms that vLLM reads."""
+    name = word.partition("=")[0].partition(".")[0].replace("_", "-")
+    return name == flag
 
 
 def _installed() -> list[str]:

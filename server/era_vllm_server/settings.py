@@ -45,6 +45,11 @@ class ServerSettings(BaseSettings):
     max_image_pixels: int = Field(
         2**25, ge=1, description="largest picture, checked before it is decoded; more is a 400"
     )
+    image_formats: str = Field(
+        "PNG,JPEG,MPO,WEBP,GIF,BMP",
+        min_length=1,
+        description="picture formats served, by Pillow's names (MPO: JPEG of many phones)",
+    )
     request_timeout_s: float = Field(
         600.0, ge=0, description="a request's deadline; 504, and its work ends; 0 = none"
     )
@@ -54,6 +59,9 @@ class ServerSettings(BaseSettings):
     )
     allow_image_uuid: bool = Field(
         False, description="let clients name pictures by uuid, apart by API key"
+    )
+    log_json: bool = Field(
+        False, description="one JSON line a request, and vLLM's own lines as JSON too"
     )
 
     @classmethod

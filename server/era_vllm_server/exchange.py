@@ -1,0 +1,141 @@
+"""One request on its way through the guard: its body is counted, and it can be stopped.
+
+Stopping never cancels the application: vLLM would let the engine go on. The application is told
+that its client has gone (``http.disconnect``), on which vLLM aborts the engine's request itself,
+and what it still says is replaced by our answer.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from era_vllm_server.metrics import REJECTED
+
+Header = tuple[bytes, bytes]
+_ANSWER_LIMIT_S: Final = 5.0
+"""For our last word to a client that does not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request is not served."""
+
+    status: HTTPStatus
+    reason: str
+    """Label of the metric."""
+    message: str
+    headers: tuple[Header, ...] = ()
+
+    def body(self) -> bytes:
+        """Return OpenAI's form of an error."""
+        error = {
+            "message": self.message,
+            "type": self.status.phrase,
+            "param": None,
+            "code": self.status.value,
+        }
+        return json.dumps({"error": error}).encode()
+
+    async def answer(self, send: Send) -> None:
+        """Send it as the whole response, and count it."""
+        REJECTED.labels(self.reason).inc()
+        body = self.body()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            *self.headers,
+        ]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def end_stream(self, send: Send) -> None:
+        """Send it as the last events of a stream that has begun, and count it.
+
+        The event is named for clients of /v1/messages and /v1/responses; those of chat read the
+        ``error`` in its data.
+        """
+        REJECTED.labels(self.reason).inc()
+        events = b"event: error\ndata: " + self.body() + b"\n\ndata: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": events})
+
+
+class Exchange:
+    """A request and its response."""
+
+    def __init__(
+        self,
+        receive: Receive,
+        send: Send,
+        max_body: tuple[int, Refusal],
+        headers: Callable[[int], list[Header]],
+    ) -> None:
+        """Watch one.
+
+        Args:
+            receive: The server's.
+            send: The server's.
+            max_body: Bytes that the body may have, and the answer to more.
+            headers: What to add to a response of a status.
+        """
+        self._from_client, self._to_client = receive, send
+        self._max_body, self._headers = max_body, headers
+        self._body_bytes = 0
+        self._started = self._stream = self._complete = False
+        self._stopped: Refusal | None = None
+        self._waiting = set[asyncio.Timeout]()
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """Let an application answer it, unless it is stopped."""
+        try:
+            await app(scope, self._receive, self._send)
+        except Exception:
+            if self._stopped is None:
+                raise
+        if self._stopped is not None and not self._complete:
+            tell = self._stopped.end_stream if self._started else self._stopped.answer
+            async with asyncio.timeout(_ANSWER_LIMIT_S):
+                await tell(self._to_client)
+
+    def stop(self, refusal: Refusal) -> None:
+        """End it with a refusal; a JSON response that is under way is left to finish."""
+        if self._stopped is None and (self._stream or not self._started):
+            self._stopped = refusal
+            for waiting in self._waiting:
+                waiting.reschedule(asyncio.get_running_loop().time())
+
+    async def _receive(self) -> Message:
+        message: Message = {"type": "http.disconnect"}
+        if self._stopped is None:
+            try:
+                async with asyncio.timeout(None) as waiting:
+                    self._waiting.add(waiting)
+                    message = await self._from_client()
+            except TimeoutError:  # stopped
+                pass
+            finally:
+                self._waiting.discard(waiting)
+        self._body_bytes += len(message.get("body", b""))
+        limit, refusal = self._max_body
+        if self._body_bytes > limit:
+            self.stop(refusal)
+        return message if self._stopped is None else {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if self._stopped is not None:
+            raise OSError("the request was stopped")  # what ASGI says of a client that has gone
+        if message["type"] == "http.response.start":
+            headers, status = list(message.get("headers", [])), message["status"]
+            self._started = True
+            kinds = [value for name, value in headers if name == b"content-type"]
+            self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            names = {name for name, _ in headers}
+            added = [header for header in self._headers(status) if header[0] not in names]
+            message = {**message, "headers": [*headers, *added]}
+        elif message["type"] == "http.response.body":
+            self._complete = not message.get("more_body", False)
+        await self._to_client(message)

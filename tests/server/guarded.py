@@ -1,0 +1,87 @@
+"""Two servers for what an attacker sends: ours with keys and small limits, and stock vLLM.
+
+A pytest plugin: ``pytest_plugins = ["tests.server.guarded"]`` gives the fixtures.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from era_vllm.lab import CHECKPOINT
+from era_vllm.lab.servers import Server, wait_for
+from tests.server.attacker import (
+    DEADLINE_S,
+    ENGINE,
+    KEYS,
+    MAX_BODY,
+    MAX_DATA_URL,
+    MAX_PIXELS,
+    QUEUE,
+    STOCK,
+    VARIABLES,
+    Pair,
+    Target,
+    client,
+    picture,
+    png,
+    start_ours,
+)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Both servers, started at once."""
+    folder = tmp_path_factory.mktemp("guarded")
+    limits = {
+        "--era-request-timeout-s": DEADLINE_S,
+        "--era-max-body-bytes": MAX_BODY,
+        "--era-max-data-url-bytes": MAX_DATA_URL,
+        "--era-max-image-pixels": MAX_PIXELS,
+        "--max-num-queued-reqs": QUEUE,
+    }
+    flags = [str(word) for pair in limits.items() for word in pair]
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("VLLM_")]:
+            patch.delenv(name)  # other tests' own
+        ours, _ = start_ours(stack, folder, *flags)
+        command = [sys.executable, "-c", STOCK, str(CHECKPOINT), *ENGINE]
+        variables = {**VARIABLES, "VLLM_PLUGINS": "none"}
+        stock = stack.enter_context(Server("stock", command, variables, folder / "stock.log"))
+        wait_for([ours, stock])
+        yield Pair(
+            stack.enter_context(client(ours, KEYS[0])), stack.enter_context(client(stock)), ours
+        )
+
+
+@pytest.fixture(scope="session")
+def target() -> Iterator[Target]:
+    """A web server inside, with a picture, a redirect to it, and endless bytes."""
+    data = png(picture())
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            found.hits.append(self.path)
+            if self.path == "/redirect":
+                self.send_response(302)
+                self.send_header("Location", found.url())
+                self.end_headers()
+                return
+            body = data * 10_000 if self.path == "/large" else data
+            self.send_response(404 if self.path == "/missing" else 200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        found = Target(server.server_address[1])
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield found
+        server.shutdown()

@@ -1,0 +1,447 @@
+"""The outermost layer: keys, sizes, deadline; faults are forced with an application of our own."""
+
+import asyncio
+import hashlib
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from era_vllm.errors import ConfigError
+from era_vllm_server.guard import Guard
+from tests.server.attacker import (
+    DEADLINE_S,
+    KEYS,
+    MAX_BODY,
+    METRICS_KEY,
+    QUEUE,
+    client,
+    data_url,
+    heavy,
+    metric,
+    picture,
+    png,
+    request,
+)
+
+pytest_plugins = ["tests.server.guarded"]
+WRONG = "wrong-key"
+
+
+# ---- with an application of our own ----------------------------------------------------------
+
+
+class Wire:
+    """A client's side: sends these messages, then nothing until it hangs up."""
+
+    def __init__(self, *messages, hangs_up=False):
+        self.left = list(messages) + [{"type": "http.disconnect"}] * hangs_up
+        self.sent = []
+
+    async def receive(self):
+        if self.left:
+            return self.left.pop(0)
+        await asyncio.Event().wait()
+
+    async def send(self, message):
+        self.sent.append(message)
+
+    @property
+    def status(self):
+        return self.sent[0]["status"]
+
+    @property
+    def headers(self):
+        return dict(self.sent[0]["headers"])
+
+    @property
+    def body(self):
+        return b"".join(message["body"] for message in self.sent[1:])
+
+
+class Layer:
+    """What vLLM's own authentication looks like from outside."""
+
+    def __init__(self, app, tokens):
+        self.app, self.api_tokens = app, tokens
+
+    async def __call__(self, *connection):
+        await self.app(*connection)
+
+
+def body(*parts):
+    return [
+        {"type": "http.request", "body": part, "more_body": at < len(parts) - 1}
+        for at, part in enumerate(parts)
+    ]
+
+
+def scope(path="/v1/models", method="POST", headers=(), **more):
+    return {"type": "http", "path": path, "method": method, "headers": list(headers), **more}
+
+
+def ask(guard, scope, wire=None):
+    wire = wire or Wire(*body(b"{}"))
+
+    async def run():
+        async with asyncio.timeout(10):
+            await guard(scope, wire.receive, wire.send)
+
+    asyncio.run(run())
+    return wire
+
+
+class App:
+    """Reads the body, works until its client goes away, and says what it saw."""
+
+    def __init__(self, status=200, kind=b"application/json", work_s=0.0, chunks=1):
+        self.status, self.kind, self.work_s, self.chunks = status, kind, work_s, chunks
+        self.read = 0
+        self.seen = []
+        self.ended = "not begun"
+
+    async def __call__(self, scope, receive, send):
+        self.seen.append(scope)
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.ended = "client gone"
+                return
+            self.read += len(message["body"])
+            more = message["more_body"]
+        gone = asyncio.create_task(receive())
+        headers = [(b"content-type", self.kind)]
+        if self.chunks > 1:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        for _ in range(self.chunks):
+            await asyncio.wait({gone}, timeout=self.work_s)
+            if gone.done():
+                assert gone.result() == {"type": "http.disconnect"}
+                self.ended = "client gone"
+                return
+            if self.chunks > 1:
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        gone.cancel()
+        if self.chunks == 1:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+        self.ended = "answered"
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path):
+    def make(app, keys=None, **settings):
+        settings.setdefault("drain_timeout_s", 0)
+        if keys is not None:
+            (tmp_path / "keys").write_text(keys)
+            settings["api_keys_file"] = tmp_path / "keys"
+        for name, value in settings.items():
+            monkeypatch.setenv(f"ERA_{name.upper()}", str(value))
+        return Guard(app)
+
+    return make
+
+
+def bearer(key):
+    return (b"authorization", b"Bearer " + key.encode())
+
+
+def error_of(text):
+    error = json.loads(text)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_without_keys_everybody_passes(make):
+    assert ask(make(App()), scope()).body == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/models", [], 401),
+        ("/v1/models", [bearer("a")], 200),
+        ("/v1/models", [bearer("b")], 200),
+        ("/v1/models", [(b"x-api-key", b"b")], 200),
+        ("/v1/models", [bearer("ab")], 401),
+        ("/v1/models", [(b"authorization", b"Basic a")], 401),
+        ("/v1/models", [(b"authorization", b"a")], 401),
+        *((path, [], 401) for path in ("/tokenize", "/metrics", "/invocations", "/ping", "/x", "")),
+        *((path, [], 401) for path in ("/health/", "//health", "/HEALTH", "/health/../v1/models")),
+        *((path, [], 200) for path in ("/health", "/ready", "/docs", "/static/swagger-ui.css")),
+        ("/metrics", [bearer("a")], 200),
+    ],
+    ids=str,
+)
+def test_keys(make, path, headers, status):
+    app = App()
+    wire = ask(make(app, keys="a\nb\n"), scope(path, headers=headers))
+    assert wire.status == status
+    assert (len(app.seen) == 1) == (status == 200)
+    if status == 401:
+        assert wire.headers[b"www-authenticate"] == b"Bearer"
+        assert error_of(wire.body)["code"] == 401
+
+
+def test_vllm_sees_the_key_where_it_looks_for_it(make):
+    app = App()
+    ask(make(app, keys="a"), scope(headers=[(b"x-api-key", b"a"), bearer("z")]))
+    assert app.seen[0]["headers"] == [(b"x-api-key", b"a"), bearer("a")]
+
+
+def test_behind_a_root_path_the_same_paths_are_open(make):
+    guard = make(App(), keys="a")
+    assert ask(guard, scope("/api/health", root_path="/api")).status == 200
+    assert ask(guard, scope("/api/v1/models", root_path="/api")).status == 401
+
+
+def test_options_passes(make):
+    assert ask(make(App(), keys="a"), scope(method="OPTIONS")).status == 200
+
+
+def test_the_path_is_never_read_from_the_host_header(make):
+    for host in (b"x/health?", b"localhost/ready#", b"/health"):
+        assert ask(make(App(), keys="a"), scope(headers=[(b"host", host)])).status == 401
+
+
+def test_metrics_have_a_key_of_their_own(make, tmp_path):
+    (tmp_path / "metrics").write_text("m")
+    guard = make(App(), keys="a", metrics_key_file=tmp_path / "metrics")
+    for path in ("/metrics", "/metrics/"):
+        assert ask(guard, scope(path, headers=[bearer("m")])).status == 200
+        assert ask(guard, scope(path, headers=[bearer("a")])).status == 401
+    assert ask(guard, scope(headers=[bearer("m")])).status == 401
+
+
+def test_metrics_alone_may_have_a_key(make, tmp_path):
+    (tmp_path / "metrics").write_text("m")
+    guard = make(App(), metrics_key_file=tmp_path / "metrics")
+    assert ask(guard, scope("/metrics")).status == 401
+    assert ask(guard, scope()).status == 200
+
+
+def test_vllms_own_keys_hold_everywhere(make):
+    layered = Layer(Layer(App(), [hashlib.sha256(b"v").digest()]), [])
+    guard = make(layered)
+    assert ask(guard, scope("/tokenize")).status == 401
+    assert ask(guard, scope("/tokenize", headers=[bearer("v")])).status == 200
+    with pytest.raises(ConfigError, match="one of the two"):
+        make(layered, keys="a")
+
+
+def test_an_empty_keys_file_refuses_to_start(make):
+    with pytest.raises(ConfigError, match="holds no key"):
+        make(App(), keys="# nobody\n")
+
+
+def test_a_websocket_needs_the_key_too(make):
+    app = App()
+    guard = make(app, keys="a")
+    socket_scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+    wire = Wire()
+    asyncio.run(guard(socket_scope, wire.receive, wire.send))
+    assert [message["type"] for message in wire.sent] == ["websocket.close"]
+    assert not app.seen
+
+
+@pytest.mark.parametrize(
+    ("headers", "parts", "status"),
+    [
+        ([(b"content-length", b"1025")], [b""], 413),
+        ([(b"content-length", b"9" * 5000)], [b""], 413),
+        ([], [b"x" * 1024], 200),
+        ([], [b"x" * 1000, b"x" * 24], 200),
+        ([], [b"x" * 1000, b"x" * 25], 413),
+        ([(b"content-length", b"5")], [b"x" * 1025], 413),
+        ([(b"content-length", b"-1")], [b"x" * 1025], 413),
+        ([(b"content-length", b"many")], [b"x" * 1024], 200),
+        ([(b"transfer-encoding", b"chunked")], [b"x" * 100] * 11, 413),
+    ],
+    ids=str,
+)
+def test_body_size(make, headers, parts, status):
+    app = App()
+    guard = make(app, max_body_bytes=1024)
+    wire = ask(guard, scope(headers=headers), Wire(*body(*parts)))
+    assert wire.status == status
+    assert app.read <= 1024
+    if status == 413:
+        assert wire.headers[b"connection"] == b"close"
+        assert "1024 bytes" in error_of(wire.body)["message"]
+
+
+def test_a_503_gets_retry_after(make):
+    guard = make(App(status=503), retry_after_s=9)
+    assert ask(guard, scope()).headers[b"retry-after"] == b"9"
+    assert b"retry-after" not in ask(make(App()), scope()).headers
+
+
+def test_the_deadline_tells_the_app_that_its_client_is_gone(make):
+    app = App(work_s=5)
+    wire = ask(make(app, request_timeout_s=0.1), scope())
+    assert (wire.status, app.ended) == (504, "client gone")
+    assert "0.1 s" in error_of(wire.body)["message"]
+
+
+def test_the_deadline_holds_for_a_body_that_does_not_come(make):
+    app = App()
+    wire = ask(make(app, request_timeout_s=0.1), scope(), Wire(*body(b"a", b"b")[:1]))
+    assert (wire.status, app.ended) == (504, "client gone")
+
+
+def test_the_deadline_in_a_stream_is_an_event(make):
+    app = App(kind=b"text/event-stream; charset=utf-8", work_s=0.04, chunks=1000)
+    wire = ask(make(app, request_timeout_s=0.1), scope())
+    assert (wire.status, app.ended) == (200, "client gone")
+    events = wire.body.lstrip(b"x").decode().split("\n\n")
+    assert events[0].startswith("event: error\ndata: ")
+    assert error_of(events[0].partition("data: ")[2])["code"] == 504
+    assert events[1:] == ["data: [DONE]", ""]
+    assert not wire.sent[-1].get("more_body", False)
+
+
+def test_a_json_response_that_has_begun_is_left_to_finish(make):
+    app = App(work_s=0.04, chunks=5)
+    wire = ask(make(app, request_timeout_s=0.1), scope())
+    assert (app.ended, wire.body) == ("answered", b"xxxxxok")
+
+
+def test_an_app_that_goes_on_after_its_end_is_not_heard(make):
+    """As vLLM's cancelled handlers, which return None: FastAPI makes 200 null of it."""
+
+    async def app(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"null"})
+
+    assert ask(make(app, request_timeout_s=0.1), scope()).status == 504
+
+
+def test_errors_of_the_app_are_its_own(make):
+    async def app(scope, receive, send):
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        ask(make(app, request_timeout_s=9), scope())
+
+
+def test_a_client_that_hangs_up_is_told_to_the_app(make):
+    app = App(work_s=5)
+    wire = ask(make(app, request_timeout_s=9), scope(), Wire(*body(b"{}"), hangs_up=True))
+    assert (app.ended, wire.sent) == ("client gone", [])
+
+
+def test_a_mistyped_variable_refuses_to_start(make, monkeypatch):
+    monkeypatch.setenv("ERA_API_KEY_FILE", "keys")
+    with pytest.raises(ConfigError, match="ERA_API_KEYS_FILE"):
+        make(App())
+
+
+# ---- with the real server ----------------------------------------------------------------------
+
+
+def test_real_routes_are_closed_without_a_key(pair):
+    with client(pair.server) as nobody, client(pair.server, WRONG) as somebody:
+        routes = pair.ours.get("/openapi.json").json()["paths"]
+        assert {"/v1/chat/completions", "/tokenize", "/metrics", "/v1/models"} <= set(routes)
+        for path, methods in routes.items():
+            for method in methods:
+                for caller in (nobody, somebody):
+                    status = caller.request(method, path, json={}).status_code
+                    assert (status == 401) == (path not in ("/health", "/ready")), path
+        assert nobody.get("/health").status_code == 200
+    with client(pair.server, KEYS[1]) as other:
+        assert other.get("/v1/models").status_code == 200
+        assert other.get("/metrics").status_code == 401
+    assert pair.ours.get("/metrics", headers={"Authorization": f"Bearer {METRICS_KEY}"}).is_success
+    with httpx.Client(base_url=pair.server.url, headers={"x-api-key": KEYS[0]}) as anthropic:
+        assert anthropic.get("/v1/models").status_code == 200
+
+
+def test_a_real_websocket_is_refused_without_a_key(pair):
+    lines = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    head = f"GET /v1/realtime HTTP/1.1\r\nHost: x\r\n{lines}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n"
+    assert b" 403 " in raw(pair.server.port, head.encode()).splitlines()[0]
+
+
+def raw(port, sent):
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as wire:
+        wire.sendall(sent)
+        return wire.recv(65536)
+
+
+def test_a_real_body_is_cut_off_while_it_streams(pair):
+    sent = 0
+
+    def endless():
+        nonlocal sent
+        for _ in range(200):
+            sent += MAX_BODY // 4
+            yield b"x" * (MAX_BODY // 4)
+
+    reply = pair.ours.post("/v1/chat/completions", content=endless())
+    assert reply.status_code == 413
+    assert sent < 100 * MAX_BODY // 4
+    assert error_of(reply.text)["code"] == 413
+    whole = pair.ours.post("/v1/chat/completions", content=b"x" * (MAX_BODY + 1))
+    assert whole.status_code == 413
+    assert pair.alive()
+
+
+def test_at_the_deadline_the_engine_stops(pair):
+    """A whole answer and a stream at once, and what admission says meanwhile."""
+    aborted = metric(pair.ours, "vllm:request_success_total", finished_reason="abort")
+    sdk = openai.OpenAI(base_url=f"{pair.server.url}/v1", api_key=KEYS[0], max_retries=0)
+
+    def whole():
+        started = time.monotonic()
+        reply = pair.ours.post("/v1/chat/completions", json=heavy(QUEUE // 2))
+        return reply, time.monotonic() - started
+
+    def stream():
+        chunks = []
+        with pytest.raises(openai.APIError) as error:
+            chunks.extend(sdk.chat.completions.create(**stream_body))
+        return chunks, error.value
+
+    stream_body = {**heavy(QUEUE // 4), "stream": True}
+    stream_body["extra_body"] = {"ignore_eos": stream_body.pop("ignore_eos")}
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(whole)
+        time.sleep(1)
+        busy = pair.ours.post("/v1/chat/completions", json=heavy(QUEUE))
+        second = pool.submit(stream)
+        reply, took = first.result()
+        _, ended = second.result()
+    assert busy.status_code == 503
+    assert int(busy.headers["retry-after"]) > 0
+    assert reply.status_code == 504
+    assert DEADLINE_S - 0.5 < took < DEADLINE_S + 5
+    assert "took longer" in str(ended)
+    end = time.monotonic() + 5
+    while pair.running() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert pair.running() == 0
+    now = metric(pair.ours, "vllm:request_success_total", finished_reason="abort")
+    assert now - aborted == QUEUE // 2 + QUEUE // 4
+    assert metric(pair.ours, "era:rejected_requests_total", reason="deadline") >= 2
+    assert metric(pair.ours, "era:rejected_requests_total", reason="busy") >= 1
+    assert pair.alive()
+
+
+def test_cors_is_off(pair):
+    headers = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    reply = pair.ours.options("/v1/chat/completions", headers=headers)
+    assert "access-control-allow-origin" not in reply.headers
+
+
+def test_pictures_in_a_request_are_served(pair):
+    reply = pair.chat(pair.ours, data_url(picture()), data_url(png(picture(1, 1))))
+    assert reply.status_code == 200
+    assert request()["model"] == reply.json()["model"]

@@ -1,0 +1,248 @@
+"""The media connector: what it loads, what it refuses, and that refusals say nothing of us."""
+
+import asyncio
+import re
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import abc, resolver
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+from era_vllm_server import addresses, media
+from era_vllm_server.front import CONNECTOR
+from tests.server.attacker import ALLOWED_DOMAIN, MAX_DATA_URL, MAX_PIXELS, data_url, picture, png
+from tests.server.attacks import SERVED, inside, pictures
+
+pytest_plugins = ["tests.server.guarded"]
+LEAK = re.compile(r"0x[0-9a-f]{6}|object at|/\w+/\w+|Errno|127\.|localhost|BytesIO|\.py|Traceback")
+
+
+@pytest.fixture(autouse=True)
+def _limits(monkeypatch):
+    monkeypatch.setenv("ERA_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
+    monkeypatch.setenv("ERA_MAX_DATA_URL_BYTES", str(MAX_DATA_URL))
+    monkeypatch.setenv("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", "1")
+
+
+def connector(**options):
+    return MEDIA_CONNECTOR_REGISTRY.load(CONNECTOR, **options)
+
+
+def load(connector, url, way):
+    if way == "sync":
+        return connector.fetch_image(url)
+    return asyncio.run(connector.fetch_image_async(url))
+
+
+both_ways = pytest.mark.parametrize("way", ["async", "sync"])
+
+
+@contextmanager
+def refusal(said=""):
+    with pytest.raises(VLLMValidationError, match=said) as error:
+        yield
+    assert not LEAK.search(str(error.value)), str(error.value)
+
+
+@both_ways
+@pytest.mark.parametrize("name", pictures())
+def test_a_picture_is_served_or_refused(name, way):
+    url = pictures()[name]
+    if name in SERVED:
+        loaded = load(connector(), url, way)
+        assert loaded.media.mode == "RGB"
+        assert loaded.media.width * loaded.media.height <= MAX_PIXELS
+    else:
+        with refusal("the picture is refused: "):
+            load(connector(), url, way)
+
+
+def test_what_a_refusal_says():
+    for name, said in {
+        "2 gigapixels": "more pixels than Pillow opens",
+        "bomb below PIL's bound": "12000 x 12000 pixels, allowed are 1048576",
+        "201 x 1": "allowed is 1 : 200",
+        "TIFF": "its format is TIFF, allowed are PNG,JPEG",
+        "too long": f"400022 bytes long, allowed are {MAX_DATA_URL}",
+        "text/html": "does not say image/",
+        "truncated PNG": "is it damaged",
+    }.items():
+        with refusal(said):
+            load(connector(), pictures()[name], "async")
+
+
+def test_formats_are_a_setting(monkeypatch):
+    monkeypatch.setenv("ERA_IMAGE_FORMATS", "tiff, png")
+    assert load(connector(), pictures()["TIFF"], "async").media.size == (64, 48)
+    with refusal("its format is JPEG"):
+        load(connector(), pictures()["CMYK JPEG"], "async")
+
+
+@both_ways
+def test_without_allowed_domains_no_url_is_fetched(target, way):
+    hits = len(target.hits)
+    with refusal("--allowed-media-domains is not set"):
+        load(connector(), "http://example.com/a.png", way)
+    for url in inside(target.port).values():
+        with refusal():
+            load(connector(), url, way)
+    assert len(target.hits) == hits
+
+
+@both_ways
+def test_an_allowed_domain_at_an_inner_address_is_not_connected_to(target, way, monkeypatch):
+    """Nor is any other way to write it; stock vLLM fetches some, and a proxy would all."""
+    monkeypatch.setenv("HTTP_PROXY", target.url(path="/proxy"))
+    monkeypatch.setenv("http_proxy", target.url(path="/proxy"))
+    hits = len(target.hits)
+    for url in inside(target.port).values():
+        with refusal():
+            load(connector(allowed_media_domains=[ALLOWED_DOMAIN]), url, way)
+    assert len(target.hits) == hits
+
+
+def test_stock_vllm_does_connect(target, monkeypatch):
+    """What the test above holds against; the target counts."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    hits = len(target.hits)
+    stock = MediaConnector(allowed_media_domains=[ALLOWED_DOMAIN])
+    for name in ("a name for it", "redirect", "upper case"):
+        load(stock, inside(target.port)[name], "sync")
+    assert len(target.hits) - hits == 4
+
+
+class Rebinding(abc.AbstractResolver):
+    """A name server that says a public address first, and an inner one from then on."""
+
+    answers = 0
+
+    def __init__(self, **_):
+        """Take what aiohttp gives."""
+
+    async def resolve(self, host, port=0, family=socket.AF_INET):
+        type(self).answers += 1
+        address = "8.8.8.8" if self.answers == 1 else "127.0.0.1"
+        found = {"hostname": host, "host": address, "port": port, "family": socket.AF_INET}
+        return [{**found, "proto": 0, "flags": 0}]
+
+    async def close(self):
+        """Nothing to close."""
+
+
+def test_a_name_that_changes_its_address_gains_nothing(target, monkeypatch):
+    """The address that is connected to is checked, whatever was resolved before."""
+    monkeypatch.setattr("aiohttp.connector.DefaultResolver", Rebinding)
+    assert resolver.DefaultResolver is not Rebinding
+    Rebinding.answers = 1
+    hits = len(target.hits)
+    with refusal("could not be fetched from a public address"):
+        load(connector(allowed_media_domains=["rebind.example"]), "http://rebind.example/", "async")
+    assert (Rebinding.answers, len(target.hits)) == (2, hits)
+
+
+@pytest.fixture
+def loopback_is_public(monkeypatch):
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
+
+
+@both_ways
+def test_a_public_address_of_an_allowed_domain_is_fetched(target, loopback_is_public, way):
+    """With loopback declared public, since tests have no network."""
+    allowed = connector(allowed_media_domains=["LOCALHOST"])
+    assert load(allowed, target.url("localhost"), way).media.size == (64, 48)
+    assert target.hits[-1] == "/picture.png"
+    hits = len(target.hits)
+    with refusal("not of a domain"):
+        load(allowed, target.url("127.0.0.1"), way)
+    assert len(target.hits) == hits
+    for path, said in {
+        "/redirect": "answers 302",
+        "/missing": "answers 404",
+        "/large": "more than 1048576 bytes",
+    }.items():
+        with refusal(said):
+            load(allowed, target.url("localhost", path), way)
+    assert target.hits[hits:] == ["/redirect", "/missing", "/large"]  # no second try
+
+
+def test_nobody_listening_is_a_refusal(loopback_is_public):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://localhost:{probe.getsockname()[1]}/"
+        with refusal("could not be fetched"):
+            load(connector(allowed_media_domains=["localhost"]), url, "async")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "allowed"
+    root.mkdir()
+    for file in (root / "in side.png", tmp_path / "outside.png"):
+        file.write_bytes(png(picture()))
+    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "text.png").write_text("secret")
+    return root
+
+
+@both_ways
+def test_files_are_refused_unless_a_folder_is_allowed(folder, way):
+    inner = f"file://{folder}/in%20side.png"
+    with refusal("--allowed-local-media-path is not set"):
+        load(connector(), inner, way)
+    allowed = connector(allowed_local_media_path=str(folder))
+    assert load(allowed, inner, way).media.size == (64, 48)
+    for path in ("../outside.png", "link.png", "absent.png", "", "%2e%2e/outside.png", "text.png"):
+        with refusal():
+            load(allowed, f"file://{folder}/{path}", way)
+    for url in (f"file://host{folder}/in%20side.png", "file:///etc/passwd", "file:///dev/zero"):
+        with refusal("no such file"):
+            load(allowed, url, way)
+
+
+def test_refusals_are_counted():
+    before = media.REJECTED.labels("media")._value.get()
+    with refusal():
+        load(connector(), "gopher://x", "async")
+    assert media.REJECTED.labels("media")._value.get() - before == 1
+
+
+# ---- with the real server ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pictures())
+def test_over_http_a_picture_is_served_or_a_400(pair, name):
+    url = pictures()[name]
+    if name == "surrogate":
+        pytest.skip("cannot be written as UTF-8")
+    reply = pair.chat(pair.ours, url)
+    assert reply.status_code == (200 if name in SERVED else 400), reply.text
+    if reply.status_code == 400:
+        assert not LEAK.search(reply.json()["error"]["message"]), reply.text
+
+
+def test_over_http_the_other_routes_refuse_alike(pair):
+    bad, good = pictures()["2 gigapixels"], data_url(picture())
+    for url, status in ((bad, 400), (good, 200)):
+        part = {"type": "input_image", "image_url": url, "detail": "auto"}
+        question = {"type": "input_text", "text": "how many shapes?"}
+        messages = [{"role": "user", "content": [part, question]}]
+        body = {"model": "era-sample", "input": messages, "max_output_tokens": 4}
+        assert pair.ours.post("/v1/responses", json=body).status_code == status
+        source = {"type": "base64", "media_type": "image/png", "data": url.partition(",")[2]}
+        content = [{"type": "image", "source": source}, {"type": "text", "text": "what?"}]
+        messages = [{"role": "user", "content": content}]
+        body = {"model": "era-sample", "messages": messages, "max_tokens": 4}
+        reply = pair.ours.post("/v1/messages", json=body)
+        assert reply.status_code == status, reply.text
+
+
+def test_over_http_nothing_inside_is_connected_to(pair, target):
+    hits = len(target.hits)
+    for url in inside(target.port).values():
+        reply = pair.chat(pair.ours, url)
+        assert reply.status_code == 400, reply.text
+    assert len(target.hits) == hits
+    assert pair.alive()
