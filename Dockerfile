@@ -35,7 +35,7 @@ COPY server server
 RUN /opt/era/bin/pip install --no-deps --no-build-isolation --force-reinstall .
 
 FROM base AS runtime
-RUN useradd --create-home --uid 10001 era
+RUN useradd --create-home --uid 10001 era && install -d -o era -g era /models
 ENV PATH=/opt/era/bin:$PATH PYTHONUNBUFFERED=1
 USER era
 WORKDIR /home/era

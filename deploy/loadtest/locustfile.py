@@ -1,0 +1,139 @@
+"""Mixed users for locust: pictures at every level, text, clients that leave, bad pictures.
+
+    python3 -m venv /tmp/locust && /tmp/locust/bin/pip install -r deploy/loadtest/requirements.txt
+    /tmp/locust/bin/locust -f deploy/loadtest/locustfile.py --headless -u 16 -t 2m --host http://127.0.0.1:8000
+
+In an environment of its own: locust and vLLM do not agree on packages. $API_KEY is the key. What
+counts as a failure: an answer that its request should not get. A 503 with Retry-After is load that
+was shed, counted under a name of its own. TTFT stands beside the requests as type "TTFT".
+"""
+
+import base64
+import io
+import json
+import os
+import random
+import time
+from typing import Any, Final
+
+from locust import HttpUser, between, task
+from PIL import Image
+
+LEVELS: Final = ("off", "light", "medium", "strong", "extreme")
+_SIDE: Final = int(os.environ.get("PICTURE_SIDE", "168"))
+_TOKENS: Final = int(os.environ.get("OUTPUT_TOKENS", "16"))
+
+
+def picture() -> str:
+    """Return a picture that no cache has seen, as a data URL."""
+    noise = Image.frombytes("RGB", (24, 24), random.randbytes(24 * 24 * 3))
+    buffer = io.BytesIO()
+    noise.resize((_SIDE, _SIDE), Image.Resampling.NEAREST).save(buffer, "png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def bad_picture() -> str:
+    """Return what a server must refuse, in one of five ways."""
+    whole = picture()
+    return random.choice(
+        [
+            whole[: len(whole) // 2],
+            "data:image/png;base64," + base64.b64encode(b"no picture").decode(),
+            "data:image/png;base64,%%%",
+            "http://127.0.0.1:1/picture.png",
+            "file:///etc/passwd",
+        ]
+    )
+
+
+class Client(HttpUser):
+    """One user: asks, waits a little, asks again."""
+
+    wait_time = between(0.1, 1.0)
+
+    def on_start(self) -> None:
+        """Log in and learn the model's name."""
+        if key := os.environ.get("API_KEY"):
+            self.client.headers["Authorization"] = f"Bearer {key}"
+        self.model = self.client.get("/v1/models").json()["data"][0]["id"]
+
+    @task(8)
+    def look(self) -> None:
+        """Ask about a picture at one of the levels, streamed."""
+        level = random.choice(LEVELS)
+        self._ask(f"picture {level}", picture(), era={"level": level})
+
+    @task(2)
+    def read(self) -> None:
+        """Ask without a picture."""
+        self._ask("text")
+
+    @task(1)
+    def leave(self) -> None:
+        """Go away after the first chunk."""
+        self._ask("picture, client leaves", picture(), leave=True, max_tokens=200)
+
+    @task(1)
+    def break_it(self) -> None:
+        """Send a bad picture; the right answer is a 4xx."""
+        self._ask("bad picture", bad_picture(), allowed=range(400, 500))
+
+    def _ask(
+        self,
+        name: str,
+        image: str | None = None,
+        leave: bool = False,
+        allowed: range = range(200, 201),
+        **body: Any,
+    ) -> None:
+        parts: list[dict[str, Any]] = [{"type": "text", "text": "what color is the circle?"}]
+        if image is not None:
+            parts.insert(0, {"type": "image_url", "image_url": {"url": image}})
+        asked = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": parts}],
+            "max_tokens": _TOKENS,
+            "temperature": 0,
+            "stream": True,
+            **body,
+        }
+        started = time.perf_counter()
+        with self.client.post(
+            "/v1/chat/completions", json=asked, stream=True, catch_response=True, name=name
+        ) as reply:
+            if reply.status_code == 503 and "Retry-After" in reply.headers:
+                reply.request_meta["name"] = f"{name} (shed)"
+                reply.success()
+            elif reply.status_code not in allowed:
+                reply.failure(f"{reply.status_code}: {reply.text[:200]}")
+            elif reply.status_code == 200:
+                self._read(name, reply, started, leave)
+            else:
+                reply.success()
+
+    def _read(self, name: str, reply: Any, started: float, leave: bool) -> None:
+        ended = False
+        for number, line in enumerate(line for line in reply.iter_lines() if line):
+            if number == 0:
+                milliseconds = (time.perf_counter() - started) * 1000
+                self.environment.events.request.fire(
+                    request_type="TTFT",
+                    name=name,
+                    response_time=milliseconds,
+                    response_length=0,
+                    exception=None,
+                    context={},
+                )
+                if leave:
+                    reply.close()
+                    reply.success()
+                    return
+            if line == b"data: [DONE]":
+                ended = True
+            elif line.startswith(b"data: ") and "error" in json.loads(line[6:]):
+                reply.failure(line[6:206].decode())
+                return
+        if ended:
+            reply.success()
+        else:
+            reply.failure("the stream ended without [DONE]")

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""READ FIRST: one command that loads a server at each pruning level and plots what it gives.
+
+vLLM's own benchmark client (``client.py``) asks, level after level at each concurrency, with
+pictures that no cache has seen. Without --url a server of ours is started beside it. Leaves out
+mixed traffic, aborts and bad images: ``locustfile.py`` and ``soak.py``.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from era_vllm.cli.provenance import provenance
+from era_vllm.cli.quiet import progress
+from era_vllm.lab.bench.report import table
+from era_vllm.lab.dummy import IMAGE_SIZE, SIZES, make_dummy_llava
+from era_vllm.lab.servers import Server, wait_for
+
+DESCRIPTION: Final = """Load a server at each pruning level, one concurrency after the other.
+
+  deploy/loadtest/run.py                                      the shipped 8 MB model
+  deploy/loadtest/run.py --model 0.9b --concurrency 1,2,4     a real model's shape, dummy weights
+  deploy/loadtest/run.py --url http://HOST:8000 --tokenizer MODEL    a server that is up already
+
+Every picture is new, so that no cache answers. Closed loop: as many requests are under way as the
+concurrency says. Goodput: requests a second that kept both limits of --goodput. Writes
+OUT/NAME.json (figures with commit, versions and hardware) and OUT/NAME.png. $API_KEY is the key,
+where one is needed; --server hands flags on to `era-vllm serve`.
+"""
+SAMPLE: Final = "sample"
+MEASURES: Final = ("rps", "goodput_rps", "ttft_ms", "ttft_p90_ms", "tpot_ms", "tpot_p90_ms")
+_ERA_VLLM: Final = str(Path(sys.executable).with_name("era-vllm"))
+_FLAGS: Final[Mapping[str, Sequence[str]]] = {
+    SAMPLE: ("--max-model-len", "1024", "--kv-cache-memory-bytes", "256M"),
+    "dummy": ("--max-model-len", "1024", "--kv-cache-memory-bytes", "1G", "--load-format", "dummy"),
+}
+_SAMPLE_SIDE: Final = 168  # pixels of the shipped model's pictures
+
+
+def main() -> None:
+    """Read the options, measure, write and print."""
+    arguments = options()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with tempfile.TemporaryDirectory() as folder, served(arguments, Path(folder)) as (url, where):
+        cells = sweep(url, where, arguments, Path(folder))
+        facts = get(url, "/v1/era")
+    name = arguments.name or (SAMPLE if arguments.model == SAMPLE else f"dummy-{arguments.model}")
+    report = {
+        "loadtest": name,
+        **provenance(),
+        "command": shlex.join(sys.argv),
+        "model": described(arguments),
+        "settings": {
+            "levels": arguments.levels,
+            "concurrency": arguments.concurrency,
+            "requests": arguments.requests,
+            "rounds": arguments.rounds,
+            "output_tokens": arguments.output_tokens,
+            "goodput_ms": arguments.goodput,
+            "server": arguments.server,
+        },
+        "era": facts,
+        "cells": cells,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    from plot import draw
+
+    draw(arguments.out / f"{name}.png", report["model"], summary(cells), arguments.goodput)
+    print(shown(cells))
+    print(f"\n{arguments.out / name}.json and .png")
+    if any(cell["failed"] for cell in cells):
+        sys.exit("loadtest: some requests failed; the JSON says how many and why")
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--url", help="of a server that is up (default: one is started)")
+    add("--tokenizer", help="with --url: the model whose tokenizer counts (default: the served)")
+    add(
+        "--model",
+        choices=[SAMPLE, *SIZES],
+        default=SAMPLE,
+        help="without --url: the shipped checkpoint, or a shape with dummy weights",
+    )
+    add("--levels", type=_words, default=["off", "medium", "strong", "extreme"])
+    add("--concurrency", type=_numbers, default=[1, 2, 4, 8, 16])
+    add("--requests", type=int, default=32, help="of a cell, at least 2 x concurrency")
+    add("--rounds", type=int, default=1, help="how often all of it; medians are plotted")
+    add("--output-tokens", type=int, default=16)
+    add(
+        "--goodput",
+        type=_limits,
+        default={"ttft": 1000.0, "tpot": 200.0},
+        metavar="ttft:MS,tpot:MS",
+        help="what a good request keeps (default: ttft:1000,tpot:200)",
+    )
+    add("--side", type=int, help="pixels of a picture's side (default: the model's)")
+    add("--server", default="", metavar="FLAGS", help="of `era-vllm serve`, as one word")
+    add("--out", type=Path, default=Path("out"))
+    add("--name", help="of the files (default: the model)")
+    arguments = parser.parse_args()
+    if arguments.side is None:
+        arguments.side = _SAMPLE_SIDE if arguments.model == SAMPLE else IMAGE_SIZE
+    return arguments
+
+
+def described(arguments: argparse.Namespace) -> str:
+    """Say which model it is, dummy weights first of all."""
+    if arguments.url is not None:
+        return f"the server at {arguments.url}"
+    if arguments.model == SAMPLE:
+        return "the shipped sample model (4 M parameters, trained)"
+    billions = SIZES[arguments.model].parameters / 1e9
+    return f"DUMMY WEIGHTS: {billions:.2f} B Llama behind CLIP-L/14-336"
+
+
+@contextmanager
+def served(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield URL and tokenizer of a server, started here unless one is named."""
+    if arguments.url is not None:
+        yield arguments.url.rstrip("/"), arguments.tokenizer
+        return
+    from era_vllm.lab import CHECKPOINT
+
+    model, flags = str(CHECKPOINT), list(_FLAGS[SAMPLE])
+    if arguments.model != SAMPLE:
+        model, flags = str(folder / "model"), list(_FLAGS["dummy"])
+        make_dummy_llava(Path(model), SIZES[arguments.model])
+    flags += [*shlex.split(arguments.server), "--served-model-name", "loadtest"]
+    command = [_ERA_VLLM, "serve", model, "--enforce-eager", *flags]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    log = arguments.out / "loadtest-server.log"
+    with Server("era-vllm serve", command, {"VLLM_LOGGING_LEVEL": "WARNING"}, log) as server:
+        wait_for([server])
+        yield server.url, model
+
+
+def sweep(
+    url: str, tokenizer: str | None, arguments: argparse.Namespace, folder: Path
+) -> list[dict[str, object]]:
+    """Measure every level at every concurrency; the level that goes first changes each time."""
+    progress("importing vLLM's benchmark client")
+    from client import Client, write_requests
+
+    model = get(url, "/v1/models")["data"][0]["id"]
+    client = Client(url, model, tokenizer, arguments.output_tokens, arguments.goodput)
+    cells: list[dict[str, object]] = []
+    seed = 0
+    for turn in range(-1, arguments.rounds * len(arguments.concurrency)):
+        concurrency = arguments.concurrency[max(turn, 0) % len(arguments.concurrency)]
+        count = max(arguments.requests, 2 * concurrency) if turn >= 0 else 2
+        first = turn % len(arguments.levels)
+        for level in arguments.levels[first:] + arguments.levels[:first]:
+            seed += 1
+            requests = write_requests(folder / "requests.jsonl", count, arguments.side, seed)
+            cell = client.measure(requests, level, concurrency, count)
+            if turn < 0:
+                continue  # a warm-up: every level has run once
+            cells.append({"round": turn // len(arguments.concurrency), **cell})
+            progress(
+                f"{level} at {concurrency}: {cell['rps']:.2f} requests/s, "
+                f"TTFT {cell['ttft_ms']:.0f} ms, {cell['failed']} failed"
+            )
+    return cells
+
+
+def summary(cells: Sequence[Mapping[str, object]]) -> dict[str, dict[int, dict[str, float]]]:
+    """Return medians over the rounds: level -> concurrency -> measure -> value."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for cell in cells:
+        same = [
+            other
+            for other in cells
+            if (other["level"], other["concurrency"]) == (cell["level"], cell["concurrency"])
+        ]
+        row = {measure: median(other[measure] for other in same) for measure in MEASURES}
+        found.setdefault(cell["level"], {})[cell["concurrency"]] = row
+    return found
+
+
+def shown(cells: Sequence[Mapping[str, object]]) -> str:
+    """Return the figures as a table."""
+    header = ["level", "concurrency", *(measure.replace("_", " ") for measure in MEASURES)]
+    rows = [
+        [level, str(concurrency), *(f"{value:.4g}" for value in row.values())]
+        for level, of_level in summary(cells).items()
+        for concurrency, row in of_level.items()
+    ]
+    return table(header, rows)
+
+
+def get(url: str, path: str) -> dict[str, object]:
+    """Return a JSON answer of the server."""
+    headers = {"Authorization": f"Bearer {os.environ.get('API_KEY', 'none')}"}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url + path, headers=headers), timeout=30) as reply:
+        return json.load(reply)
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _limits(text: str) -> dict[str, float]:
+    return {name: float(value) for name, value in (pair.split(":") for pair in text.split(","))}
+
+
+if __name__ == "__main__":
+    main()

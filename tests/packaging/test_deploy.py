@@ -1,0 +1,175 @@
+"""deploy/: the files that compose, Prometheus and Grafana read; and, slow, what is started by them.
+
+Leaves out the images: building them takes docker (docs/load.md has the run).
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+ALERTS = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
+METRIC = re.compile(r"\b(?:vllm|era):\w+|\bhttp_\w+")
+SUFFIXES = ("", "_total", "_bucket", "_sum", "_count")
+
+
+def program(name: str) -> str:
+    """Return where a program is; skip without it."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed (Debian: apt-get install {name})")
+    return found
+
+
+def load(path: Path) -> ModuleType:
+    """Import a script of deploy/."""
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+QUERIES = load(DEPLOY / "grafana" / "queries.py")
+
+
+def run(*command: object, timeout: float = 60) -> str:
+    """Run a command at the repository root; fail with all that it said."""
+    words = list(map(str, command))
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=timeout)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "files", [["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]], ids=str
+)
+def test_compose_reads_its_files(files: list[str]) -> None:
+    options = [word for file in files for word in ("-f", DEPLOY / file)]
+    read = yaml.safe_load(run(program("docker-compose"), *options, "config"))
+    assert set(read["services"]) == {"era-vllm", "prometheus", "grafana"}
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_services_can_do_little(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert set(service["secrets"]) <= set(COMPOSE["secrets"])
+    assert all(":-127.0.0.1:" in port for port in service["ports"]), "open to the network"
+    assert not service.get("image", "").endswith(":latest")
+    for mount in service.get("volumes", ()):
+        source, _, options = mount.partition(":")
+        assert source in COMPOSE["volumes"] or options.endswith(":ro"), mount
+
+
+def test_paths_that_compose_mounts_exist() -> None:
+    mounts = chain.from_iterable(s.get("volumes", ()) for s in COMPOSE["services"].values())
+    sources = [mount.split(":")[0] for mount in mounts if mount.startswith(".")]
+    assert sources and all((DEPLOY / source).is_dir() for source in sources)
+
+
+def test_keys_are_made_once(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY / "keys.sh", tmp_path)
+    (tmp_path / "secrets").mkdir()
+    run(tmp_path / "keys.sh")
+    files = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+    assert set(made) == files and len(set(made.values())) == len(files)
+    assert all(len(key) > 30 for key in made.values())
+    run(tmp_path / "keys.sh")
+    assert made == {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+
+
+def test_no_secret_is_in_git() -> None:
+    ignored = (DEPLOY / "secrets" / ".gitignore").read_text().splitlines()
+    assert [line for line in ignored if not line.startswith("#")] == ["*", "!.gitignore"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "check config --syntax-only prometheus.yml",
+        "check rules alerts.yml",
+        "test rules alerts.test.yml",
+    ],
+)
+def test_promtool(words: str) -> None:
+    *verbs, file = words.split()
+    run(program("promtool"), *verbs, DEPLOY / "prometheus" / file)
+
+
+def test_prometheus_reads_the_mounted_key() -> None:
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    (job,) = [job for job in config["scrape_configs"] if job["job_name"] == "era-vllm"]
+    key = job["authorization"]["credentials_file"]
+    assert key == COMPOSE["services"]["era-vllm"]["environment"]["ERA_METRICS_KEY_FILE"]
+    assert Path(key).name in COMPOSE["services"]["prometheus"]["secrets"]
+    assert job["static_configs"] == [{"targets": ["era-vllm:8000"]}]
+
+
+@pytest.mark.vllm
+def test_queries_name_metrics_that_a_server_has() -> None:
+    alerts = [rule["expr"] for group in ALERTS["groups"] for rule in group["rules"]]
+    asked = set(METRIC.findall(" ".join([*(query for _, query in QUERIES.queries()), *alerts])))
+    known = set(exposed())
+    assert asked and asked <= known, asked - known
+    ours = {
+        name for name in known if name.startswith("era:") and name.endswith(("_total", "_bucket"))
+    }
+    assert ours <= asked, f"not on the dashboard: {ours - asked}"
+
+
+def exposed() -> Iterator[str]:
+    """Yield the names of a server's metrics, as its sources have them."""
+    spec = find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    sources = [
+        Path(spec.origin).parent / "v1" / "metrics" / "loggers.py",
+        ROOT / "server" / "era_vllm_server" / "metrics.py",
+    ]
+    yield "http_requests_total"
+    for source in sources:
+        for kind, name in re.findall(
+            r'(\w+)\(\s*(?:name=)?"((?:vllm|era):\w+)"', source.read_text()
+        ):
+            lower = kind.lower()
+            if "counter" in lower:
+                yield name.removesuffix("_total") + "_total"
+            elif "histogram" in lower:
+                yield from (name + suffix for suffix in ("_bucket", "_sum", "_count"))
+            else:
+                yield name
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_soak(tmp_path: Path) -> None:
+    soak = [sys.executable, DEPLOY / "loadtest" / "soak.py", "--out", tmp_path]
+    run(*soak, "--seconds", 45, "--asks", 80, "--memory", 60, timeout=500)
+    report = json.loads((tmp_path / "soak.json").read_text())
+    assert report["soak"] and len(report["checks"]) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_load_test(tmp_path: Path) -> None:
+    command = [sys.executable, DEPLOY / "loadtest" / "run.py", "--out", tmp_path]
+    run(*command, "--levels", "off,strong", "--concurrency", "1,2", "--requests", 4, timeout=500)
+    report = json.loads((tmp_path / "sample.json").read_text())
+    assert (tmp_path / "sample.png").stat().st_size > 10_000
+    tokens = {cell["level"]: cell["prompt_tokens"] for cell in report["cells"]}
+    assert tokens["off"] - tokens["strong"] == 144 - 16
+    assert all(cell["rps"] > 0 and cell["failed"] == 0 for cell in report["cells"])
