@@ -3,7 +3,10 @@
 Nothing is attached to a server whose ``--additional-config`` has no ``era``: that one is stock.
 """
 
+import asyncio
+import logging
 from argparse import Namespace
+from time import perf_counter
 from typing import Final
 
 from fastapi import FastAPI
@@ -11,10 +14,14 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from era_vllm.config import EraConfig
-from era_vllm_server import media  # noqa: F401  # registers the connector
+from era_vllm_server import info, inspect, metrics, ready, routes
+from era_vllm_server import media as media  # registers the connector
+from era_vllm_server.metrics import WorkerMetrics
 from era_vllm_server.settings import ServerSettings
 
-ROUTERS: Final = ()
+logger = logging.getLogger(__name__)
+
+ROUTERS: Final = (info.router, inspect.router, metrics.router, ready.router)
 """FastAPI routers of ours, one a file."""
 
 
@@ -29,17 +36,36 @@ class EraEndpoints:
         raw = _era(app.state.args)
         if raw is None:
             return
+        _log_with_vllm()
         app.state.era_config = EraConfig.parse(raw)
         app.state.era_settings = ServerSettings.parse()
         for router in ROUTERS:
             app.include_router(router)
+        routes.attach(app)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        """Prepare what needs the engine, before the socket is served."""
+        """Send a first request through the engine; the socket is not served before."""
+        if engine_client is None or _era(args) is None:
+            return
+        config: EraConfig = state.era_config
+        if config.max_pruning_rate:  # else the engine's workers are vLLM's alone
+            state.era_worker_metrics = WorkerMetrics(engine_client)
+        state.era_inspecting = asyncio.Lock()
+        started = perf_counter()
+        await ready.warm_up(engine_client, config)
+        state.era_warm = True
+        logger.info("ready: warmed by one request in %.2f s", perf_counter() - started)
 
 
 def _era(args: Namespace) -> dict[str, object] | None:
     raw = args.additional_config
     return raw.get("era") if isinstance(raw, dict) else None
+
+
+def _log_with_vllm() -> None:
+    """Have our log lines go where vLLM's go, in its form."""
+    ours, theirs = logging.getLogger("era_vllm_server"), logging.getLogger("vllm")
+    ours.setLevel(theirs.level)
+    ours.handlers = theirs.handlers

@@ -1,0 +1,217 @@
+"""``/v1/era/inspect``: what one image loses, as this engine really prunes it.
+
+The image goes through the engine as a request of its own: the same connector, processor, encoder
+and policy as a client's, under an identity that no cache knows. The workers catch what their
+reducer made of it (``inspector.py``); with ``read_back`` they also read the biases out of the KV
+slots while the request holds them. One image at a time in an API server, within a time limit; who
+comes meanwhile is told to come again.
+"""
+
+import asyncio
+import base64
+import io
+import uuid
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Any, Final
+
+import torch
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from PIL.Image import Image
+from pydantic import BaseModel, ConfigDict, Field
+from vllm import envs
+from vllm.config import ModelConfig
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+from era_vllm.config import EraConfig
+from era_vllm.errors import UnsupportedError
+from era_vllm.lab.picture import draw, seen
+from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
+from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.vllm_plugin.requests import FieldError, ImageRate, asked_rate, image_rates
+from era_vllm_server import probe
+from era_vllm_server.workers import ask_workers
+
+_LIMIT_S: Final = 30.0
+_TOKENS_WHILE_READING: Final = 256
+"""The request that is read decodes at most so far before it ends by itself."""
+
+router = APIRouter()
+
+
+class ImageUrl(BaseModel):
+    """An image as in a chat."""
+
+    model_config = ConfigDict(extra="forbid")
+    url: str
+    detail: str | None = None
+
+
+class InspectRequest(BaseModel):
+    """Body of the route."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_url: ImageUrl
+    era: Annotated[Any, Field(description="as in a chat")] = None
+    read_back: bool = False
+    picture: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one image."""
+
+    image: MultiModalKwargsItem
+    """What the encoder was given."""
+    pruned: Mapping[str, Any]
+    """``inspector.Found`` of rank 0; all ranks prune alike."""
+    read_back: list[Mapping[str, Any]] | None
+    """``worker.ReadBack`` of each rank."""
+
+
+@router.post("/v1/era/inspect", dependencies=[Depends(validate_json_request)])
+@with_cancellation
+async def inspect(request: InspectRequest, raw_request: Request) -> Response:
+    """Return what is kept of an image: JSON, or the picture alone where PNG is asked for."""
+    state = raw_request.app.state
+    config: EraConfig = state.era_config
+    retry = {"Retry-After": str(state.era_settings.retry_after_s)}
+    if config.max_pruning_rate == 0:
+        return _refusal(HTTPStatus.BAD_REQUEST, "this server prunes nothing (maximum rate 0)")
+    rate = _rate(request, config)
+    if state.era_inspecting.locked():
+        return _refusal(HTTPStatus.TOO_MANY_REQUESTS, "an inspection is running; try again", retry)
+    async with state.era_inspecting:
+        image = await _fetch(state.vllm_config.model_config, request.image_url.url)
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                answer = await _ask(
+                    state.engine_client, image, rate.pruning_rate, read_back=request.read_back
+                )
+        except UnsupportedError as error:
+            return _refusal(HTTPStatus.NOT_IMPLEMENTED, f"read_back: {error}")
+        except TimeoutError:
+            answer = None
+        if answer is None:
+            busy = "the engine is too busy to be inspected; try again"
+            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, busy, retry)
+        png_alone = "image/png" in raw_request.headers.get("accept", "")
+        png = None
+        if png_alone or request.picture:
+            title = f"policy {config.policy}, pruning rate {rate.pruning_rate:g}"
+            processor = state.engine_client.renderer.get_mm_processor().info.get_hf_processor()
+            png = await asyncio.to_thread(_draw, answer, processor.image_processor, title)
+    if png_alone:
+        return Response(png, media_type="image/png")
+    return JSONResponse(_told(answer, rate, config, png))
+
+
+def _rate(request: InspectRequest, config: EraConfig) -> ImageRate:
+    try:
+        asked = asked_rate(request.era, config)
+        return image_rates([request.image_url.detail], asked, config)[0]
+    except FieldError as error:
+        raise VLLMValidationError(str(error), parameter=error.field) from error
+
+
+async def _fetch(config: ModelConfig, url: str) -> Image:
+    """Get an image as the chat routes do."""
+    connector = MEDIA_CONNECTOR_REGISTRY.load(
+        envs.VLLM_MEDIA_CONNECTOR,
+        media_io_kwargs=config.get_multimodal_config().media_io_kwargs,
+        allowed_local_media_path=config.allowed_local_media_path,
+        allowed_media_domains=config.allowed_media_domains,
+    )
+    return await connector.fetch_image_async(url)
+
+
+async def _ask(
+    engine: EngineClient, image: Image, rate: float, *, read_back: bool
+) -> Answer | None:
+    """Send an image through the engine; None = it lost its slots before they could be read.
+
+    Raises:
+        VLLMValidationError: the image cannot be taken.
+        UnsupportedError: the KV cache cannot be read on this backend.
+    """
+    prompt = await probe.render(engine, image, rate)
+    (given,) = prompt["mm_kwargs"]["image"]
+    key = [int(given[field].data) for field in (PIXEL_HASH, NUM_ANCHORS)]
+    await ask_workers(engine, "era_watch", *key, _LIMIT_S)
+    request_id = f"era-inspect-{uuid.uuid4().hex}"
+    tokens = _TOKENS_WHILE_READING if read_back else 1
+    tokens = min(tokens, engine.model_config.max_model_len - len(prompt["prompt_token_ids"]))
+    async with aclosing(probe.generate(engine, prompt, request_id, tokens)) as outputs:
+        await anext(outputs)  # a first token: the whole prompt is in the KV cache
+        ask = (*key, request_id if read_back else None)
+        taken = [rank for one in await ask_workers(engine, "era_take", *ask) for rank in one]
+    ranks = [rank for rank in taken if rank["pruned"] is not None]  # of the engine that had it
+    if ranks and ranks[0]["unreadable"]:
+        raise UnsupportedError(ranks[0]["unreadable"])
+    if not ranks or (read_back and None in [rank["read_back"] for rank in ranks]):
+        return None
+    read = [rank["read_back"] for rank in ranks] if read_back else None
+    return Answer(given, ranks[0]["pruned"], read)
+
+
+def _told(
+    answer: Answer, rate: ImageRate, config: EraConfig, png: bytes | None
+) -> dict[str, object]:
+    pruned = answer.pruned
+    told: dict[str, object] = {
+        "policy": config.policy,
+        "pruning_rate": rate.pruning_rate,
+        "level": config.level(rate.pruning_rate),
+        "source": rate.source,
+        "clamped": rate.clamped,
+        "tokens_before": len(pruned["assignment"]),
+        "tokens_after": len(pruned["anchors"]),
+        **pruned,
+    }
+    if (ranks := answer.read_back) is not None:
+        told["read_back"] = {
+            "layers": ranks[0]["layers"],
+            "kv_heads": sum(rank["kv_heads"] for rank in ranks),
+            "log_bias": ranks[0]["log_bias"],
+            "differences": [
+                max(row) for row in zip(*(r["differences"] for r in ranks), strict=True)
+            ],
+            "text_slots": ranks[0]["text_slots"],
+            "largest_text_bias": max(rank["largest_text_bias"] for rank in ranks),
+        }
+    if png is not None:
+        told["picture"] = "data:image/png;base64," + base64.b64encode(png).decode()
+    return told
+
+
+def _draw(answer: Answer, processor: Any, title: str) -> bytes:  # noqa: ANN401  # transformers'
+    pruned = answer.pruned
+    anchors, assignment = (torch.tensor([pruned[name]]) for name in ("anchors", "assignment"))
+    drawn = PrunedTokens(
+        torch.empty(1, anchors.shape[1], 0),
+        torch.tensor([pruned["log_bias"]]),
+        anchors,
+        assignment,
+        torch.zeros(DEGENERATE_KINDS, dtype=torch.int64),
+    )
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    given = seen(answer.image["pixel_values"].data, mean, std)
+    kept = f"{assignment.shape[1]} -> {anchors.shape[1]} visual tokens"
+    buffer = io.BytesIO()
+    draw(given, drawn, tuple(pruned["grid"]), f"{title}: {kept}").save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _refusal(
+    status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    error = create_error_response(message, status.phrase, status)
+    return JSONResponse(error.model_dump(), status, headers)

@@ -1,0 +1,113 @@
+"""One JSON line a request on standard output (``--era-log-json``), in place of the access log.
+
+    {"time": "...", "event": "request", "id": "...", "method": "POST", "route": "/v1/...",
+     "status": 200, "ms": 41.2, "images": [{"level": "medium", "source": "default", ...}]}
+
+Never what was asked or answered: no prompt, no image, no URL, no query, no key; a path that is no
+route of ours is ``other``. The id is the client's ``X-Request-Id`` or a new one; it is handed to
+vLLM, whose answer's own id then holds it, and comes back as a header. The outermost layer of all.
+"""
+
+import json
+import logging
+import re
+import sys
+import uuid
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Final
+
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOGGER: Final = "era_vllm_server.requests"
+IMAGES: Final = "era_images"
+"""Key of ``request.state`` where a route leaves what was done with each image."""
+SHOWN: Final = ("pruning_rate", "level", "source", "clamped", "tokens_before", "tokens_after")
+QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/ping"})
+"""Asked every few seconds by machines."""
+_HEADER: Final = b"x-request-id"
+_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_CLIENT_GONE: Final = 499
+
+
+class RequestLog:
+    """vLLM makes one in every API server, around everything else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._logger = _logger()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, then write its line."""
+        if scope["type"] != "http" or scope["path"] in QUIET:
+            await self.app(scope, receive, send)
+            return
+        name, scope = _named(scope)
+        started, status = perf_counter(), _CLIENT_GONE
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                others = [pair for pair in message.get("headers", []) if pair[0] != _HEADER]
+                message = {**message, "headers": [*others, (_HEADER, name)]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        finally:
+            self._logger.info(
+                "request",
+                extra={
+                    "fields": {
+                        "id": name.decode(),
+                        "method": scope["method"],
+                        "route": _route(scope),
+                        "status": status,
+                        "ms": round((perf_counter() - started) * 1e3, 1),
+                        "images": [
+                            {key: image[key] for key in SHOWN}
+                            for image in scope["state"].get(IMAGES, ())
+                        ],
+                    }
+                },
+            )
+
+
+class JsonLine(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return time, event and the record's fields."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields: dict[str, object] = getattr(record, "fields", {})
+        return json.dumps({"time": time, "event": record.getMessage(), **fields})
+
+
+def _logger() -> logging.Logger:
+    logger = logging.getLogger(LOGGER)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(JsonLine())
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
+
+
+def _named(scope: Scope) -> tuple[bytes, Scope]:
+    """Return a request's id, and its scope as the application is to see it: with that id."""
+    given = next((value for name, value in scope["headers"] if name == _HEADER), b"")
+    name = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    others = [pair for pair in scope["headers"] if pair[0] != _HEADER]
+    headers = [*others, (_HEADER, name)]
+    return name, {**scope, "headers": headers, "state": dict(scope.get("state") or {})}
+
+
+def _route(scope: Scope) -> str:
+    """Return the path of the application's own route, which holds nothing of a client's."""
+    for route in getattr(scope.get("app"), "routes", ()):
+        if route.matches(scope)[0] != Match.NONE:
+            return getattr(route, "path", "other")
+    return "other"

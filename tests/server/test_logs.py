@@ -1,0 +1,120 @@
+"""One JSON line a request, and nothing in it that a client said."""
+
+import asyncio
+import io
+import json
+import logging
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+
+from era_vllm_server.logs import IMAGES, LOGGER, JsonLine, RequestLog
+
+IMAGE = {
+    "pruning_rate": 0.889,
+    "level": "strong",
+    "source": "detail",
+    "clamped": False,
+    "tokens_before": 144,
+    "tokens_after": 16,
+}
+SECRET = "hunter2"
+
+
+async def chat(request):
+    await request.body()
+    request.state.__setattr__(IMAGES, [{**IMAGE, "url": f"https://example.com/{SECRET}"}])
+    return JSONResponse({"seen": request.headers["x-request-id"]})
+
+
+async def stream(request):
+    async def parts():
+        for _ in range(3):
+            await asyncio.sleep(0.02)
+            yield b"x"
+
+    return StreamingResponse(parts())
+
+
+async def broken(request):
+    raise RuntimeError(SECRET)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """``served(path, ...)``: ask the application behind the layer; returns response and lines."""
+    sink = io.StringIO()
+    logger = logging.getLogger(LOGGER)
+    handler = logging.StreamHandler(sink)
+    handler.setFormatter(JsonLine())
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.setLevel(logging.INFO)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/responses/{id}", lambda request: PlainTextResponse("one")),
+            Route("/stream", stream),
+            Route("/broken", broken),
+            Route("/health", lambda request: PlainTextResponse("ok")),
+        ]
+    )
+
+    def ask(method, path, **options):
+        async def go():
+            transport = httpx.ASGITransport(RequestLog(app), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://era") as client:
+                return await client.request(method, path, **options)
+
+        sink.seek(0)
+        sink.truncate()
+        response = asyncio.run(go())
+        assert SECRET not in sink.getvalue()
+        return response, [json.loads(line) for line in sink.getvalue().splitlines()]
+
+    return ask
+
+
+def test_a_request_is_one_line_with_what_was_done(served):
+    body = {"messages": [{"role": "user", "content": SECRET}]}
+    headers = {"X-Request-Id": "abc-1", "Authorization": f"Bearer {SECRET}"}
+    path = f"/v1/chat/completions?key={SECRET}"
+    response, (line,) = served("POST", path, json=body, headers=headers)
+    assert line.pop("ms") >= 0
+    assert line.pop("time").endswith("+00:00")
+    assert line == {
+        "event": "request",
+        "id": "abc-1",
+        "method": "POST",
+        "route": "/v1/chat/completions",
+        "status": 200,
+        "images": [IMAGE],
+    }
+    assert response.json()["seen"] == response.headers["x-request-id"] == "abc-1"
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", 'x"}\\n{"event": "forged"', "x" * 129])
+def test_an_id_that_is_missing_or_odd_is_replaced(served, given):
+    headers = {} if given is None else {"X-Request-Id": given}
+    response, (line,) = served("POST", "/v1/chat/completions", headers=headers)
+    assert len(line["id"]) == 32 and line["id"] == response.headers["x-request-id"]
+    assert response.json()["seen"] == line["id"]
+
+
+def test_paths_of_clients_are_not_written(served):
+    for path, route, status in (
+        (f"/v1/responses/{SECRET}", "/v1/responses/{id}", 200),
+        (f"/{SECRET}", "other", 404),
+        ("/broken", "/broken", 500),
+    ):
+        _, (line,) = served("GET", path)
+        assert (line["route"], line["status"]) == (route, status)
+
+
+def test_a_stream_is_timed_to_its_end_and_probes_are_quiet(served):
+    _, (line,) = served("GET", "/stream")
+    assert line["ms"] >= 55
+    assert served("GET", "/health")[1] == []
