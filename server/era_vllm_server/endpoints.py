@@ -14,7 +14,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from era_vllm.config import EraConfig
-from era_vllm_server import info, inspect, metrics, ready, routes
+from era_vllm_server import info, inspect, metrics, ready, routes, workers
 from era_vllm_server import media as media  # registers the connector
 from era_vllm_server.metrics import WorkerMetrics
 from era_vllm_server.settings import ServerSettings
@@ -50,7 +50,7 @@ class EraEndpoints:
         if engine_client is None or _era(args) is None:
             return
         config: EraConfig = state.era_config
-        if config.max_pruning_rate:  # else the engine's workers are vLLM's alone
+        if workers.answer(engine_client):
             state.era_worker_metrics = WorkerMetrics(engine_client)
         state.era_inspecting = asyncio.Lock()
         started = perf_counter()

@@ -38,11 +38,15 @@ from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
 from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
 from era_vllm.vllm_plugin.requests import FieldError, ImageRate, asked_rate, image_rates
 from era_vllm_server import probe
-from era_vllm_server.workers import ask_workers
+from era_vllm_server.workers import answer, ask_workers
 
 _LIMIT_S: Final = 30.0
 _TOKENS_WHILE_READING: Final = 256
 """The request that is read decodes at most so far before it ends by itself."""
+_OTHER_WORKERS: Final = (
+    "the workers run a --worker-extension-cls that is not ours; leave it out, or have it inherit "
+    "from era_vllm.vllm_plugin.worker.EraWorker"
+)
 
 router = APIRouter()
 
@@ -66,7 +70,7 @@ class InspectRequest(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Pruned:
     """What came back for one image."""
 
     image: MultiModalKwargsItem
@@ -86,6 +90,8 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
     retry = {"Retry-After": str(state.era_settings.retry_after_s)}
     if config.max_pruning_rate == 0:
         return _refusal(HTTPStatus.BAD_REQUEST, "this server prunes nothing (maximum rate 0)")
+    if not answer(state.engine_client):
+        return _refusal(HTTPStatus.NOT_IMPLEMENTED, _OTHER_WORKERS)
     rate = _rate(request, config)
     if state.era_inspecting.locked():
         return _refusal(HTTPStatus.TOO_MANY_REQUESTS, "an inspection is running; try again", retry)
@@ -93,14 +99,14 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
         image = await _fetch(state.vllm_config.model_config, request.image_url.url)
         try:
             async with asyncio.timeout(_LIMIT_S):
-                answer = await _ask(
+                found = await _ask(
                     state.engine_client, image, rate.pruning_rate, read_back=request.read_back
                 )
         except UnsupportedError as error:
             return _refusal(HTTPStatus.NOT_IMPLEMENTED, f"read_back: {error}")
         except TimeoutError:
-            answer = None
-        if answer is None:
+            found = None
+        if found is None:
             busy = "the engine is too busy to be inspected; try again"
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, busy, retry)
         png_alone = "image/png" in raw_request.headers.get("accept", "")
@@ -108,10 +114,10 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
         if png_alone or request.picture:
             title = f"policy {config.policy}, pruning rate {rate.pruning_rate:g}"
             processor = state.engine_client.renderer.get_mm_processor().info.get_hf_processor()
-            png = await asyncio.to_thread(_draw, answer, processor.image_processor, title)
+            png = await asyncio.to_thread(_draw, found, processor.image_processor, title)
     if png_alone:
         return Response(png, media_type="image/png")
-    return JSONResponse(_told(answer, rate, config, png))
+    return JSONResponse(_told(found, rate, config, png))
 
 
 def _rate(request: InspectRequest, config: EraConfig) -> ImageRate:
@@ -135,7 +141,7 @@ async def _fetch(config: ModelConfig, url: str) -> Image:
 
 async def _ask(
     engine: EngineClient, image: Image, rate: float, *, read_back: bool
-) -> Answer | None:
+) -> Pruned | None:
     """Send an image through the engine; None = it lost its slots before they could be read.
 
     Raises:
@@ -159,13 +165,13 @@ async def _ask(
     if not ranks or (read_back and None in [rank["read_back"] for rank in ranks]):
         return None
     read = [rank["read_back"] for rank in ranks] if read_back else None
-    return Answer(given, ranks[0]["pruned"], read)
+    return Pruned(given, ranks[0]["pruned"], read)
 
 
 def _told(
-    answer: Answer, rate: ImageRate, config: EraConfig, png: bytes | None
+    found: Pruned, rate: ImageRate, config: EraConfig, png: bytes | None
 ) -> dict[str, object]:
-    pruned = answer.pruned
+    pruned = found.pruned
     told: dict[str, object] = {
         "policy": config.policy,
         "pruning_rate": rate.pruning_rate,
@@ -176,7 +182,7 @@ def _told(
         "tokens_after": len(pruned["anchors"]),
         **pruned,
     }
-    if (ranks := answer.read_back) is not None:
+    if (ranks := found.read_back) is not None:
         told["read_back"] = {
             "layers": ranks[0]["layers"],
             "kv_heads": sum(rank["kv_heads"] for rank in ranks),
@@ -192,8 +198,8 @@ def _told(
     return told
 
 
-def _draw(answer: Answer, processor: Any, title: str) -> bytes:  # noqa: ANN401  # transformers'
-    pruned = answer.pruned
+def _draw(found: Pruned, processor: Any, title: str) -> bytes:  # noqa: ANN401  # transformers'
+    pruned = found.pruned
     anchors, assignment = (torch.tensor([pruned[name]]) for name in ("anchors", "assignment"))
     drawn = PrunedTokens(
         torch.empty(1, anchors.shape[1], 0),
@@ -203,7 +209,7 @@ def _draw(answer: Answer, processor: Any, title: str) -> bytes:  # noqa: ANN401 
         torch.zeros(DEGENERATE_KINDS, dtype=torch.int64),
     )
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    given = seen(answer.image["pixel_values"].data, mean, std)
+    given = seen(found.image["pixel_values"].data, mean, std)
     kept = f"{assignment.shape[1]} -> {anchors.shape[1]} visual tokens"
     buffer = io.BytesIO()
     draw(given, drawn, tuple(pruned["grid"]), f"{title}: {kept}").save(buffer, "png")

@@ -19,7 +19,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from vllm.engine.protocol import EngineClient
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from era_vllm.vllm_plugin.metrics import BUCKETS_S, Counted
@@ -98,5 +97,5 @@ class WorkerMetrics:
     async def _ask(self) -> None:
         try:
             self._last = [ranks[0] for ranks in await ask_workers(self._engine, "era_metrics")]
-        except EngineDeadError:
-            logger.warning("the engine has ended: its workers' metrics stay as they were")
+        except Exception as error:  # what vLLM makes of any failure behind its RPC, or of an end
+            logger.warning("workers' metrics stay as they were: %s", type(error).__name__)

@@ -3,6 +3,19 @@
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from era_vllm.vllm_plugin.worker import EraWorker
+
+
+def answer(engine: EngineClient) -> bool:
+    """Whether the workers know our questions.
+
+    They do not in a stock engine, nor where a user's own ``--worker-extension-cls`` took the place
+    of ours; one that inherits from ``EraWorker`` is fine.
+    """
+    name = engine.vllm_config.parallel_config.worker_extension_cls
+    return bool(name) and issubclass(resolve_obj_by_qualname(name), EraWorker)
 
 
 async def ask_workers(engine: EngineClient, method: str, *arguments: object) -> list[list[Any]]:
