@@ -17,13 +17,14 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.vllm_plugin import processor
-from era_vllm.vllm_plugin.cache_keys import pruned_hashes
+from era_vllm.vllm_plugin.cache_keys import namespace, pruned_hashes
 from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.launch import plan
 from era_vllm.vllm_plugin.refusals import REFUSALS, refuse
 from era_vllm.vllm_plugin.version import check_vllm_version
 
 MODEL = str(CHECKPOINT)
+IMAGE_TOKEN = 4
 
 
 def test_engine_args_switch_pruning_on():
@@ -162,6 +163,9 @@ WANTED = {
     "speculative decoding": ("speculative_config", SimpleNamespace(method="eagle")),
     "encoder CUDA graphs": ("compilation_config.cudagraph_mm_encoder", True),
     "given embeddings": ("model_config.multimodal_config.enable_mm_embeds", True),
+    "prompt embeddings": ("model_config.enable_prompt_embeds", True),
+    "LoRA adapters of": ("lora_config", SimpleNamespace(enable_tower_connector_lora=True)),
+    "other numbers in": ("cache_config.cache_dtype", "fp8_e5m2"),
     "an encoder without": ("model_config.multimodal_config.mm_encoder_only", True),
 }
 
@@ -217,6 +221,9 @@ def changed(config, values):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"enable_mm_embeds": True}, "--enable-mm-embeds"),
         ({"mm_encoder_only": True}, "--mm-encoder-only"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype"),
+        ({"enable_lora": True, "enable_tower_connector_lora": True}, "vision tower"),
         ({"additional_config": {"era": {"pruning_rat": 1}}}, "did you mean 'pruning_rate'"),
         ({"mm_processor_kwargs": {"era": 0.5}}, r"default rate with pruning_rate \(engine_args"),
         ({"mm_processor_kwargs": {"Era": 0.5}}, "got 'Era', needed 'era'"),
@@ -250,6 +257,44 @@ def test_our_version_is_in_every_images_identity(monkeypatch):
     assert salted() == before
     monkeypatch.setattr("era_vllm.__version__", "0.0.0")
     assert salted() != before
+
+
+def test_every_prompt_is_in_a_namespace_of_our_settings(engine, setup, ask, images):
+    """Also one of text, whose blocks have another layout than a stock engine's."""
+    live = engine(setup())
+    (text,) = rendered_by(live, {"prompt": "USER: hello ASSISTANT:"})
+    (own,) = rendered_by(live, {"prompt": "USER: hello ASSISTANT:", "cache_salt": "mine"})
+    (picture,) = rendered_by(live, ask("?", images[0]).prompt())
+    (other,) = rendered_by(engine(setup(policy="dpp")), {"prompt": "USER: hello ASSISTANT:"})
+    ours = namespace(EraConfig())
+    assert ours.startswith(f"era {era_vllm.__version__} ")
+    assert [one["cache_salt"] for one in (text, own, picture)] == [ours, f"{ours} mine", ours]
+    assert other["cache_salt"] != ours
+    long = ask("how many shapes? " * 60)
+    assert [live.ask([long])[0].cached_tokens > 100 for _ in range(2)] == [False, True]
+    (salted,) = live.llm.generate({**long.prompt(), "cache_salt": "mine"}, use_tqdm=False)
+    assert not salted.num_cached_tokens
+
+
+def test_details_count_offline_too(engine, setup, images):
+    live = engine(setup())
+    parts = [{"type": "image_pil", "image_pil": image} for image in images[:3]]
+    parts[0]["detail"], parts[1]["detail"] = "high", "low"
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
+    (chat,) = live.llm.chat(messages, use_tqdm=False)
+    assert chat.prompt_token_ids.count(IMAGE_TOKEN) == 144 + 16 + 32
+    by_rate = live.llm.chat(messages, mm_processor_kwargs={"era": [0.5, 0.5, 0]}, use_tqdm=False)
+    assert by_rate[0].prompt_token_ids.count(IMAGE_TOKEN) == 72 + 72 + 144
+
+
+def test_a_name_of_a_picture_needs_the_picture_too(engine, setup, ask, images):
+    live = engine(setup())
+    named = {**ask("?", images[0]).prompt(), "multi_modal_uuids": {"image": ["cat"]}}
+    renamed = {**named, "multi_modal_data": {"image": [images[1]]}}
+    found = [rendered_by(live, prompt)[0]["mm_hashes"]["image"] for prompt in (named, renamed)]
+    assert found[0] == found[1] != hashes(live, ask("?", images[0]))
+    with pytest.raises(VLLMClientError, match="send the picture beside it"):
+        rendered_by(live, {**named, "multi_modal_data": {"image": [None]}})
 
 
 def test_an_array_of_pictures_is_one_request_of_several(engine, setup, ask, images):
