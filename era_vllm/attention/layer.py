@@ -132,6 +132,11 @@ def swap(language_model: nn.Module, vllm_config: VllmConfig, era: EraConfig) -> 
         _check(stock, first, store)
         static_forward_context.release(vllm_config, stock)
         owner.attn = RectifiedAttention(stock, store, buffer, index, vllm_config)
+        if lost := attention_impl.differences(stock, owner.attn):
+            raise UnsupportedError(
+                f"{stock.layer_name}: a wider layer could not be built with the same "
+                f"{', '.join(lost)}; only vLLM's plain decoder Attention can carry a bias"
+            )
     attention_impl.announce_head_size(vllm_config, first.head_size + width)
     return buffer
 
@@ -195,6 +200,11 @@ def _check(stock: Attention, first: Attention, store: BiasStore) -> None:
         raise UnsupportedError(
             f"{name}: got {type(stock).__name__} ({stock.attn_type}); only vLLM's plain decoder "
             "Attention can carry a bias"
+        )
+    if stock.sliding_window is not None:
+        raise UnsupportedError(
+            f"{name}: a sliding window of {stock.sliding_window} tokens, which would count tokens "
+            "that are kept, not places in the image; choose a model with full attention"
         )
     if (stock.head_size, stock.head_size_v) != (first.head_size, first.head_size):
         raise UnsupportedError(

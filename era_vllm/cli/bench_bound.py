@@ -13,7 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from era_vllm.compat import models_config_map
 from era_vllm.models.llava import EraLlavaInfo, EraLlavaProcessor
-from era_vllm.vllm_plugin.processor import NUM_ANCHORS, NUM_TOKENS, PIXEL_HASH
+from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
 from era_vllm.vllm_plugin.resolve import resolve
 
 ARCHITECTURE: Final = "EraBenchFirstTokens"
@@ -31,8 +31,7 @@ class FirstTokensLlava(LlavaForConditionalGeneration):
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """Return for each image [K, d]."""
         counts = kwargs.pop(NUM_ANCHORS)
-        for name in (NUM_TOKENS, PIXEL_HASH):
-            kwargs.pop(name, None)
+        kwargs.pop(PIXEL_HASH, None)
         rows = super().embed_multimodal(**kwargs)
         kept = counts.flatten().tolist()
         return [image[:count] for image, count in zip(rows, kept, strict=True)]

@@ -10,6 +10,7 @@ Private use: build a wider layer from a stock one, fit the scales to its columns
 Remove when: vLLM's attention takes a bias per key, or layers can be built from layers.
 """
 
+import inspect
 from typing import Final, Literal
 
 import torch
@@ -41,6 +42,25 @@ def constructor_arguments(stock: Attention, vllm_config: VllmConfig) -> dict[str
         "kv_sharing_target_layer_name": stock.kv_sharing_target_layer_name,
         **({} if sinks is None else {"sinks": sinks}),
     }
+
+
+def differences(stock: Attention, wider: Attention) -> list[str]:
+    """Return the constructor arguments that two layers' implementations do not share.
+
+    What is no plain value (slopes, sinks), and the head's size, are left out; so is what an
+    implementation chooses itself (a wider head may have another version of a kernel).
+    """
+    old, new = vars(stock.impl), vars(wider.impl)
+    given = inspect.signature(type(stock.impl).__init__).parameters
+    plain = bool | int | float | str | tuple | None
+    return [
+        name
+        for name in given
+        if name != "head_size"
+        and name in old.keys() & new.keys()
+        and isinstance(old[name], plain)
+        and old[name] != new[name]
+    ]
 
 
 def scale_of(layer: Attention) -> float:

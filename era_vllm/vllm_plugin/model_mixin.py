@@ -26,8 +26,13 @@ from era_vllm.types import DEGENERATE_KINDS, PrunedTokens, Signal, VisualTokens
 from era_vllm.vllm_plugin.channels import pack, unpack
 from era_vllm.vllm_plugin.encoder_tap import EncoderTap
 from era_vllm.vllm_plugin.metrics import ReducerMetrics
-from era_vllm.vllm_plugin.positions import AnchorOffsets, longer_rope_table, prompt_positions
-from era_vllm.vllm_plugin.processor import NUM_ANCHORS, NUM_TOKENS, PIXEL_HASH
+from era_vllm.vllm_plugin.positions import (
+    AnchorOffsets,
+    longer_rope_table,
+    prompt_positions,
+    table_rows,
+)
+from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
 from era_vllm.vllm_plugin.resolve import era_config
 
 OnPrune = Callable[[VisualTokens, PrunedTokens], None]
@@ -67,7 +72,10 @@ class PrunedModelMixin(nn.Module):
         signals = self.policy.needs & self.adapter.provides
         self.tap = EncoderTap(layer, signals, self.era.attention_queries)
         self.bias_buffer = swap(self.adapter.language_model(self), vllm_config, self.era)
-        self.anchor_offsets = AnchorOffsets(self.bias_buffer.columns.shape[0])
+        text_config = model_config.hf_config.get_text_config()
+        self.anchor_offsets = AnchorOffsets(
+            self.bias_buffer.columns.shape[0], table_rows(text_config) + more
+        )
         counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
         self.register_buffer("degenerate", counts, persistent=False)
         self.reducer_metrics = ReducerMetrics()
@@ -79,7 +87,6 @@ class PrunedModelMixin(nn.Module):
         pass the tower in parts of at most ``images_per_pass``.
         """
         counts, seeds = kwargs.pop(NUM_ANCHORS, None), kwargs.pop(PIXEL_HASH, None)
-        kwargs.pop(NUM_TOKENS, None)
         done: list[Tensor] = []
         for inputs in self.adapter.split(kwargs, self.images_per_pass):
             self.tap.clear()
@@ -120,13 +127,12 @@ class PrunedModelMixin(nn.Module):
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[Int[Tensor, "3 t"], int]:
         """Return a request's carried positions (called by vLLM once, where they are original)."""
+        total = self.grid[0] * self.grid[1]
         images = [
-            (
-                feature.mm_position.offset,
-                feature.mm_position.length,
-                int(feature.data[NUM_TOKENS].data),
+            (place.offset, place.length, total)
+            for place in sorted(
+                (feature.mm_position for feature in mm_features), key=lambda place: place.offset
             )
-            for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         ]
         return prompt_positions(len(input_tokens), images)
 
@@ -142,14 +148,6 @@ class PrunedModelMixin(nn.Module):
         if positions.ndim == 2:
             positions = self.anchor_offsets.add_to(positions)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-
-    def get_mm_lora_token_counts(
-        self, *, modality: str, mm_kwargs: object, num_mm_embeds: int
-    ) -> tuple[int, int]:
-        """Tower and projector work on N tokens, whatever is kept."""
-        del modality, mm_kwargs, num_mm_embeds
-        rows, columns = self.grid
-        return rows * columns, rows * columns
 
     def _pruned(self, tokens: VisualTokens, num_anchors: list[int]) -> list[Tensor]:
         groups: dict[int, list[int]] = defaultdict(list)

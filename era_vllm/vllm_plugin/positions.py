@@ -34,8 +34,10 @@ class AnchorOffsets(nn.Module):
     positions: Tensor
     """[rows] int64: what the language model is given."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, table_rows: int) -> None:
+        """Make buffers for steps of up to ``rows`` tokens and a rotary table of ``table_rows``."""
         super().__init__()
+        self.last = table_rows - 1
         self.register_buffer("offsets", torch.zeros(rows, dtype=torch.int64), persistent=False)
         self.register_buffer("positions", torch.zeros(rows, dtype=torch.int64), persistent=False)
         self._dirty = False
@@ -66,11 +68,16 @@ class AnchorOffsets(nn.Module):
         The offsets are used up: batches of idle data-parallel ranks call the model's forward
         without embedding tokens first, and would be moved by what the last step left.
 
+        A position past the table would read what lies behind it, and NaN in a KV block outlives its
+        request. The processor refuses prompts that reach there; what comes in past it is wrong for
+        itself alone.
+
         Mutates: positions, offsets. No host synchronisation; safe in CUDA graphs.
         """
         tokens = carried.shape[1]
         out = self.positions[:tokens]
         torch.add(carried[0], self.offsets[:tokens], out=out)
+        out.clamp_(max=self.last)
         self.offsets.zero_()
         return out
 
@@ -108,23 +115,41 @@ def carry_positions(hf_config: PretrainedConfig) -> None:
 
     Mutates: hf_config.
     """
-    found = rope_type(hf_config.get_text_config())
-    if found not in ROPE_TYPES:
+    found = rope_types(hf_config.get_text_config())
+    if not found <= set(ROPE_TYPES):
         raise UnsupportedError(
-            f"positions 'original': got a language model with rope type {found!r}, allowed: "
-            f"{', '.join(ROPE_TYPES)}; use positions 'compact' (--era-positions compact)"
+            "positions 'original': got a language model with rope type "
+            f"{' and '.join(sorted(found))}, allowed: {', '.join(ROPE_TYPES)}; use positions "
+            "'compact' (--era-positions compact)"
         )
     hf_config.mrope_section = [1, 1, 1]
 
 
-def rope_type(text_config: PretrainedConfig) -> str:
-    """Return the kind of rotary embedding that a language model's config asks for."""
-    parameters = getattr(text_config, "rope_parameters", None)
-    if not isinstance(parameters, dict):
-        return "none"
-    if "mrope_section" in parameters:
-        return "mrope"
-    return str(parameters.get("rope_type", "default"))
+def rope_types(text_config: PretrainedConfig) -> set[str]:
+    """Return the kinds of rotary embedding of a language model, one or one a type of layer."""
+    found = _rope_parameters(text_config)
+    return {
+        "mrope" if "mrope_section" in one else str(one.get("rope_type", "default")) for one in found
+    } or {"none"}
+
+
+def table_rows(text_config: PretrainedConfig) -> int:
+    """Return the positions that the rotary table has; linear scaling makes it longer."""
+    factors = [
+        float(one.get("factor", 1.0))
+        for one in _rope_parameters(text_config)
+        if one.get("rope_type") == "linear"
+    ]
+    return int(text_config.max_position_embeddings * min(factors, default=1.0))
+
+
+def _rope_parameters(text_config: PretrainedConfig) -> list[dict[str, object]]:
+    """Return them as a list; Transformers nests them where layers differ."""
+    found = getattr(text_config, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return []
+    nested = [one for one in found.values() if isinstance(one, dict)]
+    return nested or [found]
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacemen
 from era_vllm.config import EraConfig
 from era_vllm.pixels import pixel_hash
 from era_vllm.vllm_plugin.cache_keys import pruned_hashes
+from era_vllm.vllm_plugin.positions import table_rows
 from era_vllm.vllm_plugin.rates import KEY, effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
 
 NUM_ANCHORS = "era_num_anchors"
-NUM_TOKENS = "era_num_tokens"
 PIXEL_HASH = "era_pixel_hash"
 TOKENS_BEFORE = "era_tokens_before"
 """Key of a processed prompt, which the renderer takes out again."""
@@ -63,9 +63,15 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         result[TOKENS_BEFORE] = tokens
         return result
 
+    def get_dummy_inputs(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201  # vLLM's signature
+        """Profile memory with images at the lowest rate served: most rows in the encoder cache."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        lowest = {**inputs.hf_processor_mm_kwargs, KEY: self.info.era.min_pruning_rate}
+        return dataclasses.replace(inputs, hf_processor_mm_kwargs=lowest)
+
     def _check_length(self, length: int) -> None:
         """Refuse a prompt that would reach past the rotary table."""
-        allowed = self.info.get_hf_config().get_text_config().max_position_embeddings
+        allowed = table_rows(self.info.get_hf_config().get_text_config())
         if length > allowed:
             raise VLLMValidationError(
                 f"the prompt is {length} tokens long before pruning, and with original positions "
@@ -111,8 +117,6 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         rates = self._rates(hf_processor_mm_kwargs, len(images))
         anchors = [self._num_anchors(images, i, rate) for i, rate in enumerate(rates)]
         processed_data[NUM_ANCHORS] = torch.tensor(anchors)
-        totals = [self._num_tokens(images, i) for i in range(len(images))]
-        processed_data[NUM_TOKENS] = torch.tensor(totals)
         processed_data[PIXEL_HASH] = torch.tensor([pixel_hash(image) for image in pixels])
         return processed_data
 
@@ -120,10 +124,9 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         own = without_rates(hf_processor_mm_kwargs)
-        # what positions need must also survive a prefix hit, which strips all other fields
         on_cpu = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         stock = super()._get_mm_fields_config(hf_inputs, own)
-        return {**stock, NUM_ANCHORS: on_cpu, NUM_TOKENS: on_cpu, PIXEL_HASH: on_cpu}
+        return {**stock, NUM_ANCHORS: on_cpu, PIXEL_HASH: on_cpu}
 
     def _get_prompt_updates(
         self,

@@ -27,6 +27,9 @@ class Refusal:
     """Whether a config asks for it."""
 
 
+KV_CACHE_DTYPES: Final = frozenset({"auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"})
+"""vLLM's names of what a bias can be stored in."""
+
 REFUSALS: Final = (
     Refusal(
         "pipeline parallelism (--pipeline-parallel-size)",
@@ -75,6 +78,24 @@ REFUSALS: Final = (
             config.model_config.multimodal_config
             and config.model_config.multimodal_config.enable_mm_embeds
         ),
+    ),
+    Refusal(
+        "prompt embeddings (--enable-prompt-embeds)",
+        "they pass where images do and carry no bias",
+        "send text and pictures",
+        lambda config: config.model_config.enable_prompt_embeds,
+    ),
+    Refusal(
+        "LoRA adapters of the vision tower (--enable-tower-connector-lora)",
+        "vLLM tells the tower once a step which image has which adapter, and ours runs in parts",
+        "use adapters of the language model only",
+        lambda config: bool(config.lora_config and config.lora_config.enable_tower_connector_lora),
+    ),
+    Refusal(
+        "other numbers in the KV cache (--kv-cache-dtype)",
+        "the columns of the bias are rounded for float32, bfloat16, float16 and fp8 (e4m3)",
+        "use auto or fp8",
+        lambda config: config.cache_config.cache_dtype not in KV_CACHE_DTYPES,
     ),
     Refusal(
         "an encoder without its language model (--mm-encoder-only, an encoder-cache producer)",

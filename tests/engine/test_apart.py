@@ -1,6 +1,6 @@
 """Situations that need processes of their own, each exact against the oracle, float32.
 
-In both modes of positions; ``make test`` runs the default one.
+In both modes of positions and with both stores; ``make test`` runs the default ones.
 """
 
 import pytest
@@ -18,9 +18,13 @@ LONG_QUESTIONS = [
     [" ".join(["is there a red circle?"] * 13), None],
     [" ".join(["how many shapes?"] * 8), 1],
 ]
-COMPACT = pytest.param("compact", marks=pytest.mark.slow)
+MODES = [
+    pytest.param({"positions": "original"}, id="original"),
+    pytest.param({"positions": "compact"}, id="compact", marks=pytest.mark.slow),
+    pytest.param({"bias_store": "value_column"}, id="value_column", marks=pytest.mark.slow),
+]
 EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # else a helper for log-probabilities compiles for 18 s
-both_positions = pytest.mark.parametrize("positions", ["original", COMPACT])
+modes = pytest.mark.parametrize("settings", MODES)
 
 
 @pytest.fixture
@@ -30,8 +34,8 @@ def check(measured):
     ``chosen`` is what the engine that pruned had saved, where it is not the one that answered.
     """
 
-    def compare(oracle, positions, saved, questions=QUESTIONS, chosen=None):
-        config = EraConfig(positions=positions)
+    def compare(oracle, settings, saved, questions=QUESTIONS, chosen=None):
+        config = EraConfig.parse(settings)
         images = [sample.image for sample in load_samples()]
         anchors = {}
         for _, kept, _, seeds, _ in (chosen or saved)["ranks"][0]:
@@ -54,13 +58,13 @@ def check(measured):
 
 
 @pytest.mark.situation("tensor parallel 2")
-@both_positions
-def test_tensor_parallel_2(apart, check, tmp_path, positions):
+@modes
+def test_tensor_parallel_2(apart, check, tmp_path, settings):
     build = "from random_llava import save_random_llava as save; import pathlib, sys; "
     python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
     saved = apart(
         {"tensor_parallel_size": 2},
-        settings={"positions": positions},
+        settings=settings,
         questions=QUESTIONS,
         checkpoint=str(tmp_path / "model"),
         **EAGER,
@@ -73,32 +77,30 @@ def test_tensor_parallel_2(apart, check, tmp_path, positions):
     expected = oracle.tokens(images[: found.shape[0]]).attention
     assert found.shape[1:] == (4, 144)  # all heads, not a rank's two
     assert torch.allclose(expected, found, atol=1e-5)
-    check(oracle, positions, saved)
+    check(oracle, settings, saved)
 
 
 @pytest.mark.situation("torch.compile")
-@both_positions
-def test_torch_compile(apart, check, oracle, positions):
-    settings = {"positions": positions}
+@modes
+def test_torch_compile(apart, check, oracle, settings):
     saved = apart({"enforce_eager": False}, settings=settings, questions=QUESTIONS)
-    check(oracle, positions, saved)
+    check(oracle, settings, saved)
 
 
 @pytest.mark.situation("n-gram speculation")
-@both_positions
-def test_ngram_speculation(apart, check, oracle, positions, record_property):
+@modes
+def test_ngram_speculation(apart, check, oracle, settings, record_property):
     method = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    drafted, settings = {"speculative_config": method}, {"positions": positions}
-    saved = apart(drafted, settings=settings, questions=QUESTIONS, **EAGER)
+    saved = apart({"speculative_config": method}, settings=settings, questions=QUESTIONS, **EAGER)
     assert saved["accepted"] > 0
     record_property("counted", f"{saved['accepted']} drafts accepted")
-    check(oracle, positions, saved)
+    check(oracle, settings, saved)
 
 
 @pytest.mark.situation("KV connector, another process")
-@both_positions
+@modes
 def test_kv_connector_reloads_in_another_process(
-    apart, check, oracle, positions, tmp_path, record_property
+    apart, check, oracle, settings, tmp_path, record_property
 ):
     # The images end at token 35 of a prompt of 66 or more, so that the first 64 hold all of them.
     stored = {
@@ -106,7 +108,7 @@ def test_kv_connector_reloads_in_another_process(
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
     }
-    arguments, settings = {"block_size": 32, "kv_transfer_config": stored}, {"positions": positions}
+    arguments = {"block_size": 32, "kv_transfer_config": stored}
     saving, loading = (
         apart(arguments, settings=settings, questions=LONG_QUESTIONS, **EAGER) for _ in range(2)
     )
@@ -114,8 +116,8 @@ def test_kv_connector_reloads_in_another_process(
     assert loading["ranks"] == [[]]  # no picture was encoded or pruned
     assert loading["loaded"] == 64 * len(LONG_QUESTIONS)
     record_property("counted", f"{loading['loaded']} tokens loaded, no encoder run")
-    check(oracle, positions, saving, LONG_QUESTIONS)
-    check(oracle, positions, loading, LONG_QUESTIONS, chosen=saving)
+    check(oracle, settings, saving, LONG_QUESTIONS)
+    check(oracle, settings, loading, LONG_QUESTIONS, chosen=saving)
 
 
 LONG = (

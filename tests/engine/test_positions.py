@@ -124,6 +124,44 @@ def test_decoding_past_the_rope_table(engine, setup, ask, images, exact):
     exact(live, [request], [answer])
 
 
+def test_a_position_past_the_table_ends_at_its_last_row():
+    import torch
+
+    from era_vllm.vllm_plugin.positions import AnchorOffsets
+
+    offsets = AnchorOffsets(4, table_rows=100)
+    assert offsets.add_to(torch.tensor([[7, 99, 100, 5760]] * 3)).tolist() == [7, 99, 99, 99]
+
+
+def test_more_images_than_the_table_has_rows_for_harm_nobody_else(
+    engine, setup, ask, images, exact, monkeypatch
+):
+    """As where a prompt comes in past the processor: a wrong answer, but no NaN in the cache."""
+    live = engine(setup(llm={"max_model_len": 1024, "num_gpu_blocks_override": 12}))
+    limit = live.core.vllm_config.model_config.hf_config.text_config.max_position_embeddings
+    processor = live.llm.llm_engine.renderer.mm_processor
+    many = [images[i % 12] for i in range((limit + 1024) // 144 + 8)]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(processor), "_check_length", lambda self, length: None)
+        live.ask([ask("how many shapes?", *many, rate=0.944)])
+    requests = [ask("how many shapes?", images[0]), ask("what shape is red?", images[1])]
+    for request in requests * 2:
+        exact(live, [request], live.ask([request]))
+
+
+def test_linear_scaling_makes_the_table_longer():
+    from transformers import LlamaConfig
+
+    from era_vllm.vllm_plugin.positions import rope_types, table_rows
+
+    text = LlamaConfig(max_position_embeddings=64)
+    assert table_rows(text) == 64
+    text.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    assert (table_rows(text), rope_types(text)) == (256, {"linear"})
+    text.rope_parameters = {"full": {"rope_type": "yarn"}, "sliding": {"rope_type": "default"}}
+    assert rope_types(text) == {"yarn", "default"}
+
+
 @pytest.mark.parametrize("scaling", ["dynamic", "yarn"])
 def test_tables_that_depend_on_their_length_are_refused(scaling):
     from transformers import LlamaConfig, LlavaConfig

@@ -2,14 +2,22 @@
 
 import pytest
 
+STORES = ["key_columns", pytest.param("value_column", marks=pytest.mark.slow)]
+MODES = [
+    ("original", "key_columns"),
+    ("compact", "key_columns"),
+    pytest.param("original", "value_column", marks=pytest.mark.slow),
+]
+
 
 @pytest.mark.situation("preemption")
-@pytest.mark.parametrize("positions", ["original", "compact"])
-def test_preemption(engine, setup, ask, images, exact, record_property, positions):
+@pytest.mark.parametrize(("positions", "store"), MODES)
+def test_preemption(engine, setup, ask, images, exact, record_property, positions, store):
     # 9 free blocks of 32 for six requests that grow to 3 blocks each
     live = engine(
         setup(
             positions=positions,
+            bias_store=store,
             llm={
                 "num_gpu_blocks_override": 10,
                 "block_size": 32,
@@ -41,11 +49,17 @@ def count_preemptions(live):
 
 
 @pytest.mark.situation("abort in mid-prefill")
-@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(("positions", "store"), MODES)
 def test_abort_in_mid_prefill_leaves_the_next_request_right(
-    engine, setup, ask, images, exact, positions
+    engine, setup, ask, images, exact, positions, store
 ):
-    live = engine(setup(positions=positions, llm={"max_num_batched_tokens": 16, "max_num_seqs": 4}))
+    live = engine(
+        setup(
+            positions=positions,
+            bias_store=store,
+            llm={"max_num_batched_tokens": 16, "max_num_seqs": 4},
+        )
+    )
     from vllm import SamplingParams
 
     inner = live.llm.llm_engine
@@ -59,9 +73,9 @@ def test_abort_in_mid_prefill_leaves_the_next_request_right(
 
 
 @pytest.mark.situation("an image that ends the prompt")
-@pytest.mark.parametrize("positions", ["original", "compact"])
-def test_image_that_ends_the_prompt(engine, setup, ask, images, exact, positions):
-    live = engine(setup(positions=positions))
+@pytest.mark.parametrize(("positions", "store"), MODES)
+def test_image_that_ends_the_prompt(engine, setup, ask, images, exact, positions, store):
+    live = engine(setup(positions=positions, bias_store=store))
     ending = ask("what shape is red?", images[0], form="USER: {text} {pictures}")
     (answer,) = live.ask([ending])
     assert answer.prompt_ids[-1] == 4
@@ -69,9 +83,9 @@ def test_image_that_ends_the_prompt(engine, setup, ask, images, exact, positions
 
 
 @pytest.mark.situation("another rate is no false hit")
-@pytest.mark.parametrize("positions", ["original", "compact"])
-def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact, positions):
-    live = engine(setup(positions=positions, llm={"block_size": 32}))
+@pytest.mark.parametrize(("positions", "store"), MODES)
+def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact, positions, store):
+    live = engine(setup(positions=positions, bias_store=store, llm={"block_size": 32}))
     for rate in (0.5, 0.778, 0.5, 0.889, 0.0):
         request = ask("what shape is blue?", images[5], rate=rate)
         (answer,) = live.ask([request])
@@ -82,8 +96,9 @@ def test_another_rate_is_no_false_hit(engine, setup, ask, images, exact, positio
 
 
 @pytest.mark.situation("mixed batch of five")
-def test_mixed_batch_of_five(engine, setup, ask, images, exact):
-    live = engine(setup())
+@pytest.mark.parametrize("store", STORES)
+def test_mixed_batch_of_five(engine, setup, ask, images, exact, store):
+    live = engine(setup(bias_store=store))
     requests = [
         ask("what shape is red?", images[0], rate=0.944),
         ask("is there a red circle?"),
@@ -96,8 +111,11 @@ def test_mixed_batch_of_five(engine, setup, ask, images, exact):
 
 @pytest.mark.situation("chunks at every awkward place")
 @pytest.mark.parametrize("budget", [4, 5, 17, 34, 35, 36, 37])
-def test_chunks_at_awkward_places(engine, setup, ask, images, exact, budget):
+@pytest.mark.parametrize("store", STORES)
+def test_chunks_at_awkward_places(engine, setup, ask, images, exact, budget, store):
     # 3 tokens, 32 anchors, 3 tokens ...: borders before, at, inside and after the images
-    live = engine(setup(llm={"max_num_batched_tokens": budget, "max_num_seqs": 2}))
+    live = engine(
+        setup(bias_store=store, llm={"max_num_batched_tokens": budget, "max_num_seqs": 2})
+    )
     requests = [ask("what shape is red?", images[6], images[7])]
     exact(live, requests, live.ask(requests))
