@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from era_vllm.config import EraConfig, Gamma, encoder_layer
 from era_vllm.errors import UnsupportedError
@@ -41,15 +41,26 @@ class Segment:
 class Oracle:
     """A LLaVA checkpoint in plain transformers, with eager attention."""
 
-    def __init__(self, path: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, path: str, dtype: torch.dtype = torch.float32, *, language: bool = True
+    ) -> None:
         """Load a checkpoint.
+
+        Args:
+            path: Folder or name.
+            dtype: What the weights are loaded as.
+            language: False leaves the language model's layers out, which ``tokens``, ``reduce`` and
+                ``recycle`` do not need: of a 7B model a tenth is read.
 
         Raises:
             UnsupportedError: not a LLaVA-1.5 checkpoint.
         """
         self.processor = LlavaProcessor.from_pretrained(path)
         model = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation="eager"
+            path,
+            config=oracle_config(path, language=language),
+            dtype=dtype,
+            attn_implementation="eager",
         )
         if model.config.vision_config.model_type != "clip_vision_model":
             raise UnsupportedError(
@@ -236,6 +247,14 @@ class Oracle:
                 break
             ids.append(token)
         return self.processor.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def oracle_config(path: str, *, language: bool = True) -> LlavaConfig:
+    """Return a checkpoint's config, on request without the language model's layers."""
+    config = LlavaConfig.from_pretrained(path)
+    if not language:
+        config.text_config.num_hidden_layers = 0
+    return config
 
 
 def _give_mask(layer: nn.Module, mask: Float[Tensor, "1 hq t t"]) -> RemovableHandle:
