@@ -10,6 +10,7 @@ Leaves out the measuring (``engine/conftest.py``).
 """
 
 import json
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -60,6 +61,13 @@ NO_TEST: Final = {
     "expert parallel": "no served family has experts",
     "KV offload, LMCache, NIXL": "stock vLLM cannot run them on a CPU; `docs/gpu.md`",
     "CPU tensor parallel with uneven heads": "stock vLLM refuses it",
+    "LoRA of the language model": "no adapter for the sample model; those of the tower are refused",
+    "sleep mode, reloaded weights": "seen by hand to be exact in float32 and fp8, after a reset of "
+    "the prefix and encoder caches; no test",
+    "n > 1, beam search, structured output": "seen by hand; the server's tests ask for n > 1",
+    "speculation by suffix or ngram_gpu": "allowed, since they draft without a model like ngram",
+    "no images at all, --limit-mm-per-prompt image=0": "seen by hand to "
+    "answer text like stock; no test",
 }
 """What nothing in the repository runs, and why."""
 
@@ -88,6 +96,8 @@ class Result:
     measured: tuple[Measured, ...]
     counted: tuple[str, ...] = ()
     """What the situation was seen by, such as "5 preemptions"."""
+    commit: str = ""
+    """Of the repository when it ran; with a + where files were changed."""
 
 
 class Collector:
@@ -95,6 +105,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.results: dict[str, Result] = {}
+        self.commit = commit_here()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -119,6 +130,7 @@ class Collector:
             why.removeprefix("Skipped: "),
             tuple(Measured(**row) for row in properties["measured"]),
             tuple(properties["counted"]),
+            self.commit,
         )
 
     def pytest_sessionfinish(self) -> None:
@@ -128,6 +140,12 @@ class Collector:
             whole = {**load(), **self.results}
             rows = {test: asdict(result) for test, result in sorted(whole.items())}
             RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def commit_here() -> str:
+    """Return the commit that is checked out, + where tracked files differ; "" outside git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def collect(config: pytest.Config) -> None:
@@ -163,6 +181,7 @@ def render(results: Mapping[str, Result], refused: Mapping[str, str]) -> str:
     shown = list(_shown(results))
     done = {row.situation for row in results.values() if row.outcome == "passed" and row.measured}
     without = [name for name in SITUATIONS if name not in done]
+    commits = ", ".join(sorted({row.commit for row in results.values() if row.commit}))
     return "\n".join(
         [
             "# Situations",
@@ -173,6 +192,8 @@ def render(results: Mapping[str, Result], refused: Mapping[str, str]) -> str:
             "float32 on a CPU where nothing else is said. *Difference*: the largest over the",
             "test's requests. *Without bias*: the smallest difference from an oracle without the",
             "bias, over the requests with images; each test asserts 3 times what is allowed.",
+            "Where a row has several measurements, it shows the one closest to what is allowed.",
+            f"Run at: {commits or 'unknown'} (a commit each; + = with changes).",
             "",
             "## Exact",
             "",
@@ -218,15 +239,16 @@ def _shown(results: Mapping[str, Result]) -> Iterator[tuple[str, ...]]:
     for key in sorted(groups, key=lambda key: (SITUATIONS.index(key[0]), *key[1:])):
         rows = groups[key]
         controls = [row.without_bias for row in rows if row.without_bias is not None]
+        closest = max(rows, key=lambda row: row.difference / row.allowed)
         situation, positions, store, test = key
         yield (
             f"{situation} ({counted[key]})" if counted[key] else situation,
             positions,
             store,
             f"`{test}`",
-            f"{max(row.difference for row in rows):.1e}",
+            f"{closest.difference:.1e}",
             f"{min(controls):.2g}" if controls else "-",
-            f"{rows[0].allowed:.2g}",
+            f"{closest.allowed:.2g}",
         )
 
 

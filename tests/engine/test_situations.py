@@ -1,6 +1,7 @@
 """Engine situations beyond the first ones, each exact against the oracle, float32."""
 
 import pytest
+import torch
 
 STORES = ["key_columns", pytest.param("value_column", marks=pytest.mark.slow)]
 MODES = [
@@ -119,3 +120,26 @@ def test_chunks_at_awkward_places(engine, setup, ask, images, exact, budget, sto
     )
     requests = [ask("what shape is red?", images[6], images[7])]
     exact(live, requests, live.ask(requests))
+
+
+@pytest.mark.parametrize("lowest", [0.0, 0.5])
+def test_memory_is_profiled_for_images_at_the_lowest_rate(engine, setup, lowest):
+    live = engine(setup(min_pruning_rate=lowest))
+    processor = live.llm.llm_engine.renderer.mm_processor
+    (image,) = processor.get_dummy_mm_inputs({"image": 1})["mm_placeholders"]["image"]
+    assert image.length == 144 * (1 - lowest)
+
+
+def test_a_sliding_window_is_refused():
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import AttentionType
+
+    from era_vllm.attention import layer
+    from era_vllm.errors import UnsupportedError
+
+    windowed = Attention.__new__(Attention)
+    torch.nn.Module.__init__(windowed)
+    windowed.layer_name, windowed.attn_type = "first", AttentionType.DECODER
+    windowed.sliding_window = 64
+    with pytest.raises(UnsupportedError, match="first: a sliding window of 64 tokens"):
+        layer._check(windowed, windowed, None)
