@@ -36,8 +36,9 @@ IMAGES: Final = Counter("era:images", "Images by what decided their pruning rate
 CLAMPED: Final = Counter("era:clamped_images", "Images whose detail was brought into bounds.")
 REJECTED: Final = Counter("era:rejected_requests", "Requests refused by the front.", ["reason"])
 
-_WAIT_S: Final = 2.0
-"""A scrape waits so long for the workers, who answer between two steps; then the last figures."""
+_WAIT_S: Final = 5.0
+"""A scrape waits so long for the workers, who answer between two steps; then the last figures hold.
+Prometheus gives up after 10."""
 
 router = APIRouter()
 
