@@ -46,8 +46,8 @@ _FLAGS: Final[Mapping[str, Sequence[str]]] = {
 _SAMPLE_SIDE: Final = 168  # pixels of the shipped model's pictures
 
 
-def main() -> None:
-    """Read the options, measure, write and print."""
+def main() -> int:
+    """Read the options, measure, write and print; return the exit code."""
     arguments = options()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder, served(arguments, Path(folder)) as (url, where):
@@ -78,8 +78,10 @@ def main() -> None:
     draw(arguments.out / f"{name}.png", report["model"], summary(cells), arguments.goodput)
     print(shown(cells))
     print(f"\n{arguments.out / name}.json and .png")
-    if any(cell["failed"] for cell in cells):
-        sys.exit("loadtest: some requests failed; the JSON says how many and why")
+    failed = sum(cell["failed"] for cell in cells)
+    if failed:
+        print(f"loadtest: {failed} requests failed; the JSON says why")
+    return int(failed > 0)
 
 
 def options() -> argparse.Namespace:
@@ -224,4 +226,6 @@ def _limits(text: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # at a normal end nanobind prints pages about what Triton has not freed

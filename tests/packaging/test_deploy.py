@@ -4,18 +4,23 @@ Leaves out the images: building them takes docker (docs/load.md has the run).
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
+import httpx
 import pytest
 import yaml
+
+from era_vllm.lab.servers import Server, free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -45,10 +50,10 @@ def load(path: Path) -> ModuleType:
 QUERIES = load(DEPLOY / "grafana" / "queries.py")
 
 
-def run(*command: object, timeout: float = 60) -> str:
+def run(*command: object, timeout: float = 60, env: dict[str, str] | None = None) -> str:
     """Run a command at the repository root; fail with all that it said."""
     words = list(map(str, command))
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=timeout)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=timeout, env=env)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -152,6 +157,56 @@ def exposed() -> Iterator[str]:
                 yield from (name + suffix for suffix in ("_bucket", "_sum", "_count"))
             else:
                 yield name
+
+
+@pytest.fixture
+def scraped(tmp_path: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """A server behind keys and a Prometheus that scrapes it: URLs of both, the keys."""
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    keys = {name: f"era-{name}" for name in ("api_key", "metrics_key")}
+    for name, key in keys.items():
+        (tmp_path / name).write_text(key + "\n")
+    settings = {f"ERA_{name.upper()}_FILE": str(tmp_path / name) for name in ("metrics_key",)}
+    settings["ERA_API_KEYS_FILE"] = str(tmp_path / "api_key")
+    command = [Path(sys.executable).with_name("era-vllm"), "serve", "--enforce-eager"]
+    limits = ["--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"]
+    with Server("scraped", [*map(str, command), *limits], settings, tmp_path / "log") as server:
+        job = next(job for job in config["scrape_configs"] if job["job_name"] == "era-vllm")
+        job["authorization"]["credentials_file"] = str(tmp_path / "metrics_key")
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{server.port}"]}]
+        config |= {"scrape_configs": [job], "global": {"scrape_interval": "1s"}}
+        config["rule_files"] = [str(DEPLOY / "prometheus" / "alerts.yml")]
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+        address = f"127.0.0.1:{free_port()}"
+        options = {"config.file": tmp_path / "prometheus.yml", "storage.tsdb.path": tmp_path / "db"}
+        options["web.listen-address"] = address
+        words = [f"--{name}={value}" for name, value in options.items()]
+        wait_for([server])
+        with subprocess.Popen([program("prometheus"), *words], stderr=subprocess.DEVNULL) as own:
+            yield server.url, f"http://{address}", keys
+            own.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_dashboard_has_data_of_a_server(scraped: tuple[str, str, dict[str, str]]) -> None:
+    url, prometheus, keys = scraped
+    variables = {name.upper(): key for name, key in keys.items()}
+    smoke = [DEPLOY / "smoke.sh", url]
+    assert "smoke: passed" in run(*smoke, env={**os.environ, **variables})
+    assert httpx.post(f"{url}/v1/completions", timeout=30).status_code == 401
+    bearer = {"Authorization": f"Bearer {keys['api_key']}"}
+    assert httpx.post(f"{url}/v1/completions", headers=bearer, timeout=30).status_code == 400
+    end = time.monotonic() + 60
+    empty = {title for title, _ in QUERIES.queries()}
+    while empty and time.monotonic() < end:
+        time.sleep(2)
+        asked = [(title, QUERIES.ask(prometheus, query)) for title, query in QUERIES.queries()]
+        empty = {title for title, found in asked if not found}
+    assert not empty, "panels without data"
+    (kept,) = [found for title, found in asked if title == "Image tokens kept"]
+    assert kept[0][1] == pytest.approx(16 / 144)
+    assert not QUERIES.ask(prometheus, 'ALERTS{alertstate="firing"}')
 
 
 @pytest.mark.slow
