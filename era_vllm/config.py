@@ -76,7 +76,9 @@ class EraConfig:
         for name in ("pruning_rate", "min_pruning_rate", "max_pruning_rate"):
             _check(_is_number(getattr(self, name)), name, getattr(self, name), "a number in [0, 1)")
         _check(0 <= high < 1, "max_pruning_rate", high, "[0, 1)")
-        _check(0 <= low <= high, "min_pruning_rate", low, f"[0, {high}] (up to max_pruning_rate)")
+        _check(
+            0 <= low <= high, "min_pruning_rate", low, f"[0, {high:.10g}] (up to max_pruning_rate)"
+        )
         allowed = f"{self.bounds} (min_pruning_rate and max_pruning_rate set it)"
         _check(low <= self.pruning_rate <= high, "pruning_rate", self.pruning_rate, allowed)
         _check(
@@ -202,7 +204,7 @@ class EraConfig:
     @property
     def bounds(self) -> str:
         """The rates that are served, for messages."""
-        return f"[{self.min_pruning_rate}, {self.max_pruning_rate}]"
+        return f"[{self.min_pruning_rate:.10g}, {self.max_pruning_rate:.10g}]"
 
     def serves(self, pruning_rate: object) -> bool:
         """Say whether this is a rate within the bounds."""

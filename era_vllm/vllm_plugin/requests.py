@@ -121,7 +121,7 @@ def _rate_of_level(level: object, config: EraConfig) -> float:
     served = {name: rate for name, rate in config.levels if config.serves(rate)}
     if isinstance(level, str) and level in served:
         return config.check_rate(served[level])
-    names = ", ".join(f"{name} ({rate})" for name, rate in served.items())
+    names = ", ".join(f"{name} ({rate:.10g})" for name, rate in served.items())
     allowed = f"{names or 'none'} (levels with a rate in {config.bounds})"
     raise FieldError(f"{FIELD}.level", level, allowed)
 

@@ -14,6 +14,7 @@ from era_vllm.vllm_plugin.positions import carry_positions
 from era_vllm.vllm_plugin.rates import KEY, refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
 from era_vllm.vllm_plugin.version import check_vllm_version
+from era_vllm.vllm_plugin.worker import WORKER
 
 
 def resolve(vllm_config: VllmConfig) -> None:
@@ -33,6 +34,8 @@ def resolve(vllm_config: VllmConfig) -> None:
     if config.positions == "original":
         carry_positions(hf_config)
     hf_config.era = config.as_dict()
+    if not vllm_config.parallel_config.worker_extension_cls:  # a user's own keeps its place
+        vllm_config.parallel_config.worker_extension_cls = WORKER
 
 
 def _refuse_rate(vllm_config: VllmConfig) -> None:

@@ -19,7 +19,7 @@ from era_vllm.vllm_plugin.requests import (
 
 PLAIN = EraConfig()
 BOUNDED = EraConfig(pruning_rate=0.5, min_pruning_rate=0.25, max_pruning_rate=0.8)
-STOCK = EraConfig.parse({"max_pruning_rate": 0})
+STOCK = EraConfig.parse({"max_pruning_rate": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_field_names_a_rate_or_a_level(field: object, rate: float | None) ->
             for wrong in (-0.1, 0.951, 1, math.nan, math.inf, 10**400, "0.5", None, True, [0.5])
         ),
         *(
-            ({"level": wrong}, "era.level", "off (0.0), light (0.5)")
+            ({"level": wrong}, "era.level", "off (0), light (0.5)")
             for wrong in ("of", "OFF", "", None, 0, ["off"], {"off": 0})
         ),
     ],
@@ -79,7 +79,7 @@ def test_what_a_client_sent_is_told_in_short() -> None:
     ("config", "served", "allowed"),
     [
         (BOUNDED, {"light": 0.5, "medium": 0.778}, r"light \(0.5\), medium \(0.778\) "),
-        (STOCK, {"off": 0.0}, r"off \(0.0\) \(levels with a rate in \[0, 0\]"),
+        (STOCK, {"off": 0.0}, r"off \(0\) \(levels with a rate in \[0, 0\]"),
     ],
     ids=["bounded", "stock"],
 )
