@@ -48,10 +48,11 @@ class Pair:
         reply = self.chat(self.ours, data_url(picture()))
         return reply.status_code == 200 and bool(reply.json()["choices"][0]["message"]["content"])
 
-    def running(self) -> float:
-        """Return how many requests are in our engine, waiting ones included."""
+    def work(self) -> tuple[float, float]:
+        """Return how many requests our engine has, waiting ones included, and tokens it made."""
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        return sum(metric(self.ours, name) for name in names)
+        found = sum(metric(self.ours, name) for name in names)
+        return found, metric(self.ours, "vllm:generation_tokens_total")
 
 
 @dataclass
@@ -84,8 +85,9 @@ def start_ours(
 def client(server: Server, key: str | None = None) -> httpx.Client:
     """Return a client, with a key in every request."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    once = httpx.Limits(max_keepalive_connections=0)  # behind a 500 uvicorn closes unannounced
     return httpx.Client(
-        base_url=server.url, headers=headers, timeout=120, trust_env=False, follow_redirects=False
+        base_url=server.url, headers=headers, timeout=120, trust_env=False, limits=once
     )
 
 

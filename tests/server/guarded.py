@@ -49,13 +49,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         for name in [name for name in os.environ if name.startswith("VLLM_")]:
             patch.delenv(name)  # other tests' own
         ours, _ = start_ours(stack, folder, *flags)
-        command = [sys.executable, "-c", STOCK, str(CHECKPOINT), *ENGINE]
+        command = [sys.executable, "-c", STOCK, str(CHECKPOINT), *ENGINE, "--api-key", KEYS[0]]
         variables = {**VARIABLES, "VLLM_PLUGINS": "none"}
         stock = stack.enter_context(Server("stock", command, variables, folder / "stock.log"))
         wait_for([ours, stock])
-        yield Pair(
-            stack.enter_context(client(ours, KEYS[0])), stack.enter_context(client(stock)), ours
-        )
+        clients = [stack.enter_context(client(server, KEYS[0])) for server in (ours, stock)]
+        yield Pair(*clients, ours)
 
 
 @pytest.fixture(scope="session")

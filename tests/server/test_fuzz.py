@@ -1,0 +1,194 @@
+"""Requests that nobody would write: no 500, no hang, and the server alive after each.
+
+``schemathesis`` makes bodies from the server's own OpenAPI description; for the chat route ours
+are put over them, pictures and ``era`` fields among them. The suite runs for about a minute;
+``FUZZ=2000`` is the number of examples a route for a long run:
+
+    FUZZ=2000 .venv/bin/python -m pytest tests/server/test_fuzz.py --timeout 0
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.server.attacker import DEADLINE_S, KEYS, Pair
+from tests.server.attacks import pictures
+
+pytest_plugins = ["tests.server.guarded"]
+ROUTES = {
+    "chat": ("post", "/v1/chat/completions"),
+    "responses": ("post", "/v1/responses"),
+    "messages": ("post", "/v1/messages"),
+    "completions": ("post", "/v1/completions"),
+    "inspect": ("post", "/v1/era/inspect"),
+    "era": ("get", "/v1/era"),
+    "ready": ("get", "/ready"),
+}
+EXAMPLES = int(os.environ.get("FUZZ", "25"))
+NOT_OURS = frozenset({501, 503})
+"""5xx that are no fault: a feature that vLLM does not have, and admission."""
+REFUSAL = {"type": "refusal", "refusal": "no"}
+MESSAGE = {"type": "message", "role": "assistant", "id": "1", "status": "completed"}
+VLLMS_OWN = {
+    "'ResponseOutputRefusal' object has no attribute 'text'": (
+        "/v1/responses",
+        {"input": [{**MESSAGE, "content": [REFUSAL]}]},
+    ),
+}
+"""Texts of 500s that stock vLLM 0.32.0 gives as well, and a body for each."""
+SHORT = {"n": 1, "max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4}
+LENGTH = {"responses": "max_output_tokens"}
+
+words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
+junk = st.recursive(
+    words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=6,
+)
+levels = st.sampled_from(["off", "light", "medium", "strong", "extreme", "none", ""])
+eras = st.one_of(
+    st.fixed_dictionaries({"pruning_rate": st.floats() | st.sampled_from([0, 0.5, 0.95, 1, -1])}),
+    st.fixed_dictionaries({"level": levels}),
+    junk,
+)
+urls = st.sampled_from([url for name, url in pictures().items() if name != "surrogate"])
+details = st.sampled_from(["auto", "low", "high", "original", "", "LOW"]) | junk
+images = st.fixed_dictionaries(
+    {"type": st.sampled_from(["image_url"] * 9 + ["input_image", "image", "video_url"])},
+    optional={
+        "image_url": st.one_of(
+            st.fixed_dictionaries(
+                {"url": urls | st.text(max_size=30)}, optional={"detail": details}
+            ),
+            urls,
+            junk,
+        ),
+        "uuid": st.text(max_size=9) | junk,
+    },
+)
+texts = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=40)})
+roles = st.sampled_from(["user", "user", "user", "system", "assistant", "tool", "nobody"])
+contents = st.lists(images | texts, min_size=1, max_size=4) | st.text(max_size=40) | junk
+messages = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), max_size=3)
+chats = st.fixed_dictionaries(
+    {"model": st.just("era-sample"), "messages": messages | junk},
+    optional={"era": eras, "stream": st.booleans()},
+)
+
+
+@pytest.fixture(scope="module")
+def schema(pair: Pair) -> Any:
+    """The server's own description of its routes."""
+    return schemathesis.openapi.from_dict(pair.ours.get("/openapi.json").json())
+
+
+@pytest.fixture(scope="module")
+def answers() -> Iterator[Counter[tuple[str, int]]]:
+    """How often each route answered what; printed, so that one sees what was reached."""
+    found: Counter[tuple[str, int]] = Counter()
+    yield found
+    for (path, status), count in sorted(found.items()):
+        print(f"{path} {status}: {count}")
+
+
+def check(
+    pair: Pair, answers: Counter[tuple[str, int]], method: str, path: str, body: object
+) -> None:
+    """Send one, and see that the server lives on."""
+    try:
+        text = json.dumps(body)
+    except TypeError:  # a file
+        return
+    headers = {"Content-Type": "application/json"}
+    try:
+        reply = pair.ours.request(
+            method, path, content=text.encode(), headers=headers, timeout=DEADLINE_S + 30
+        )
+    except httpx.TimeoutException:
+        pytest.fail(f"{path} hangs at {text[:500]}")
+    answers[path, reply.status_code] += 1
+    fine = reply.status_code < 500 or reply.status_code in NOT_OURS
+    fine |= any(known in reply.text for known in VLLMS_OWN)
+    assert fine, f"{path} answers {reply.status_code} {reply.text[:300]} to {text[:800]}"
+    assert '"code": 500' not in reply.text, f"{path} streams {reply.text[-300:]} to {text[:800]}"
+    assert pair.ours.get("/health").status_code == 200
+
+
+def run(strategy: st.SearchStrategy[Any], send: Any, examples: int = EXAMPLES) -> None:
+    """Draw examples and send each."""
+    phases = (Phase.generate, Phase.shrink) if examples > 100 else (Phase.generate,)
+    limits = settings(
+        max_examples=examples,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
+    limits(given(strategy)(send))()
+
+
+def short(body: object, name: str) -> object:
+    """Return a body that asks for little: how long the model writes is not the question."""
+    if not isinstance(body, dict):
+        return body
+    asked = {**body, LENGTH.get(name, "max_tokens"): 4}
+    return asked | {name: value for name, value in SHORT.items() if name in body}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_bodies_by_the_description(pair: Pair, schema: Any, answers: Any, name: str) -> None:
+    method, path = ROUTES[name]
+    operation = schema[path][method]
+
+    def send(case: Any) -> None:
+        body = case.body if operation.body else None
+        check(pair, answers, method, path, short(body, name))
+
+    run(operation.as_strategy(), send)
+    assert pair.alive()
+
+
+def test_chats_with_pictures(pair: Pair, schema: Any, answers: Any) -> None:
+    """Ours alone, and over what the description allows in all other fields."""
+    method, path = ROUTES["chat"]
+    run(chats, lambda body: check(pair, answers, method, path, short(body, "chat")))
+    operation = schema[path][method]
+
+    def send(pair_of: Any) -> None:
+        case, ours = pair_of
+        theirs = case.body if isinstance(case.body, dict) else {}
+        check(pair, answers, method, path, short(theirs | ours, "chat"))
+
+    run(st.tuples(operation.as_strategy(), chats), send)
+    assert pair.alive()
+    assert answers[path, 200] > 0 < answers[path, 400]
+
+
+@pytest.mark.parametrize("text", VLLMS_OWN)
+def test_faults_of_vllm_itself(pair: Pair, text: str) -> None:
+    """Left alone; a row goes when vLLM has mended it."""
+    path, body = VLLMS_OWN[text]
+    for client in (pair.stock, pair.ours):
+        reply = client.post(path, json={"model": "era-sample", **body})
+        assert (reply.status_code, text in reply.text) == (500, True), reply.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"null", b"[]", b"\xff\xfe", b"{" * 100_000, b'{"messages":' * 1000, b"1" * 5000],
+    ids=lambda body: repr(body[:12]),
+)
+def test_bodies_that_are_not_json(pair: Pair, body: bytes) -> None:
+    for method, path in ROUTES.values():
+        for kind in ("application/json", "text/plain", "multipart/form-data", ""):
+            headers = {"Content-Type": kind, "Authorization": f"Bearer {KEYS[1]}"}
+            reply = pair.ours.request(method, path, content=body, headers=headers)
+            assert reply.status_code < 500, f"{path} {kind}: {reply.status_code} {reply.text[:200]}"
+    assert pair.ours.get("/health").status_code == 200
