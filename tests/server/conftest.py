@@ -1,4 +1,7 @@
-"""One real server, shared, and one started from the command line that it prints."""
+"""One real server, shared, and one started from the command line that it prints.
+
+``started`` gives a test file servers of its own.
+"""
 
 import importlib
 import os
@@ -6,8 +9,8 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ with warnings.catch_warnings():  # torch and vLLM use what they deprecate
     importlib.import_module("vllm.model_executor.layers.attention")
 
 LIMITS = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"]
+VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 ERA_VLLM = str(Path(sys.executable).with_name("era-vllm"))
 
 
@@ -37,19 +41,44 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
     Both start at once. The plain command's arguments run through vLLM's launcher from Python,
     since the ``vllm`` script of the CPU wheel dies at its own start.
     """
-    folder = tmp_path_factory.mktemp("servers")
-    serve = [ERA_VLLM, "serve", *LIMITS]
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("VLLM_")]:
-            patch.delenv(name)  # other tests' own
-        first = stack.enter_context(Server("serve", serve, variables, folder / "serve.log"))
-        command = [*serve, "--print-command"]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        words = shlex.split(printed.strip().splitlines()[-1])
-        assert words[:2] == ["vllm", "serve"]
-        launcher = "import sys; from era_vllm_server.app import run; run(sys.argv[1:])"
-        plain = [sys.executable, "-c", launcher, *words[2:]]
-        second = stack.enter_context(Server("printed", plain, variables, folder / "printed.log"))
-        wait_for([first, second])
+    command = [ERA_VLLM, "serve", *LIMITS]
+    printed = subprocess.run(
+        [*command, "--print-command"], check=True, capture_output=True, text=True, env=clean()
+    ).stdout
+    words = shlex.split(printed.strip().splitlines()[-1])
+    at = words.index("vllm")
+    assert words[at : at + 2] == ["vllm", "serve"]
+    variables = dict(word.split("=", 1) for word in words[:at])
+    launcher = "import sys; from era_vllm_server.app import run; run(sys.argv[1:])"
+    plain = [sys.executable, "-c", launcher, *words[at + 2 :]]
+    commands = {"serve": (command, {}), "printed": (plain, variables)}
+    with started(tmp_path_factory.mktemp("servers"), commands) as (first, second):
         yield first, second
+
+
+@contextmanager
+def started(
+    folder: Path, commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]]
+) -> Iterator[list[Server]]:
+    """Start servers at once and stop them at the end.
+
+    Args:
+        folder: For their logs.
+        commands: Name -> command and variables.
+    """
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - clean().keys():
+            patch.delenv(name)
+        servers = [
+            stack.enter_context(
+                Server(name, command, {**VARIABLES, **variables}, folder / f"{name}.log")
+            )
+            for name, (command, variables) in commands.items()
+        ]
+        wait_for(servers)
+        yield servers
+
+
+def clean() -> dict[str, str]:
+    """Return the environment without vLLM's variables, which are other tests' own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
