@@ -1,6 +1,6 @@
 """``era-vllm inspect``: a picture of the visual tokens that the model keeps, without an engine.
 
-Encoder and projector run in plain transformers, in the number format that the server uses; the
+Encoder and projector alone run in plain transformers, in the server's number format; the
 reduction is the core's: the same choice that the server makes, up to near-ties that the last bit of
 a feature decides. Leaves out the drawing (``lab/picture.py``).
 """
@@ -65,9 +65,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     _check_out(arguments.out, arguments.image)
     image = open_image(arguments.image)
     dtype = served_dtype(arguments.model)
-    if lacking := lacking_memory(arguments.model, dtype):
+    if lacking := lacking_memory(arguments.model, dtype, language=False):
         raise ConfigError(f"--model {arguments.model!r}: {lacking}; run it where there is more")
-    picture, pruned = kept_picture(open_oracle(arguments.model, dtype), image, config)
+    picture, pruned = kept_picture(
+        open_oracle(arguments.model, dtype, language=False), image, config
+    )
     save(picture, arguments.out)
     n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]
     stood_for = pruned.log_bias[0].exp()

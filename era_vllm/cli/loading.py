@@ -68,12 +68,15 @@ def model_config(model: str) -> dict[str, object]:
     return read_config(model)
 
 
-def open_oracle(model: str, dtype: "torch.dtype | None" = None) -> "Oracle":
+def open_oracle(
+    model: str, dtype: "torch.dtype | None" = None, *, language: bool = True
+) -> "Oracle":
     """Load a checkpoint in plain transformers.
 
     Args:
         model: Checkpoint folder or name.
         dtype: None = float32.
+        language: False leaves the language model's layers out, for who only prunes.
 
     Raises:
         ConfigError: no such checkpoint, or one that lacks files.
@@ -89,7 +92,7 @@ def open_oracle(model: str, dtype: "torch.dtype | None" = None) -> "Oracle":
     set_verbosity_error()
     disable_progress_bar()
     try:
-        return Oracle(model, dtype or torch.float32)
+        return Oracle(model, dtype or torch.float32, language=language)
     except OSError as error:
         raise ConfigError(
             f"model {model!r}: the checkpoint lacks weights, processor or tokenizer; needed a "
@@ -111,24 +114,29 @@ def served_dtype(model: str) -> "torch.dtype":
     return torch.float16 if found == "float16" else torch.bfloat16
 
 
-def lacking_memory(model: str, dtype: "torch.dtype", copies: int = 1) -> str:
+def lacking_memory(
+    model: str, dtype: "torch.dtype", copies: int = 1, *, language: bool = True
+) -> str:
     """Say what is missing in main memory for copies of a model; empty if nothing is.
 
     Args:
         model: Checkpoint folder or name.
         dtype: What the weights are loaded as.
         copies: How many there will be at once.
+        language: Whether the language model's layers are loaded too.
 
     Raises:
         ConfigError: no such checkpoint.
         UnsupportedError: a family that is not served.
     """
     import torch
-    from transformers import AutoConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
+
+    from era_vllm.lab.oracle import oracle_config
 
     era_architecture(architectures(model_config(model)))
     with torch.device("meta"):
-        empty = LlavaForConditionalGeneration(AutoConfig.from_pretrained(model))
+        empty = LlavaForConditionalGeneration(oracle_config(model, language=language))
     size = dtype.itemsize * sum(parameter.numel() for parameter in empty.parameters())
     needed, free = copies * size + _OVERHEAD_BYTES, _free_bytes()
     if free is None or needed <= free:

@@ -8,6 +8,7 @@ before anybody looks at pixels. Most bodies hold none of these words and are not
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 
@@ -16,6 +17,7 @@ from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
 
 from era_vllm.vllm_plugin.requests import FIELD, ImageReport, scope
 from era_vllm_server.exchange import Refusal
+from era_vllm_server.logs import IMAGES as LOGGED
 from era_vllm_server.metrics import CLAMPED, IMAGES, TOKENS_AFTER, TOKENS_BEFORE
 
 OWN_PATHS: Final = "/v1/era/"
@@ -60,7 +62,7 @@ class Bodies:
                 if changed is not None:
                     asgi, again = _with_body(asgi, changed, receive)
             receive = again
-        with scope(on_images=self._count):
+        with scope(on_images=partial(self._done, asgi)):
             await self._app(asgi, receive, send)
 
     def _check(self, asgi: Scope, body: bytes) -> tuple[Refusal | None, bytes | None]:
@@ -88,7 +90,9 @@ class Bodies:
             part["uuid"] = f"{_owner(asgi)}-{part['uuid']}"
         return None, json.dumps(fields).encode()
 
-    def _count(self, images: Sequence[ImageReport]) -> None:
+    def _done(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
+        """Count what was done, and leave it for the request log."""
+        asgi.setdefault("state", {})[LOGGED] = [image.as_dict() for image in images]
         for image in images:
             labels = (self._policy, image.level or "custom")
             TOKENS_BEFORE.labels(*labels).inc(image.tokens_before or 0)

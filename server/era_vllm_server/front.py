@@ -15,6 +15,7 @@ from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
 from era_vllm_server.settings import ServerSettings
 
 MIDDLEWARE: Final = "era_vllm_server.guard.Guard"
+REQUEST_LOG: Final = "era_vllm_server.logs.RequestLog"
 CONNECTOR: Final = "era"
 LIMITS: Final = {
     "VLLM_MAX_N_SEQUENCES": "128",  # OpenAI's own bound of n; vLLM's is 16384
@@ -53,6 +54,9 @@ def with_front(
     """
     drain_s = settings.drain_timeout_s
     words = [*typed, "--middleware", MIDDLEWARE]  # behind the user's own: the last is outermost
+    if settings.log_json:  # around the guard
+        words += ["--middleware", REQUEST_LOG, "--disable-uvicorn-access-log"]
+        words += ["--logging-config.formatter", "json"]
     if shutdown_timeout and shutdown_timeout <= drain_s:
         raise ConfigError(
             f"--shutdown-timeout: got {shutdown_timeout} s, needed more than --era-drain-timeout-s "
