@@ -1,5 +1,8 @@
 """What vLLM's own parser reads from the user's flags and ours together. Starts no server."""
 
+import json
+import shlex
+
 import pytest
 
 from era_vllm.cli.main import main
@@ -105,3 +108,25 @@ def test_help_with_a_word_is_vllms(capsys):
 def test_an_empty_model_is_not_the_sample(words, capsys):
     assert main(["serve", *words]) == 2
     assert "is a shell variable such as $MODEL not set?" in capsys.readouterr().err
+
+
+def test_variables_are_flags_and_the_flag_wins(capsys, monkeypatch):
+    monkeypatch.setenv("ERA_PRUNING_RATE", "0.5")
+    monkeypatch.setenv("ERA_MIN_PRUNING_RATE", "0.1")
+    monkeypatch.setenv("ERA_LEVELS", '{"off": 0, "strong": 0.6}')
+    assert main(["serve", "--print-command", "--era-pruning-rate", "0.25"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    era = json.loads(words[words.index("--additional-config") + 1])["era"]
+    assert (era["pruning_rate"], era["min_pruning_rate"]) == (0.25, 0.1)
+    assert era["levels"] == {"off": 0, "strong": 0.6}
+    monkeypatch.setenv("ERA_PRUNNING_RATE", "0.5")
+    assert main(["serve", "--print-command"]) == 2
+    assert "'ERA_PRUNNING_RATE'; did you mean 'ERA_PRUNING_RATE'" in capsys.readouterr().err
+
+
+def test_at_a_maximum_of_0_the_front_is_told_and_the_engine_is_not(capsys):
+    assert main(["serve", "--print-command", "--era-max-pruning-rate", "0"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert "--tokenizer-mode" not in words and "--hf-overrides" not in words
+    assert json.loads(words[words.index("--additional-config") + 1])["era"]["max_pruning_rate"] == 0
+    assert "era_vllm_server.guard.Guard" in words
