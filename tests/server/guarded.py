@@ -3,6 +3,7 @@
 A pytest plugin: ``pytest_plugins = ["tests.server.guarded"]`` gives the fixtures.
 """
 
+import gzip
 import os
 import sys
 import threading
@@ -59,7 +60,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture(scope="session")
 def target() -> Iterator[Target]:
-    """A web server inside, with a picture, a redirect to it, and endless bytes."""
+    """A web server inside, with a picture, a redirect to it, and too many bytes."""
     data = png(picture())
 
     class Handler(BaseHTTPRequestHandler):
@@ -70,11 +71,13 @@ def target() -> Iterator[Target]:
                 self.send_header("Location", found.url())
                 self.end_headers()
                 return
-            body = data * 10_000 if self.path == "/large" else data
+            body = {"/large": data * 10_000, "/packed": gzip.compress(bytes(9_999_999))}
             self.send_response(404 if self.path == "/missing" else 200)
             self.send_header("Content-Type", "image/png")
+            if self.path == "/packed":
+                self.send_header("Content-Encoding", "gzip")
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body.get(self.path, data))
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""

@@ -93,10 +93,8 @@ def test_without_allowed_domains_no_url_is_fetched(target, way):
 
 
 @both_ways
-def test_an_allowed_domain_at_an_inner_address_is_not_connected_to(target, way, monkeypatch):
-    """Nor is any other way to write it; stock vLLM fetches some, and a proxy would all."""
-    monkeypatch.setenv("HTTP_PROXY", target.url(path="/proxy"))
-    monkeypatch.setenv("http_proxy", target.url(path="/proxy"))
+def test_an_allowed_domain_at_an_inner_address_is_not_connected_to(target, way):
+    """Nor is any other way to write it."""
     hits = len(target.hits)
     for url in inside(target.port).values():
         with refusal():
@@ -162,10 +160,21 @@ def test_a_public_address_of_an_allowed_domain_is_fetched(target, loopback_is_pu
         "/redirect": "answers 302",
         "/missing": "answers 404",
         "/large": "more than 1048576 bytes",
+        "/packed": "is it damaged",
     }.items():
         with refusal(said):
             load(allowed, target.url("localhost", path), way)
-    assert target.hits[hits:] == ["/redirect", "/missing", "/large"]  # no second try
+    assert target.hits[hits:] == ["/redirect", "/missing", "/large", "/packed"]  # no second try
+
+
+def test_a_proxy_is_not_asked(target, loopback_is_public, monkeypatch):
+    """It would connect for us, to any address."""
+    monkeypatch.setenv("http_proxy", target.url(path=""))
+    monkeypatch.setenv("no_proxy", "")
+    hits = len(target.hits)
+    with refusal("could not be fetched"):
+        load(connector(allowed_media_domains=["a.invalid"]), "http://a.invalid/a.png", "async")
+    assert len(target.hits) == hits
 
 
 def test_nobody_listening_is_a_refusal(loopback_is_public):
