@@ -30,6 +30,7 @@ from era_vllm.vllm_plugin.requests import (
     image_rates,
     reports,
 )
+from era_vllm_server.again import answered
 from era_vllm_server.bodies import Bodies
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
@@ -139,7 +140,7 @@ async def _answer(
             unseen = _seen_by_nobody(await raw_request.json(), scope.asked, config)
     except FieldError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from error
-    response = await stock.endpoint(request, raw_request)
+    response = await answered(lambda: stock.endpoint(request, raw_request))
     if response is None:  # the client has gone
         return response
     if unseen:

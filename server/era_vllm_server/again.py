@@ -1,0 +1,73 @@
+"""Asks vLLM once more where a request failed through no fault of its own, unseen by its client.
+
+vLLM keeps pictures twice: the API server remembers what it has sent, the engine what it has got. A
+request that is shed or given up after its pictures were processed leaves the first ahead of the
+second; the next request with such a picture, somebody else's perhaps, then fails with an internal
+error, upon which vLLM forgets the picture and counts on the client to ask again. We do.
+
+Upstream: vllm/v1/engine/core.py:2001 ``_handle_mm_cache_miss`` (0.32.0), which calls it retryable;
+its chat routes answer 500. Remove when they retry, or say 503.
+"""
+
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Final
+
+from fastapi.responses import Response, StreamingResponse
+from vllm.exceptions import GenerationError, VLLMError
+
+Ask = Callable[[], Awaitable[Response | None]]
+"""Runs the request from its start."""
+_FAILED: Final = re.compile(r'"message": ?"Internal server error"')
+"""In the event that vLLM makes of a ``GenerationError``; other errors have other texts."""
+_OPENING: Final = ("event: response.created\n", "event: response.in_progress\n", "event: ping\n")
+"""Events beside a stream's first that come before the engine has done anything."""
+
+
+async def answered(ask: Ask) -> Response | None:
+    """Return vLLM's response; a request that fails at its start is asked a second time.
+
+    Raises:
+        GenerationError: it fails again.
+    """
+    try:
+        response = await ask()
+    except GenerationError:
+        return await ask()
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _stream(response.body_iterator, ask)
+    return response
+
+
+async def _stream(events: AsyncGenerator[str, None], ask: Ask) -> AsyncGenerator[str, None]:
+    """Hold a stream's opening back until something else comes; if that is the failure, ask."""
+    held = list[str]()
+    async with aclosing(events):
+        async for event in events:
+            held.append(event)
+            if _FAILED.search(event):
+                break
+            if len(held) > 1 and not event.startswith(_OPENING):
+                for one in held:
+                    yield one
+                async for rest in events:
+                    yield rest
+                return
+        else:
+            for one in held:
+                yield one
+            return
+        rest_of_failed = [event async for event in events]
+    try:
+        second = await ask()
+    except VLLMError:  # shed by now
+        second = None
+    if not isinstance(second, StreamingResponse):
+        for one in [*held, *rest_of_failed]:
+            yield one
+        return
+    async for event in second.body_iterator:
+        yield event
+    if second.background is not None:
+        await second.background()

@@ -1,0 +1,73 @@
+"""A request that fails at its start is asked once more; the fault is forced, no server runs."""
+
+import asyncio
+
+import pytest
+from fastapi.responses import JSONResponse, StreamingResponse
+from vllm.exceptions import GenerationError
+
+from era_vllm_server.again import answered
+
+FIRST, TEXT, DONE = 'data: {"choices":[]}\n\n', 'data: {"choices":[{}]}\n\n', "data: [DONE]\n\n"
+FAILED = 'data: {"error": {"message": "Internal server error", "code": 500}}\n\n'
+SHED = 'data: {"error": {"message": "The engine is currently busy", "code": 503}}\n\n'
+CREATED = "event: response.created\ndata: {}\n\n"
+GOING = "event: response.in_progress\ndata: {}\n\n"
+
+
+def stream(*events):
+    async def flow():
+        for event in events:
+            yield event
+
+    return StreamingResponse(flow())
+
+
+def outcome(*answers):
+    """What the client gets, and how often vLLM is asked, where it answers so one after another."""
+    asked = []
+
+    async def ask():
+        asked.append(1)
+        answer = answers[len(asked) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def run():
+        response = await answered(ask)
+        if not isinstance(response, StreamingResponse):
+            return response
+        return [event async for event in response.body_iterator]
+
+    return asyncio.run(run()), len(asked)
+
+
+def test_a_failure_is_asked_again_and_what_works_is_not():
+    right = JSONResponse({})
+    assert outcome(GenerationError("Internal server error"), right) == (right, 2)
+    assert outcome(right) == (right, 1)
+    assert outcome(stream(FIRST, TEXT, DONE)) == ([FIRST, TEXT, DONE], 1)
+    assert outcome(stream(FIRST)) == ([FIRST], 1)
+
+
+def test_twice_is_all():
+    with pytest.raises(GenerationError):
+        outcome(GenerationError("1"), GenerationError("2"), JSONResponse({}))
+    assert outcome(stream(FAILED, DONE), stream(FAILED, DONE)) == ([FAILED, DONE], 2)
+
+
+@pytest.mark.parametrize("opening", [[], [FIRST], [CREATED, GOING]], ids=len)
+def test_a_stream_that_fails_at_its_start_is_replaced(opening):
+    got = outcome(stream(*opening, FAILED, DONE), stream(FIRST, TEXT, DONE))
+    assert got == ([FIRST, TEXT, DONE], 2)
+
+
+def test_what_was_said_is_not_said_again():
+    events = [FIRST, TEXT, FAILED, DONE]
+    assert outcome(stream(*events)) == (events, 1)
+
+
+def test_a_shed_request_is_not_asked_again():
+    assert outcome(stream(SHED, DONE)) == ([SHED, DONE], 1)
+    assert outcome(stream(FAILED, DONE), GenerationError("busy")) == ([FAILED, DONE], 2)
