@@ -95,7 +95,13 @@ def options() -> argparse.Namespace:
     add("--asks", type=int, default=240, help="different requests (default: %(default)d)")
     add("--output-tokens", type=int, default=12)
     add("--limit-s", type=float, default=60, help="when a request counts as lost")
-    add("--memory", type=float, default=4.0, metavar="MIB", help="allowed growth a minute")
+    add(
+        "--memory",
+        type=float,
+        default=100,
+        metavar="KIB",
+        help="allowed growth a request; one picture's pixels are 331 (default: %(default)g)",
+    )
     add("--seed", type=int, default=0)
     add("--server", default="", metavar="FLAGS", help="more of `era-vllm serve`, as one word")
     add("--out", type=Path, default=Path("out"))

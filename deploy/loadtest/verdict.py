@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from traffic import Outcome
-from watch import Watch
+from watch import SETTLED, Watch
 
 from era_vllm.cli.quiet import progress
 
@@ -29,8 +29,16 @@ class Judgement:
 
 
 def judge(
-    outcomes: Sequence[Outcome], watch: Watch, allowed_mib: float, judgement: Judgement
+    outcomes: Sequence[Outcome], watch: Watch, allowed_kib: float, judgement: Judgement
 ) -> None:
+    """Check the load's outcomes and the memory; its ``facts`` hold the load.
+
+    Args:
+        outcomes: Of all requests that were sent.
+        watch: Samples of the whole load.
+        allowed_kib: Growth of the server's memory a request.
+        judgement: Added to.
+    """
     ends = Counter(outcome.ended for outcome in outcomes)
     for ended, name in (
         ("wrong", "answers that differ from the unloaded server's"),
@@ -44,10 +52,12 @@ def judge(
     judgement.check("broken requests refused", ends["refused"], ends["refused"] > 0)
     judgement.check("clients that left", ends["left"], ends["left"] > 0)
     slope, total = watch.slope(), watch.total()
+    kib = slope * 1024 / (60 * judgement.facts["load"]["sent_rps"])
     judgement.facts["memory_mib"] = {
         "slope_a_minute": slope,
+        "kib_a_request": kib,
         "first": total[0],
-        "settled": total[len(total) // 3],
+        "settled": total[int(len(total) * SETTLED)],
         "last": total[-1],
         "by_process": {
             name: {"first": held[0], "last": held[-1]} for name, held in watch.mib.items()
@@ -56,9 +66,9 @@ def judge(
         "total": [round(mib, 1) for mib in total],
     }
     judgement.check(
-        f"memory grows by at most {allowed_mib:g} MiB a minute",
-        f"{slope:.2f} ({total[0]:.0f} at first, {total[-1]:.0f} at last)",
-        slope <= allowed_mib,
+        f"memory grows by at most {allowed_kib:g} KiB a request",
+        f"{kib:.1f}",
+        kib <= allowed_kib,
     )
 
 
@@ -75,7 +85,8 @@ def page(report: dict[str, object]) -> str:
         f"load       {load['sent_rps']:.1f} requests/s for {load['seconds']:.0f} s: {load['sent']}",
         f"ends       {ends}",
         f"memory     {memory['first']:.0f} MiB first, {memory['settled']:.0f} settled, "
-        f"{memory['last']:.0f} last; {memory['slope_a_minute']:+.2f} MiB a minute",
+        f"{memory['last']:.0f} last; {memory['slope_a_minute']:+.2f} MiB a minute, "
+        f"{memory['kib_a_request']:+.1f} KiB a request",
         "",
         *(
             f"{'passed' if check['passed'] else 'FAILED':<8}{check['check']}: {check['got']}"

@@ -13,8 +13,9 @@ import psutil
 ENGINE: Final = "EngineCore"
 """In the title of vLLM's engine process (vllm/utils/system_utils.py, 0.32.0)."""
 _MIB: Final = 2**20
-_SETTLED: Final = 1 / 3
-"""Share of the samples before memory is judged: caches fill first."""
+SETTLED: Final = 1 / 2
+"""Share of the samples before memory is judged: caches fill first, and the allocator's and oneDNN's
+grow with every new batch size, stock vLLM's as much as ours (docs/load.md)."""
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Watch:
         The median of the slopes of all pairs of samples (Theil-Sen): one jump does not move it.
         """
         totals = self.total()
-        first = int(len(totals) * _SETTLED)
+        first = int(len(totals) * SETTLED)
         return theil_sen(self.times_s[first:], totals[first:]) * 60
 
     def total(self) -> list[float]:

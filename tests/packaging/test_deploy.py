@@ -213,7 +213,7 @@ def test_dashboard_has_data_of_a_server(scraped: tuple[str, str, dict[str, str]]
 @pytest.mark.vllm
 def test_soak(tmp_path: Path) -> None:
     soak = [sys.executable, DEPLOY / "loadtest" / "soak.py", "--out", tmp_path]
-    run(*soak, "--seconds", 45, "--asks", 80, "--memory", 60, timeout=500)
+    run(*soak, "--seconds", 45, "--asks", 80, "--memory", 1000, timeout=500)
     report = json.loads((tmp_path / "soak.json").read_text())
     assert report["soak"] and len(report["checks"]) >= 12
 
