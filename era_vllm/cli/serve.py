@@ -113,8 +113,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         del os.environ[
             name
         ]  # they are in the flags now, and the server's processes know only its own
-    serve(launch, words)
-    return 0
+    return serve(launch, words)
 
 
 def with_model(rest: list[str]) -> list[str]:

@@ -34,8 +34,8 @@ class Asked:
     shutdown_timeout: int
 
 
-def serve(launch: Launch, arguments: Sequence[str]) -> None:
-    """Serve until stopped.
+def serve(launch: Launch, arguments: Sequence[str]) -> int:
+    """Serve until stopped; returns the exit code.
 
     Args:
         launch: Environment that switches pruning on.
@@ -50,15 +50,20 @@ def serve(launch: Launch, arguments: Sequence[str]) -> None:
             "unset it"
         )
     os.environ.update(launch.environment)
-    run(arguments)
+    return run(arguments)
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Do what ``vllm serve ARGUMENTS`` does."""
+def run(arguments: Sequence[str]) -> int:
+    """Do what ``vllm serve ARGUMENTS`` does.
+
+    Returns:
+        The exit code: 1 where the engine ended by itself, for whoever is to start us anew.
+    """
     cli_env_setup()
     command, parsed = _parsed(arguments)
     command.validate(parsed)
     command.cmd(parsed)
+    return int(getattr(parsed, "era_engine_failed", False))
 
 
 def print_help(word: str) -> None:

@@ -29,7 +29,7 @@ class Drain:
         """Make one that does nothing yet.
 
         Args:
-            limit_s: How long accepted requests may go on; 0 leaves SIGTERM to vLLM.
+            limit_s: How long accepted requests may go on; 0 = vLLM ends them as it does.
             refusal: What those are told that take longer.
         """
         self.limit_s = limit_s
@@ -44,14 +44,18 @@ class Drain:
 
     def take_over(self) -> None:
         """Take SIGTERM over from vLLM; the running loop must be the main thread's."""
-        if self.limit_s:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
 
     def _begin(self) -> None:
         if self._task is None:  # a parent's SIGTERM may follow the process group's
             self._task = asyncio.get_running_loop().create_task(self._finish())
 
     async def _finish(self) -> None:
+        if self.limit_s:
+            await self._wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def _wait(self) -> None:
         now = asyncio.get_running_loop().time
         started, accepted = now(), len(self.in_flight)
         _log.info("draining: %d requests under way, at most %g s", accepted, self.limit_s)
@@ -64,4 +68,3 @@ class Drain:
         while self.in_flight and now() < end:
             await asyncio.sleep(_STEP_S)
         _log.info("drained in %.1f s: %d of %d cut off", now() - started, late, accepted)
-        os.kill(os.getpid(), signal.SIGINT)

@@ -77,6 +77,7 @@ class Guard:
         if scope["type"] == "lifespan":
             self.drain.take_over()
             await self.app(scope, receive, send)
+            _note_end(scope, asked=self.drain.draining)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:  # a websocket; closed before it is accepted it is a 403
@@ -148,6 +149,15 @@ def _keys(settings: ServerSettings, app: ASGIApp) -> Keys:
             "one of the two; write them all into the file"
         )
     return Keys.read(settings.api_keys_file)
+
+
+def _note_end(scope: Scope, *, asked: bool) -> None:
+    """Leave for ``app.run``, beside vLLM's arguments, whether the engine ended by itself.
+
+    vLLM's server ends with 0 then. After an interrupt it cannot be told from an end of its own.
+    """
+    state = scope["app"].state
+    state.args.era_engine_failed = not asked and state.engine_client.errored
 
 
 def _announced(scope: Scope) -> int:
