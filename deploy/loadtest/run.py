@@ -50,6 +50,7 @@ def main() -> int:
     """Read the options, measure, write and print; return the exit code."""
     arguments = options()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    busy = os.getloadavg()[0]  # before anything of ours: more than 0.5 a core spoils the figures
     with tempfile.TemporaryDirectory() as folder, served(arguments, Path(folder)) as (url, where):
         cells = sweep(url, where, arguments, Path(folder))
         facts = get(url, "/v1/era")
@@ -68,6 +69,7 @@ def main() -> int:
             "goodput_ms": arguments.goodput,
             "server": arguments.server,
         },
+        "load_average_before": busy,
         "era": facts,
         "cells": cells,
     }
