@@ -110,9 +110,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         print(launch.command(words))
         return 0
     for name in era_variables() & os.environ.keys():
-        del os.environ[
-            name
-        ]  # they are in the flags now, and the server's processes know only its own
+        del os.environ[name]  # said by flags now; the server's processes refuse them as unknown
     return serve(launch, words)
 
 
