@@ -9,6 +9,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Final
 
+from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from era_vllm.errors import ConfigError
@@ -76,8 +77,9 @@ class Guard:
         """Serve one connection, or the lifespan."""
         if scope["type"] == "lifespan":
             self.drain.take_over()
+            state = scope["app"].state  # vLLM takes it from the app when the lifespan ends
             await self.app(scope, receive, send)
-            _note_end(scope, asked=self.drain.draining)
+            _note_end(state, asked=self.drain.draining)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:  # a websocket; closed before it is accepted it is a 403
@@ -151,12 +153,11 @@ def _keys(settings: ServerSettings, app: ASGIApp) -> Keys:
     return Keys.read(settings.api_keys_file)
 
 
-def _note_end(scope: Scope, *, asked: bool) -> None:
+def _note_end(state: State, *, asked: bool) -> None:
     """Leave for ``app.run``, beside vLLM's arguments, whether the engine ended by itself.
 
     vLLM's server ends with 0 then. After an interrupt it cannot be told from an end of its own.
     """
-    state = scope["app"].state
     state.args.era_engine_failed = not asked and state.engine_client.errored
 
 

@@ -67,19 +67,10 @@ class Target:
         return f"http://{host}:{self.port}{path}"
 
 
-def start_ours(
-    stack: ExitStack, folder: Path, *flags: str, server_name: str = "ours"
-) -> tuple[Server, Path]:
-    """Start ``era-vllm serve`` with keys; returns it before it answers, and its keys file."""
-    keys, metrics = folder / f"{server_name}.keys", folder / f"{server_name}.metrics"
-    keys.write_text("# two clients\n" + "\n\n".join(KEYS) + "\n")
-    metrics.write_text(METRICS_KEY)
-    command = [
-        *(ERA_VLLM, "serve", str(CHECKPOINT), *ENGINE),
-        *("--era-api-keys-file", str(keys), "--era-metrics-key-file", str(metrics), *flags),
-    ]
-    server = Server(server_name, command, VARIABLES, folder / f"{server_name}.log")
-    return stack.enter_context(server), keys
+def start_ours(stack: ExitStack, folder: Path, *flags: str, name: str = "ours") -> Server:
+    """Start ``era-vllm serve``; returns it before it answers."""
+    command = [ERA_VLLM, "serve", str(CHECKPOINT), *ENGINE, *flags]
+    return stack.enter_context(Server(name, command, VARIABLES, folder / f"{name}.log"))
 
 
 def client(server: Server, key: str | None = None) -> httpx.Client:

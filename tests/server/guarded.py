@@ -22,6 +22,7 @@ from tests.server.attacker import (
     MAX_BODY,
     MAX_DATA_URL,
     MAX_PIXELS,
+    METRICS_KEY,
     QUEUE,
     STOCK,
     VARIABLES,
@@ -38,7 +39,12 @@ from tests.server.attacker import (
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Both servers, started at once."""
     folder = tmp_path_factory.mktemp("guarded")
+    keys, metrics = folder / "keys", folder / "metrics.key"
+    keys.write_text("# two clients\n" + "\n\n".join(KEYS) + "\n")
+    metrics.write_text(METRICS_KEY)
     limits = {
+        "--era-api-keys-file": keys,
+        "--era-metrics-key-file": metrics,
         "--era-request-timeout-s": DEADLINE_S,
         "--era-max-body-bytes": MAX_BODY,
         "--era-max-data-url-bytes": MAX_DATA_URL,
@@ -49,7 +55,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("VLLM_")]:
             patch.delenv(name)  # other tests' own
-        ours, _ = start_ours(stack, folder, *flags)
+        ours = start_ours(stack, folder, *flags)
         command = [sys.executable, "-c", STOCK, str(CHECKPOINT), *ENGINE, "--api-key", KEYS[0]]
         variables = {**VARIABLES, "VLLM_PLUGINS": "none"}
         stock = stack.enter_context(Server("stock", command, variables, folder / "stock.log"))
