@@ -12,6 +12,7 @@ from functools import partial
 from http import HTTPStatus
 from typing import Final
 
+from starlette._utils import get_route_path  # what the router strips, by the router's rule
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
 
@@ -22,7 +23,9 @@ from era_vllm_server.metrics import CLAMPED, IMAGES, TOKENS_AFTER, TOKENS_BEFORE
 
 OWN_PATHS: Final = "/v1/era/"
 """Routes below it read their bodies themselves."""
-_WORDS: Final = (b'"era"', b'"uuid"', b'"mm_hashes"', b"\\u00", b"\x00")
+_OFFLINE: Final = "image_pil"
+"""A part that only offline callers can fill."""
+_WORDS: Final = (b'"era"', b'"uuid"', b'"mm_hashes"', b'"image_pil"', b"\\u00", b"\x00")
 """A body with none of them has none of the fields, be they plain, escaped or in UTF-16."""
 _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
@@ -54,7 +57,11 @@ class Bodies:
             return
         if asgi["method"] in ("POST", "PUT", "PATCH"):
             body, again = await _read(receive)
-            if body is not None and any(word in body for word in _WORDS):
+            brackets = 0 if body is None else body.count(b"[") + body.count(b"{")
+            if brackets > _MOST_CONTAINERS and not _is_form(asgi):
+                await _refused("body_shape", _SHAPE).answer(send)
+                return
+            if body is not None and (brackets > _SHALLOW or any(word in body for word in _WORDS)):
                 refusal, changed = self._check(asgi, body)
                 if refusal is not None:
                     await refusal.answer(send)
@@ -69,11 +76,13 @@ class Bodies:
         """Return why a body is refused, or how it is to be read instead."""
         try:
             fields = json.loads(body)
-        except (ValueError, RecursionError):  # the route's to refuse
+        except RecursionError:  # which not every route takes for a client's error
+            return _refused("body_shape", _SHAPE), None
+        except ValueError:  # the route's to refuse
             return None, None
         if not isinstance(fields, dict):
             return None, None
-        path = asgi["path"].removeprefix(asgi.get("root_path", "")).rstrip("/")
+        path = get_route_path(asgi).rstrip("/")
         elsewhere = path not in self._take_era and not f"{path}/".startswith(OWN_PATHS)
         if elsewhere and fields.get(FIELD) is not None:
             routes = ", ".join(sorted(self._take_era))
@@ -81,18 +90,24 @@ class Bodies:
             return _refused(FIELD, message), None
         if isinstance(features := fields.get("features"), dict) and features.get("mm_hashes"):
             return _refused("image_uuid", _FEATURES), None
-        named = list(_named(fields))
+        parts = list(_parts(fields))
+        if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
+            return _refused("image_pil", _PIL), None
+        named = [part for part in parts if part.get("uuid") is not None and _is_media(part)]
         if not named:
             return None, None
         if not self._allow_image_uuid:
             return _refused("image_uuid", _UUID), None
         for part in named:
+            if not isinstance(part["uuid"], str) or not any(part.get(name) for name in _MEDIA):
+                return _refused("image_uuid", _ALONE), None
             part["uuid"] = f"{_owner(asgi)}-{part['uuid']}"
         return None, json.dumps(fields).encode()
 
     def _done(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
         """Count what was done, and leave it for the request log."""
-        asgi.setdefault("state", {})[LOGGED] = [image.as_dict() for image in images]
+        done = asgi.setdefault("state", {}).setdefault(LOGGED, [])
+        done += [image.as_dict() for image in images]  # of every prompt, where there are several
         for image in images:
             labels = (self._policy, image.level or "custom")
             TOKENS_BEFORE.labels(*labels).inc(image.tokens_before or 0)
@@ -101,6 +116,16 @@ class Bodies:
             CLAMPED.inc(image.clamped)
 
 
+_MOST_CONTAINERS: Final = 2**17
+"""Lists and objects of a body, by its brackets: to parse ten million takes ten seconds."""
+_SHALLOW: Final = 500
+"""No body with fewer of them is nested too deeply to be parsed."""
+_SHAPE: Final = (
+    f"the body holds more than {_MOST_CONTAINERS} lists and objects, or nests them too deeply; "
+    "send less at once"
+)
+_PIL: Final = "image_pil: only for callers in Python; send an image_url"
+_ALONE: Final = "uuid: got no string, or a name alone; send the picture beside it"
 _UUID: Final = (
     "uuid: a name could stand for another client's picture, so names are not taken; leave it out, "
     "or have the server started with --era-allow-image-uuid, which keeps them apart by API key"
@@ -149,20 +174,29 @@ def _with_body(asgi: Scope, body: bytes, receive: Receive) -> tuple[Scope, Recei
     return {**asgi, "headers": [*others, length]}, kept
 
 
-def _named(fields: dict[str, object]) -> Iterator[dict[str, object]]:
-    """Yield every part of a body that names its picture, wherever it stands."""
+def _parts(fields: dict[str, object]) -> Iterator[dict[str, object]]:
+    """Yield every object that stands in a list of a body, wherever that is."""
     left: list[object] = [fields]
     while left:
         value = left.pop()
         if isinstance(value, dict):
-            left += value.values()
+            left += [inner for inner in value.values() if inner and isinstance(inner, dict | list)]
         elif isinstance(value, list):
-            left += value
-            for part in value:
-                if isinstance(part, dict) and part.get("uuid") is not None:
-                    kind = part.get("type")
-                    if (isinstance(kind, str) and kind in _MEDIA) or not _MEDIA.isdisjoint(part):
-                        yield part
+            inner = [part for part in value if part and isinstance(part, dict | list)]
+            left += inner
+            yield from (part for part in inner if isinstance(part, dict))
+
+
+def _is_media(part: dict[str, object]) -> bool:
+    """Tell whether vLLM takes a part of a message for a picture or the like."""
+    kind = part.get("type")
+    return (isinstance(kind, str) and kind in _MEDIA) or not _MEDIA.isdisjoint(part)
+
+
+def _is_form(asgi: Scope) -> bool:
+    """Tell whether a body is a form, whose files may hold any byte."""
+    kinds = [value for name, value in asgi["headers"] if name == b"content-type"]
+    return any(kind.strip().lower().startswith(b"multipart/") for kind in kinds)
 
 
 def _owner(asgi: Scope) -> str:

@@ -12,6 +12,7 @@ from typing import Final
 
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
+from era_vllm_server.keys import Keys
 from era_vllm_server.settings import ServerSettings
 
 MIDDLEWARE: Final = "era_vllm_server.guard.Guard"
@@ -50,8 +51,11 @@ def with_front(
         shutdown_timeout: What vLLM reads as ``--shutdown-timeout`` from them; 0 = not typed.
 
     Raises:
-        ConfigError: vLLM would end accepted requests before we do.
+        ConfigError: vLLM would end accepted requests before we do, or a keys file is no use.
     """
+    for file in (settings.api_keys_file, settings.metrics_key_file):
+        if file is not None:
+            Keys.read(file)  # now, and not when the model is loaded
     drain_s = settings.drain_timeout_s
     words = [*typed, "--middleware", MIDDLEWARE]  # behind the user's own: the last is outermost
     if settings.log_json:  # around the guard

@@ -9,6 +9,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Final
 
+from starlette._utils import get_route_path  # what the router strips, by the router's rule
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -71,6 +72,11 @@ class Guard:
         self.keys = _keys(settings, app)
         file = settings.metrics_key_file
         self.metrics_keys = self.keys if file is None else Keys.read(file)
+        if settings.allow_image_uuid and not self.keys:
+            raise ConfigError(
+                "--era-allow-image-uuid: pictures' names are kept apart by API key, and there is "
+                "none; set --era-api-keys-file, or leave it out"
+            )
         self.drain = Drain(settings.drain_timeout_s, self._draining)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,12 +119,13 @@ class Guard:
 
     def _admit(self, scope: Scope) -> tuple[Scope, Refusal | None]:
         """Return the request as the application is to see it, and why it is refused, if it is."""
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = get_route_path(scope)
         if self.drain.draining and path not in (HEALTH, METRICS):
             return scope, self._draining
-        if path in OPEN or path.startswith(OPEN_FOLDER) or scope.get("method") == "OPTIONS":
+        if path in OPEN or path.startswith(OPEN_FOLDER) or _is_preflight(scope):
             return scope, None
-        keys = self.metrics_keys if path.rstrip("/") == METRICS else self.keys
+        # all that begins so: vLLM mounts its metrics at /metrics{anything}, for every method
+        keys = self.metrics_keys if path.startswith(METRICS) else self.keys
         if not keys:
             return scope, None
         key = keys.holder(presented(scope))
@@ -159,6 +166,12 @@ def _note_end(state: State, *, asked: bool) -> None:
     vLLM's server ends with 0 then. After an interrupt it cannot be told from an end of its own.
     """
     state.args.era_engine_failed = not asked and state.engine_client.errored
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """Tell whether vLLM's CORS layer, which is inside of this one, answers a request by itself."""
+    asked = {b"origin", b"access-control-request-method"}
+    return scope.get("method") == "OPTIONS" and asked <= {name for name, _ in scope["headers"]}
 
 
 def _announced(scope: Scope) -> int:

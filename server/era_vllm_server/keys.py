@@ -29,7 +29,7 @@ class Keys:
             ConfigError: no such file, no key in it, or a key with a space in it.
         """
         try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"keys file {file}: cannot be read ({type(error).__name__})"

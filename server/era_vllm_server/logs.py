@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from time import perf_counter
 from typing import Final
 
+from starlette._utils import get_route_path
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +30,8 @@ QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/ping"})
 _HEADER: Final = b"x-request-id"
 _ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE: Final = 499
+_NO_RESPONSE: Final = 500
+"""Of an exception, which a layer around this one answers."""
 
 
 class RequestLog:
@@ -40,14 +43,23 @@ class RequestLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, then write its line."""
-        if scope["type"] != "http" or scope["path"] in QUIET:
+        if scope["type"] != "http" or get_route_path(scope) in QUIET:
             await self.app(scope, receive, send)
             return
         name, scope = _named(scope)
-        started, status = perf_counter(), _CLIENT_GONE
+        started, status = perf_counter(), _NO_RESPONSE
+        left = complete = False
+
+        async def receiving() -> Message:
+            nonlocal left
+            message = await receive()
+            left |= message["type"] == "http.disconnect" and not complete
+            return message
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
+            if message["type"] == "http.response.body":
+                complete = not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 status = message["status"]
                 others = [pair for pair in message.get("headers", []) if pair[0] != _HEADER]
@@ -55,7 +67,7 @@ class RequestLog:
             await send(message)
 
         try:
-            await self.app(scope, receive, sending)
+            await self.app(scope, receiving, sending)
         finally:
             self._logger.info(
                 "request",
@@ -64,7 +76,7 @@ class RequestLog:
                         "id": name.decode(),
                         "method": scope["method"],
                         "route": _route(scope),
-                        "status": status,
+                        "status": _CLIENT_GONE if left else status,
                         "ms": round((perf_counter() - started) * 1e3, 1),
                         "images": [
                             {key: image[key] for key in SHOWN}

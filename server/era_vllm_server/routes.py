@@ -5,6 +5,7 @@ The field goes to the renderer in the request's scope, and the report comes back
 there.
 """
 
+from http import HTTPStatus
 from typing import Annotated, Final
 
 from fastapi import APIRouter, FastAPI, Request
@@ -143,7 +144,7 @@ async def _answer(
     response = await answered(lambda: stock.endpoint(request, raw_request))
     if response is None:  # the client has gone
         return response
-    if unseen:
+    if unseen and response.status_code == HTTPStatus.OK:
         scope.report(unseen)
     images = [image.as_dict() for image in scope.images]
     policy = config.policy if config.max_pruning_rate else None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from era_vllm.errors import ConfigError, unknown_name
@@ -51,11 +51,17 @@ class ServerSettings(BaseSettings):
         description="picture formats served, by Pillow's names (MPO: JPEG of many phones)",
     )
     request_timeout_s: float = Field(
-        600.0, ge=0, description="a request's deadline; 504, and its work ends; 0 = none"
+        600.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a request's deadline; 504, and its work ends; 0 = none",
     )
     retry_after_s: int = Field(2, ge=1, description="Retry-After of a 503")
     drain_timeout_s: float = Field(
-        20.0, ge=0, description="how long accepted requests may go on after SIGTERM"
+        20.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="how long accepted requests may go on after SIGTERM",
     )
     allow_image_uuid: bool = Field(
         False, description="let clients name pictures by uuid, apart by API key"
@@ -63,6 +69,17 @@ class ServerSettings(BaseSettings):
     log_json: bool = Field(
         False, description="one JSON line a request, and vLLM's own lines as JSON too"
     )
+
+    @field_validator("image_formats")
+    @classmethod
+    def _formats_are_pillows(cls, value: str) -> str:
+        from PIL import Image
+
+        known = set(Image.registered_extensions().values())
+        for name in value.split(","):
+            if name.strip().upper() not in known:
+                raise ValueError(unknown_name("format", name.strip(), known))
+        return value
 
     @classmethod
     def parse(cls, flags: Mapping[str, object] | None = None) -> "ServerSettings":

@@ -87,13 +87,42 @@ def test_era_that_is_null_or_further_in_is_not_ours():
 
 PARTS = [
     {**IMAGE, "uuid": "cat"},
-    {"type": "image_url", "image_url": None, "uuid": "cat"},
     {"image_url": "data:,", "uuid": "cat"},
-    {"type": "text", "text": "?", "image_url": "data:,", "uuid": 3},
+    {"type": "text", "text": "?", "image_url": "data:,", "uuid": "3"},
     {"type": "input_image", "image_url": "data:,", "uuid": ""},
     {"type": "video_url", "video_url": {"url": "data:,"}, "uuid": "cat"},
-    {"type": ["odd"], "image_pil": None, "uuid": "cat"},
+    {"type": ["odd"], "image_url": "data:,", "uuid": "cat"},
 ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": None, "uuid": "cat"},
+        {"type": "image_url", "image_url": "data:,", "uuid": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_a_name_has_to_be_a_string_beside_its_picture(part):
+    (status, said), _ = send(chat(part), TAKES, allow=True, key="a")
+    assert (status, said) == (
+        400,
+        "uuid: got no string, or a name alone; send the picture beside it",
+    )
+
+
+def test_pictures_of_offline_callers_are_refused():
+    for part in ({"type": "image_pil", "image_pil": "abc"}, {"image_pil": None}):
+        (status, said), _ = send(chat(part), TAKES)
+        assert (status, said.partition(":")[0]) == (400, "image_pil")
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"a":[' + b"[]," * 2**17 + b"0]}", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"]
+)
+def test_bodies_that_would_hold_up_the_server_are_refused(body):
+    (status, said), _ = send(body, "/invocations")
+    assert (status, "lists and objects" in said) == (400, True)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=str)

@@ -175,8 +175,20 @@ def test_behind_a_root_path_the_same_paths_are_open(make):
     assert ask(guard, scope("/api/v1/models", root_path="/api")).status == 401
 
 
-def test_options_passes(make):
-    assert ask(make(App(), keys="a"), scope(method="OPTIONS")).status == 200
+PREFLIGHT = [(b"origin", b"https://x"), (b"access-control-request-method", b"POST")]
+
+
+def test_a_preflight_passes_and_no_other_options(make):
+    guard = make(App(), keys="a")
+    assert ask(guard, scope(method="OPTIONS", headers=PREFLIGHT)).status == 200
+    for headers in ([], PREFLIGHT[:1], PREFLIGHT[1:]):
+        assert ask(guard, scope("/metrics", method="OPTIONS", headers=headers)).status == 401
+
+
+def test_names_of_pictures_need_keys(make):
+    with pytest.raises(ConfigError, match="kept apart by API key"):
+        make(App(), allow_image_uuid=True)
+    make(App(), keys="a")
 
 
 def test_the_path_is_never_read_from_the_host_header(make):
@@ -187,7 +199,7 @@ def test_the_path_is_never_read_from_the_host_header(make):
 def test_metrics_have_a_key_of_their_own(make, tmp_path):
     (tmp_path / "metrics").write_text("m")
     guard = make(App(), keys="a", metrics_key_file=tmp_path / "metrics")
-    for path in ("/metrics", "/metrics/"):
+    for path in ("/metrics", "/metrics/", "/metrics/x", "/metricsx"):
         assert ask(guard, scope(path, headers=[bearer("m")])).status == 200
         assert ask(guard, scope(path, headers=[bearer("a")])).status == 401
     assert ask(guard, scope(headers=[bearer("m")])).status == 401

@@ -45,6 +45,15 @@ def test_real_routes_are_closed_without_a_key(pair):
         assert anthropic.get("/v1/models").status_code == 200
 
 
+def test_real_metrics_open_to_their_own_key_alone_whatever_the_method_and_spelling(pair):
+    for path in ("/metrics", "/metrics/", "/metrics/x", "/metricsx"):
+        for method in ("GET", "HEAD", "POST", "OPTIONS"):
+            for key in (None, KEYS[0]):
+                headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+                reply = httpx.request(method, f"{pair.server.url}{path}", headers=headers)
+                assert reply.status_code == 401, (method, path, key)
+
+
 def test_a_real_websocket_is_refused_without_a_key(pair):
     lines = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     head = f"GET /v1/realtime HTTP/1.1\r\nHost: x\r\n{lines}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n"

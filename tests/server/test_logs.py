@@ -60,12 +60,14 @@ def served(monkeypatch):
             Route("/stream", stream),
             Route("/broken", broken),
             Route("/health", lambda request: PlainTextResponse("ok")),
-        ]
+        ],
+        exception_handlers={Exception: lambda request, error: PlainTextResponse("no", 500)},
     )
+    app.add_middleware(RequestLog)  # as vLLM does: inside of what answers exceptions
 
     def ask(method, path, **options):
         async def go():
-            transport = httpx.ASGITransport(RequestLog(app), raise_app_exceptions=False)
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://era") as client:
                 return await client.request(method, path, **options)
 
@@ -112,6 +114,29 @@ def test_paths_of_clients_are_not_written(served):
     ):
         _, (line,) = served("GET", path)
         assert (line["route"], line["status"]) == (route, status)
+
+
+def test_a_client_that_leaves_is_told_from_one_that_stays(monkeypatch):
+    async def waits(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await JSONResponse(None)(scope, receive, send)  # what vLLM's handlers come to
+
+    sink = io.StringIO()
+    handler = logging.StreamHandler(sink)
+    handler.setFormatter(JsonLine())
+    monkeypatch.setattr(logging.getLogger(LOGGER), "handlers", [handler])
+    messages = [{"type": "http.request", "body": b""}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+    asyncio.run(RequestLog(waits)(scope, receive, send))
+    assert json.loads(sink.getvalue())["status"] == 499
 
 
 def test_a_stream_is_timed_to_its_end_and_probes_are_quiet(served):

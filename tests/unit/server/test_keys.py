@@ -20,6 +20,7 @@ def test_one_a_line_with_comments(tmp_path):
     for key in (b"", b"#gamma", b"gamma", b"alph", b"alphaa", b"ALPHA", b"alpha\nbeta"):
         assert read.holder([key]) is None
     assert read.holder([]) is None
+    assert keys(tmp_path, b"\xef\xbb\xbfalpha\n").holder([b"alpha"])  # a byte order mark
 
 
 @pytest.mark.parametrize(

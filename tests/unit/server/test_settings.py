@@ -30,11 +30,18 @@ def test_a_flag_wins_over_a_variable_and_both_reach_other_processes(monkeypatch)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_body_bytes", "3"), ("request_timeout_s", "-1"), ("retry_after_s", "soon")],
+    [("max_body_bytes", "3"), ("request_timeout_s", "-1"), ("retry_after_s", "soon")]
+    + [("request_timeout_s", "inf"), ("drain_timeout_s", "nan"), ("image_formats", "PNG,JPG")],
 )
 def test_a_bad_value_refuses_by_its_flag_and_variable(name, value):
     with pytest.raises(ConfigError, match=f"--era-{name.replace('_', '-')} .or ERA_{name.upper()}"):
         ServerSettings.parse({name: value})
+
+
+def test_keys_files_are_read_before_anything_starts(tmp_path):
+    for name in ("api_keys_file", "metrics_key_file"):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            front("m", **{name: tmp_path / "absent"})
 
 
 def test_an_unknown_variable_refuses_with_the_nearest(monkeypatch):
