@@ -15,6 +15,7 @@ from contextlib import aclosing
 from typing import Final
 
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from vllm.exceptions import GenerationError, VLLMError
 
 Ask = Callable[[], Awaitable[Response | None]]
@@ -36,8 +37,26 @@ async def answered(ask: Ask) -> Response | None:
     except GenerationError:
         return await ask()
     if isinstance(response, StreamingResponse):
-        response.body_iterator = _stream(response.body_iterator, ask)
+        closing = _Closing(
+            _stream(response.body_iterator, ask),
+            response.status_code,
+            background=response.background,
+        )
+        closing.raw_headers = response.raw_headers
+        return closing
     return response
+
+
+class _Closing(StreamingResponse):
+    """A stream whose events end with it.
+
+    Starlette leaves them to the garbage collector where it is stopped while it sends, and so long
+    the engine goes on.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
 
 
 async def _stream(events: AsyncGenerator[str, None], ask: Ask) -> AsyncGenerator[str, None]:
@@ -67,7 +86,8 @@ async def _stream(events: AsyncGenerator[str, None], ask: Ask) -> AsyncGenerator
         for one in [*held, *rest_of_failed]:
             yield one
         return
-    async for event in second.body_iterator:
-        yield event
+    async with aclosing(second.body_iterator) as events:
+        async for event in events:
+            yield event
     if second.background is not None:
         await second.background()

@@ -5,6 +5,7 @@ The field goes to the renderer in the request's scope, and the report comes back
 there.
 """
 
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Annotated, Final
 
@@ -29,6 +30,7 @@ from era_vllm.vllm_plugin.requests import (
     current,
     image_details,
     image_rates,
+    is_image,
     reports,
 )
 from era_vllm_server.again import answered
@@ -151,11 +153,30 @@ async def _answer(
     return with_era(response, {"policy": policy, "images": images}, place)
 
 
+def _pictures(said: object) -> Iterator[dict[str, object]]:
+    """Yield the parts of a body's messages that are images, those in a tool's answer too.
+
+    Anthropic's parts of type ``image`` come out as what vLLM makes of them.
+    """
+    if isinstance(said, list):
+        for one in said:
+            yield from _pictures(one)
+    elif isinstance(said, dict):
+        if is_image(said):
+            yield said
+        elif said.get("type") == "image" and "source" in said:
+            yield {"type": "image_url", "image_url": {}}
+        else:
+            for name in ("content", "output"):
+                yield from _pictures(said.get(name))
+
+
 def _seen_by_nobody(
     body: dict[str, object], asked: float | None, config: EraConfig
 ) -> list[ImageReport]:
     """Return what is known of a request's images where the renderer is vLLM's own."""
-    said = body.get("messages") or body.get("input")
-    details = image_details(said if isinstance(said, list) else [])
+    details = image_details(
+        [{"content": list(_pictures(body.get("messages") or body.get("input")))}]
+    )
     unknown = [None] * len(details)
     return reports(image_rates(details, asked, config), unknown, unknown, config)

@@ -355,6 +355,8 @@ def test_at_a_maximum_of_0_rates_above_0_are_400_and_the_engine_is_stock(stock):
             reply = post(stock, path, body(picture_of, era=field))
             assert reply.status_code == 400
             assert "[0, 0]" in reply.json()["error"]["message"]
+        answer = post(stock, path, body(picture_of)).json()
+        assert [one["level"] for one in answer["era"]["images"]] == ["off"]
 
 
 def test_names_of_pictures_are_kept_apart_by_key(extreme):
