@@ -14,10 +14,10 @@ from era_vllm.cli import demo
 from era_vllm.cli.main import main
 
 DEMO = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what runs the tests may ignore it (nohup)
 from pathlib import Path
 from era_vllm.cli import demo
-from era_vllm.cli.main import main
 from era_vllm.cli.main import main
 from era_vllm.lab.servers import Server
 
