@@ -1,4 +1,4 @@
-"""Asks vLLM once more where a request failed through no fault of its own, unseen by its client.
+"""Asks vLLM again where a request failed through no fault of its own, unseen by its client.
 
 vLLM keeps pictures twice: the API server remembers what it has sent, the engine what it has got. A
 request that is shed or given up after its pictures were processed leaves the first ahead of the
@@ -20,25 +20,33 @@ from vllm.exceptions import GenerationError, VLLMError
 
 Ask = Callable[[], Awaitable[Response | None]]
 """Runs the request from its start."""
+_MORE: Final = 2
+"""A request with several pictures may miss them one after another."""
 _FAILED: Final = re.compile(r'"message": ?"Internal server error"')
 """In the event that vLLM makes of a ``GenerationError``; other errors have other texts."""
 _OPENING: Final = ("event: response.created\n", "event: response.in_progress\n", "event: ping\n")
 """Events beside a stream's first that come before the engine has done anything."""
 
 
-async def answered(ask: Ask) -> Response | None:
-    """Return vLLM's response; a request that fails at its start is asked a second time.
+async def answered(ask: Ask, more: int = _MORE) -> Response | None:
+    """Return vLLM's response; a request that fails at its start is asked again.
+
+    Args:
+        ask: Runs the request.
+        more: How often again.
 
     Raises:
-        GenerationError: it fails again.
+        GenerationError: it fails every time.
     """
     try:
         response = await ask()
     except GenerationError:
-        return await ask()
+        if more == 0:
+            raise
+        return await answered(ask, more - 1)
     if isinstance(response, StreamingResponse):
         closing = _Closing(
-            _stream(response.body_iterator, ask),
+            _stream(response.body_iterator, ask, more),
             response.status_code,
             background=response.background,
         )
@@ -59,13 +67,15 @@ class _Closing(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _stream(events: AsyncGenerator[str, None], ask: Ask) -> AsyncGenerator[str, None]:
+async def _stream(
+    events: AsyncGenerator[str, None], ask: Ask, more: int
+) -> AsyncGenerator[str, None]:
     """Hold a stream's opening back until something else comes; if that is the failure, ask."""
     held = list[str]()
     async with aclosing(events):
         async for event in events:
             held.append(event)
-            if _FAILED.search(event):
+            if more and _FAILED.search(event):
                 break
             if len(held) > 1 and not event.startswith(_OPENING):
                 for one in held:
@@ -79,7 +89,7 @@ async def _stream(events: AsyncGenerator[str, None], ask: Ask) -> AsyncGenerator
             return
         rest_of_failed = [event async for event in events]
     try:
-        second = await ask()
+        second = await answered(ask, more - 1)
     except VLLMError:  # shed by now
         second = None
     if not isinstance(second, StreamingResponse):

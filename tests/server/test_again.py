@@ -1,10 +1,11 @@
 """A request that fails at its start is asked once more; the fault is forced, no server runs."""
 
 import asyncio
+from functools import partial
 
 import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
-from vllm.exceptions import GenerationError
+from vllm.exceptions import GenerationError, QueueOverflowError
 
 from era_vllm_server.again import answered
 
@@ -51,10 +52,15 @@ def test_a_failure_is_asked_again_and_what_works_is_not():
     assert outcome(stream(FIRST)) == ([FIRST], 1)
 
 
-def test_twice_is_all():
+def test_three_times_is_all():
+    failures = [GenerationError(str(attempt)) for attempt in range(4)]
+    right = JSONResponse({})
+    assert outcome(*failures[:2], right) == (right, 3)
     with pytest.raises(GenerationError):
-        outcome(GenerationError("1"), GenerationError("2"), JSONResponse({}))
-    assert outcome(stream(FAILED, DONE), stream(FAILED, DONE)) == ([FAILED, DONE], 2)
+        outcome(*failures[:3], right)
+    failed = partial(stream, FAILED, DONE)
+    assert outcome(failed(), failed(), stream(FIRST, TEXT)) == ([FIRST, TEXT], 3)
+    assert outcome(*(failed() for _ in range(4))) == ([FAILED, DONE], 3)
 
 
 @pytest.mark.parametrize("opening", [[], [FIRST], [CREATED, GOING]], ids=len)
@@ -70,4 +76,4 @@ def test_what_was_said_is_not_said_again():
 
 def test_a_shed_request_is_not_asked_again():
     assert outcome(stream(SHED, DONE)) == ([SHED, DONE], 1)
-    assert outcome(stream(FAILED, DONE), GenerationError("busy")) == ([FAILED, DONE], 2)
+    assert outcome(stream(FAILED, DONE), QueueOverflowError()) == ([FAILED, DONE], 2)
