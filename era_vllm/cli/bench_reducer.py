@@ -26,7 +26,7 @@ DESCRIPTION: Final = """Time the pruning step alone (choose, merge, bias) on ran
 
 A size is S x N:K, S segments of N tokens that become K each. 576:64 is a LLaVA-1.5 image. 2,880 ->
 160 (a LLaVA-NeXT image) and 16,384 -> 1,638 (a long video) are pruned in segments: tile by tile
-(5x576:32) and chunk by chunk (8x2048:205). As one segment (2880:160, 16384:1638) they are there for
+(5x576:32) and chunk by chunk (16x1024:102). As one segment (2880:160, 16384:1638) they are there for
 comparison: work grows with N squared. Beside each the vision tower,
 CLIP-L/14-336 with random weights on the same device and in the same dtype, in one batch of as many
 images as make those tokens (1, 5, 28). A policy that reads the encoder's attention is charged for
@@ -39,7 +39,7 @@ OUT/bench-reducer.json and .png.
 FIXED_K: Final = 64
 FIXED_N: Final = 2304
 GOAL: Final = 0.05
-_GOAL_SIZES: Final = ("576->64", "5 x 576->32", "8 x 2048->205")
+_GOAL_SIZES: Final = ("576->64", "5 x 576->32", "16 x 1024->102")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes",
         type=sizes,
-        default="576:64,5x576:32,2880:160,8x2048:205,16384:1638",
+        default="576:64,5x576:32,2880:160,16x1024:102,16384:1638",
         metavar="SxN:K,N:K",
         help="(default %(default)s)",
     )
