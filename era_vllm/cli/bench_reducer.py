@@ -26,11 +26,11 @@ DESCRIPTION: Final = """Time the pruning step alone (choose, merge, bias) on ran
 
 A size is S x N:K, S segments of N tokens that become K each. 576:64 is a LLaVA-1.5 image. 2,880 ->
 160 (a LLaVA-NeXT image) and 16,384 -> 1,638 (a long video) are pruned in segments: tile by tile
-(5x576:32) and chunk by chunk (16x1024:102). As one segment (2880:160, 16384:1638) they are there for
-comparison: work grows with N squared. Beside each the vision tower,
-CLIP-L/14-336 with random weights on the same device and in the same dtype, in one batch of as many
-images as make those tokens (1, 5, 28). A policy that reads the encoder's attention is charged for
-recomputing it. Sizes without enough memory are skipped with a word.
+(5x576:32) and chunk by chunk (16x1024:102). As one segment (2880:160, 16384:1638) they are there to
+compare: work grows with N squared. Beside each the vision tower, CLIP-L/14-336 with random weights
+on the same device and in the same dtype, in one batch of as many images as make those tokens. A
+policy that reads the encoder's attention is charged for recomputing it. Sizes without enough memory
+are skipped with a word.
 
 Growth: N is varied at K = 64, K at N = 2,304; the exponent is a least squares fit on logarithms.
 Goal: at most 5 % of the tower for an image, its tiles and a video's chunks. Writes
