@@ -7,6 +7,7 @@ and what it still says is replaced by our answer.
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from era_vllm_server.metrics import REJECTED
 
 Header = tuple[bytes, bytes]
+_log = logging.getLogger(__name__)
 _ANSWER_LIMIT_S: Final = 5.0
 """For our last word to a client that does not read."""
 
@@ -93,9 +95,10 @@ class Exchange:
         """Let an application answer it, unless it is stopped."""
         try:
             await app(scope, self._receive, self._send)
-        except Exception:
+        except Exception as error:  # whatever layers make of the OSError that ``_send`` gave them
             if self._stopped is None:
                 raise
+            _log.debug("a stopped request ended by %s", type(error).__name__)
         if self._stopped is not None and not self._complete:
             tell = self._stopped.end_stream if self._started else self._stopped.answer
             async with asyncio.timeout(_ANSWER_LIMIT_S):
