@@ -23,6 +23,7 @@ LIMITS: Final = {
     "VLLM_MAX_COMPLETION_PROMPTS": "128",  # 1024
     "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": "20",  # 256
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # 1; for what does not fetch through our connector
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # 5 s, as httpx: a request can meet the closing
 }
 """vLLM's own limits, set where the user has not set them; behind each vLLM's default."""
 IMAGES: Final = ("--limit-mm-per-prompt", '{"image": 16}')

@@ -3,6 +3,7 @@
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import openai
@@ -64,6 +65,22 @@ def raw(port, sent):
     with socket.create_connection(("127.0.0.1", port), timeout=30) as wire:
         wire.sendall(sent)
         return wire.recv(65536)
+
+
+def test_an_idle_connection_outlives_the_clients_and_proxies_own_limits(pair):
+    """Stock closes it after five seconds, as httpx does: the next request may meet the closing."""
+    ask = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    found = {}
+    with ExitStack() as stack:
+        for name, there in (("stock", pair.stock), ("ours", pair.ours)):
+            wire = socket.create_connection(("127.0.0.1", there.base_url.port), timeout=30)
+            found[name] = stack.enter_context(wire)
+            wire.sendall(ask)
+            assert b" 200 " in wire.recv(65536)
+        time.sleep(6.5)
+        assert found["stock"].recv(65536) == b""
+        found["ours"].sendall(ask)
+        assert b" 200 " in found["ours"].recv(65536)
 
 
 def test_a_real_body_is_cut_off_while_it_streams(pair):
