@@ -6,9 +6,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from functools import partial
-from subprocess import TimeoutExpired
 from typing import Final
 
 import httpx
@@ -31,8 +28,7 @@ async def kill_engine(
     judgement: Judgement,
 ) -> None:
     """End the engine without a warning while long answers are under way."""
-    process = server._process
-    (engine,) = engines(process.pid)
+    (engine,) = engines(server.pid)
     progress(f"kill -9 of the engine with {_STREAMS} requests under way")
     bodies = [{**ask.body, "max_tokens": _TOKENS} for ask in good[:_STREAMS]]
     hows: list[Callable[..., Awaitable[str]]] = [_long_whole, _long_stream]
@@ -54,7 +50,7 @@ async def kill_engine(
         dict(Counter(ends)) | ({"hung": len(hung)} if hung else {}),
         not hung and "answered" not in ends,
     )
-    code = await asyncio.to_thread(partial(_exit_code, server, limit_s))
+    code = await asyncio.to_thread(server.wait, limit_s)
     judgement.facts["kill"] = {
         "clients_s": seconds,
         "server_s": time.monotonic() - killed,
@@ -84,9 +80,3 @@ async def _long_stream(client: httpx.AsyncClient, body: dict[str, object]) -> st
     except httpx.HTTPError as error:
         return type(error).__name__
     return "stream cut"
-
-
-def _exit_code(server: Server, limit_s: float) -> int | None:
-    with suppress(TimeoutExpired):
-        return server._process.wait(limit_s)
-    return None

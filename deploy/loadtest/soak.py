@@ -110,7 +110,7 @@ def options() -> argparse.Namespace:
 
 async def soak(server: Server, arguments: argparse.Namespace, judgement: Judgement) -> None:
     """Run all phases."""
-    pid = server._process.pid
+    pid = server.pid
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(
         base_url=server.url, timeout=None, trust_env=False, limits=limits

@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             f"--tokenizer-mode: got {user.tokenizer_mode!r}, but pruning uses a renderer of its "
             "own over vLLM's 'hf' one; leave the flag out"
         )
-    launch, rest = with_front(launch, rest, settings, user.shutdown_timeout)
+    launch, rest = with_front(launch, rest, settings, user)
     words = complete(launch, rest)
     if arguments.print_command:
         print(launch.command(words))

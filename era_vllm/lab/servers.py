@@ -76,6 +76,18 @@ class Server:
         os.close(theirs)
 
     @property
+    def pid(self) -> int:
+        """Of the process that the command runs in, which leads the group."""
+        return self._process.pid
+
+    def wait(self, limit_s: float) -> int | None:
+        """Return its exit code once it ends by itself, None if it has not by then."""
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    @property
     def url(self) -> str:
         """Where it answers."""
         return f"http://127.0.0.1:{self.port}"

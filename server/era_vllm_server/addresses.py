@@ -1,4 +1,4 @@
-"""Which addresses pictures may be fetched from, checked where the connection is made.
+"""Which hosts pictures may be fetched from; addresses are checked where the connection is made.
 
 A name is resolved by the same call whose answer is connected to, so that a name that changes its
 address between a check and the connection (DNS rebinding) gains nothing.
@@ -6,9 +6,13 @@ address between a check and the connection (DNS rebinding) gains nothing.
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from typing import Final
 
+import yarl
 from aiohappyeyeballs import AddrInfoType
+
+from era_vllm.errors import ConfigError
 
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")
@@ -23,6 +27,27 @@ class NotPublicError(OSError):
 
     def __init__(self) -> None:
         super().__init__("not a public address")  # never which: it may be an internal one
+
+
+def allowed_hosts(domains: Sequence[str]) -> frozenset[str]:
+    """Return ``--allowed-media-domains`` as a URL's ``raw_host`` spells them.
+
+    Raises:
+        ConfigError: one that no URL's host can equal: an address with scheme, port or path.
+    """
+    hosts = set[str]()
+    for domain in domains:
+        try:
+            host = None if "*" in domain else yarl.URL.build(host=domain).raw_host
+        except ValueError:
+            host = None
+        if not host:
+            raise ConfigError(
+                f"--allowed-media-domains: got {domain!r}, needed a name alone, as images.example."
+                "org; without scheme, port, path or *, each subdomain by itself"
+            )
+        hosts.add(host)
+    return frozenset(hosts)
 
 
 def is_public(address: str) -> bool:

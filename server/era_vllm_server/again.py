@@ -16,7 +16,10 @@ from typing import Final
 
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import GenerationError, VLLMError
+
+from era_vllm_server.exchange import last_events
 
 Ask = Callable[[], Awaitable[Response | None]]
 """Runs the request from its start."""
@@ -90,8 +93,12 @@ async def _stream(
         rest_of_failed = [event async for event in events]
     try:
         second = await answered(ask, more - 1)
-    except VLLMError:  # shed by now
+    except GenerationError:
         second = None
+    except VLLMError as error:  # the queue is full by now, as a rule
+        body = create_error_response(error).model_dump_json()
+        yield last_events(body.encode()).decode()
+        return
     if not isinstance(second, StreamingResponse):
         for one in [*held, *rest_of_failed]:
             yield one

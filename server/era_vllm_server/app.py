@@ -10,8 +10,7 @@ does the same three steps (0.32.0). Remove when ``vllm serve`` starts on every w
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -19,19 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import Launch
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the user's own vLLM flags say about things that pruning sets too."""
-
-    model: str | None
-    hf_overrides: Mapping[str, object]
-    additional_config: Mapping[str, object]
-    tokenizer_mode: str
-    served_model_name: Sequence[str] | None
-    kv_cache_memory_bytes: int | None
-    shutdown_timeout: int
+from era_vllm_server.front import Asked
 
 
 def serve(launch: Launch, arguments: Sequence[str]) -> int:
@@ -90,6 +77,8 @@ def asked(arguments: Sequence[str]) -> Asked:
         served_model_name=parsed.served_model_name,
         kv_cache_memory_bytes=parsed.kv_cache_memory_bytes,
         shutdown_timeout=parsed.shutdown_timeout,
+        limit_mm_per_prompt=parsed.limit_mm_per_prompt or {},
+        allowed_media_domains=parsed.allowed_media_domains or (),
     )
 
 

@@ -56,14 +56,18 @@ class Refusal:
         await send({"type": "http.response.body", "body": body})
 
     async def end_stream(self, send: Send) -> None:
-        """Send it as the last events of a stream that has begun, and count it.
-
-        The event is named for clients of /v1/messages and /v1/responses; those of chat read the
-        ``error`` in its data.
-        """
+        """Send it as the last events of a stream that has begun, and count it."""
         REJECTED.labels(self.reason).inc()
-        events = b"event: error\ndata: " + self.body() + b"\n\ndata: [DONE]\n\n"
-        await send({"type": "http.response.body", "body": events})
+        await send({"type": "http.response.body", "body": last_events(self.body())})
+
+
+def last_events(error: bytes) -> bytes:
+    """Return what ends a stream with an error's body.
+
+    The event is named for clients of /v1/messages and /v1/responses; those of chat read the
+    ``error`` in its data.
+    """
+    return b"event: error\ndata: " + error + b"\n\ndata: [DONE]\n\n"
 
 
 class Exchange:

@@ -4,14 +4,16 @@
 ``vllm serve`` line that it prints start the same server. docs/security.md has a table of them.
 """
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Final
 
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
+from era_vllm_server.addresses import allowed_hosts
 from era_vllm_server.keys import Keys
 from era_vllm_server.settings import ServerSettings
 
@@ -26,7 +28,7 @@ LIMITS: Final = {
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # 5 s, as httpx: a request can meet the closing
 }
 """vLLM's own limits, set where the user has not set them; behind each vLLM's default."""
-IMAGES: Final = ("--limit-mm-per-prompt", '{"image": 16}')
+IMAGES: Final = 16
 """vLLM's default is 999. A pruned image is few tokens and a whole run of the encoder, so that the
 length of a prompt no longer bounds the work."""
 _GROUPS: Final = (
@@ -40,8 +42,23 @@ _MARGIN_S: Final = 10
 """For vLLM's own shutdown, once nothing is under way."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the user's own flags of vLLM say about things that we set or check; ``app`` reads it."""
+
+    model: str | None = None
+    hf_overrides: Mapping[str, object] = field(default_factory=dict)
+    additional_config: Mapping[str, object] = field(default_factory=dict)
+    tokenizer_mode: str = "auto"
+    served_model_name: Sequence[str] | None = None
+    kv_cache_memory_bytes: int | None = None
+    shutdown_timeout: int = 0
+    limit_mm_per_prompt: Mapping[str, object] = field(default_factory=dict)
+    allowed_media_domains: Sequence[str] = ()
+
+
 def with_front(
-    launch: Launch, typed: Sequence[str], settings: ServerSettings, shutdown_timeout: int
+    launch: Launch, typed: Sequence[str], settings: ServerSettings, user: Asked
 ) -> tuple[Launch, list[str]]:
     """Return a launch, and the words typed, with the front's own added.
 
@@ -49,28 +66,31 @@ def with_front(
         launch: Of the engine.
         typed: Model and flags of ``vllm serve``, as typed.
         settings: Of the front.
-        shutdown_timeout: What vLLM reads as ``--shutdown-timeout`` from them; 0 = not typed.
+        user: What vLLM reads from them.
 
     Raises:
-        ConfigError: vLLM would end accepted requests before we do, or a keys file is no use.
+        ConfigError: vLLM would end accepted requests before we do, or a keys file or a domain is
+            no use.
     """
     for file in (settings.api_keys_file, settings.metrics_key_file):
         if file is not None:
             Keys.read(file)  # now, and not when the model is loaded
+    allowed_hosts(user.allowed_media_domains)
     drain_s = settings.drain_timeout_s
     words = [*typed, "--middleware", MIDDLEWARE]  # behind the user's own: the last is outermost
     if settings.log_json:  # around the guard
         words += ["--middleware", REQUEST_LOG, "--disable-uvicorn-access-log"]
         words += ["--logging-config.formatter", "json"]
-    if shutdown_timeout and shutdown_timeout <= drain_s:
+    if user.shutdown_timeout and user.shutdown_timeout <= drain_s:
         raise ConfigError(
-            f"--shutdown-timeout: got {shutdown_timeout} s, needed more than --era-drain-timeout-s "
-            f"({drain_s:g} s); vLLM would end the requests that are still draining"
+            f"--shutdown-timeout: got {user.shutdown_timeout} s, needed more than "
+            f"--era-drain-timeout-s ({drain_s:g} s); vLLM would end the requests that are still "
+            "draining"
         )
-    if drain_s and not shutdown_timeout:
+    if drain_s and not user.shutdown_timeout:
         words += ["--shutdown-timeout", str(int(drain_s) + _MARGIN_S)]
-    if not any(_is(word, flag) for word in typed for flag in (IMAGES[0], "--config")):
-        words += IMAGES
+    if "image" not in user.limit_mm_per_prompt:
+        words += _images(typed, user.limit_mm_per_prompt)
     wanted = {
         "VLLM_MEDIA_CONNECTOR": CONNECTOR,
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_image_pixels),  # vLLM's default: 178956970
@@ -87,10 +107,12 @@ def with_front(
     return replace(launch, environment=environment), words
 
 
-def _is(word: str, flag: str) -> bool:
-    """Tell whether a word sets a flag, in one of the forms that vLLM reads."""
-    name = word.partition("=")[0].partition(".")[0].replace("_", "-")
-    return name == flag
+def _images(typed: Sequence[str], others: Mapping[str, object]) -> list[str]:
+    """Return the words that add the limit of images to what the user says of other media."""
+    flag = "--limit-mm-per-prompt"
+    if any(word.replace("_", "-").startswith(f"{flag}.") for word in typed):
+        return [f"{flag}.image", str(IMAGES)]  # vLLM puts such words behind all others
+    return [flag, json.dumps({**others, "image": IMAGES})]
 
 
 def _installed() -> list[str]:

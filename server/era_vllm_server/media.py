@@ -11,9 +11,11 @@ replaced (0.32.0). Its cache of downloads (``VLLM_MEDIA_CACHE``) is not used.
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Final, TypeVar
@@ -31,10 +33,10 @@ from vllm.multimodal.media.base import MediaIO
 from vllm.multimodal.media.connector import global_thread_pool
 from vllm.multimodal.media.image import ImageMediaIO
 
-from era_vllm_server.addresses import public_socket
+from era_vllm_server.addresses import allowed_hosts, public_socket
 from era_vllm_server.front import CONNECTOR
 from era_vllm_server.metrics import REJECTED
-from era_vllm_server.settings import ServerSettings
+from era_vllm_server.settings import PREFIX, ServerSettings
 
 _M = TypeVar("_M")
 _MAX_ASPECT: Final = 200
@@ -50,7 +52,8 @@ class GuardedConnector(MediaConnector):
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.settings = ServerSettings.parse()
+        variables = tuple((name, value) for name, value in os.environ.items() if PREFIX in name)
+        self.settings = _settings(variables)
         self.formats = {name.strip().upper() for name in self.settings.image_formats.split(",")}
 
     def load_from_url(
@@ -94,7 +97,7 @@ class GuardedConnector(MediaConnector):
         if "\\" in url or any(ord(char) <= 32 or ord(char) >= 127 for char in url):
             raise refused("its URL holds characters that have to be percent-encoded")
         remote = yarl.URL(url)
-        allowed = {yarl.URL.build(host=name).raw_host for name in self.allowed_media_domains}
+        allowed = allowed_hosts(self.allowed_media_domains)
         if remote.user is not None or remote.raw_host not in allowed:
             raise refused("its URL is not of a domain that this server fetches from")
         return remote
@@ -168,6 +171,12 @@ class GuardedConnector(MediaConnector):
             if max(width, height) > _MAX_ASPECT * min(width, height):
                 raise refused(f"it has {width} x {height} pixels, allowed is 1 : {_MAX_ASPECT}")
         return media_io.load_bytes(data)
+
+
+@lru_cache(1)
+def _settings(variables: tuple[tuple[str, str], ...]) -> ServerSettings:
+    """Parse them once, not for each message that vLLM makes a connector for: that takes 1 ms."""
+    return ServerSettings.parse()
 
 
 def refused(why: str) -> VLLMValidationError:

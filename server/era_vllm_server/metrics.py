@@ -27,7 +27,9 @@ from era_vllm_server.workers import ask_workers
 logger = logging.getLogger(__name__)
 
 TOKENS_BEFORE: Final = Counter(
-    "era:image_tokens_before", "Image tokens that the vision encoder made.", ["policy", "level"]
+    "era:image_tokens_before",
+    "Image tokens that prompts would hold without pruning.",
+    ["policy", "level"],
 )
 TOKENS_AFTER: Final = Counter(
     "era:image_tokens_after", "Image tokens that the language model was given.", ["policy", "level"]

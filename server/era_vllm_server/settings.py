@@ -13,6 +13,7 @@ from typing import Final
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, unknown_name
 
 PREFIX: Final = "ERA_"
@@ -116,8 +117,14 @@ def refuse_unknown_variables(known_elsewhere: frozenset[str] = frozenset()) -> N
     own = {PREFIX + name.upper() for name in ServerSettings.model_fields}
     known = own | NOT_OURS | known_elsewhere
     for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
-            raise ConfigError(unknown_name("variable", name, known))
+        if not name.startswith(PREFIX) or name in known:
+            continue
+        if name.removeprefix(PREFIX).lower() in EraConfig.__dataclass_fields__:
+            raise ConfigError(
+                f"{name}: only `era-vllm serve` reads it, and passes it on as flags of vLLM; unset "
+                "it, and start what `era-vllm serve --print-command` prints"
+            )
+        raise ConfigError(unknown_name("variable", name, known))
 
 
 def flag(name: str) -> str:

@@ -76,4 +76,12 @@ def test_what_was_said_is_not_said_again():
 
 def test_a_shed_request_is_not_asked_again():
     assert outcome(stream(SHED, DONE)) == ([SHED, DONE], 1)
-    assert outcome(stream(FAILED, DONE), QueueOverflowError()) == ([FAILED, DONE], 2)
+
+
+def test_a_request_that_is_shed_when_asked_again_is_told_so():
+    """A 503, upon which clients come back, and not the 500 of the first time."""
+    with pytest.raises(QueueOverflowError):
+        outcome(GenerationError(), QueueOverflowError())
+    (said,), asked = outcome(stream(FIRST, FAILED, DONE), QueueOverflowError())
+    assert (asked, said.count('"code":503')) == (2, 1)
+    assert said.startswith("event: error\ndata: {") and said.endswith(DONE)

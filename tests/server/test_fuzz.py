@@ -28,6 +28,9 @@ ROUTES = {
     "responses": ("post", "/v1/responses"),
     "messages": ("post", "/v1/messages"),
     "completions": ("post", "/v1/completions"),
+    "batch": ("post", "/v1/chat/completions/batch"),
+    "tokenize": ("post", "/tokenize"),
+    "invocations": ("post", "/invocations"),
     "inspect": ("post", "/v1/era/inspect"),
     "era": ("get", "/v1/era"),
     "ready": ("get", "/ready"),
@@ -45,6 +48,7 @@ VLLMS_OWN = {
 }
 """Texts of 500s that stock vLLM 0.32.0 gives as well, and a body for each."""
 SHORT = {"n": 1, "max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4}
+TYPES = ["input_image", "image", "image_pil", "video_url"]
 LENGTH = {"responses": "max_output_tokens"}
 
 words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
@@ -62,7 +66,11 @@ eras = st.one_of(
 urls = st.sampled_from([url for name, url in pictures().items() if name != "surrogate"])
 details = st.sampled_from(["auto", "low", "high", "original", "", "LOW"]) | junk
 images = st.fixed_dictionaries(
-    {"type": st.sampled_from(["image_url"] * 9 + ["input_image", "image", "video_url"])},
+    {
+        "type": st.sampled_from(
+            ["image_url"] * 9 + ["input_image", "image", "image_pil", "video_url"]
+        )
+    },
     optional={
         "image_url": st.one_of(
             st.fixed_dictionaries(
@@ -72,6 +80,7 @@ images = st.fixed_dictionaries(
             junk,
         ),
         "uuid": st.text(max_size=9) | junk,
+        "image_pil": junk,
     },
 )
 texts = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=40)})
@@ -81,6 +90,12 @@ messages = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}),
 chats = st.fixed_dictionaries(
     {"model": st.just("era-sample"), "messages": messages | junk},
     optional={"era": eras, "stream": st.booleans()},
+)
+
+
+batches = st.fixed_dictionaries(
+    {"model": st.just("era-sample"), "messages": st.lists(messages, max_size=3) | junk},
+    optional={"era": junk},
 )
 
 
@@ -120,6 +135,12 @@ def check(
     assert fine, f"{path} answers {reply.status_code} {reply.text[:300]} to {text[:800]}"
     assert '"code": 500' not in reply.text, f"{path} streams {reply.text[-300:]} to {text[:800]}"
     assert pair.ours.get("/health").status_code == 200
+
+
+def nested(deep: int, where: str) -> bytes:
+    """Return a chat with lists in lists in one of its fields."""
+    lists = "[" * deep + "]" * deep
+    return f'{{"model": "era-sample", "messages": [], "{where}": {lists}}}'.encode()
 
 
 def run(strategy: st.SearchStrategy[Any], send: Any, examples: int = EXAMPLES) -> None:
@@ -171,6 +192,17 @@ def test_chats_with_pictures(pair: Pair, schema: Any, answers: Any) -> None:
     assert answers[path, 200] > 0 < answers[path, 400]
 
 
+@pytest.mark.parametrize(
+    ("name", "bodies"), [("batch", batches), ("tokenize", chats), ("invocations", chats)]
+)
+def test_chats_on_other_routes(
+    pair: Pair, answers: Any, name: str, bodies: st.SearchStrategy[Any]
+) -> None:
+    method, path = ROUTES[name]
+    run(bodies, lambda body: check(pair, answers, method, path, short(body, "chat")))
+    assert pair.alive()
+
+
 @pytest.mark.parametrize("text", VLLMS_OWN)
 def test_faults_of_vllm_itself(pair: Pair, text: str) -> None:
     """Left alone; a row goes when vLLM has mended it."""
@@ -182,10 +214,11 @@ def test_faults_of_vllm_itself(pair: Pair, text: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"null", b"[]", b"\xff\xfe", b"{" * 100_000, b'{"messages":' * 1000, b"1" * 5000],
-    ids=lambda body: repr(body[:12]),
+    [b"", b"{", b"null", b"[]", b"\xff\xfe", b"{" * 100_000, b'{"messages":' * 1000, b"1" * 5000]
+    + [nested(deep, where) for deep in (400, 4000, 40_000) for where in ("messages", "era")],
+    ids=lambda body: f"{body[:12]!r} of {len(body)}",
 )
-def test_bodies_that_are_not_json(pair: Pair, body: bytes) -> None:
+def test_bodies_that_no_client_would_write(pair: Pair, body: bytes) -> None:
     for method, path in ROUTES.values():
         for kind in ("application/json", "text/plain", "multipart/form-data", ""):
             headers = {"Content-Type": kind, "Authorization": f"Bearer {KEYS[1]}"}

@@ -4,10 +4,12 @@ import pytest
 
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import Launch
-from era_vllm_server.front import IMAGES, LIMITS, MIDDLEWARE, with_front
+from era_vllm_server.front import LIMITS, MIDDLEWARE, Asked, with_front
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
 
 LAUNCH = Launch("m", {}, {})
+NOTHING = Asked()
+IMAGES = ["--limit-mm-per-prompt", '{"image": 16}']
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +18,8 @@ def _no_variables(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def front(*typed, shutdown=0, **flags):
-    return with_front(LAUNCH, typed, ServerSettings.parse(flags), shutdown)
+def front(*typed, user=NOTHING, **flags):
+    return with_front(LAUNCH, typed, ServerSettings.parse(flags), user)
 
 
 def test_a_flag_wins_over_a_variable_and_both_reach_other_processes(monkeypatch):
@@ -51,6 +53,13 @@ def test_an_unknown_variable_refuses_with_the_nearest(monkeypatch):
         refuse_unknown_variables()
 
 
+def test_a_variable_of_the_pruning_says_who_reads_it(monkeypatch):
+    monkeypatch.setenv("ERA_PRUNING_RATE", "0.5")
+    refuse_unknown_variables(frozenset({"ERA_PRUNING_RATE"}))
+    with pytest.raises(ConfigError, match="ERA_PRUNING_RATE: only `era-vllm serve` reads it"):
+        refuse_unknown_variables()
+
+
 def test_safe_defaults_are_set():
     launch, words = front("m")
     assert LIMITS.items() <= launch.environment.items()
@@ -63,11 +72,25 @@ def test_safe_defaults_are_set():
 def test_the_users_own_environment_and_flags_win(monkeypatch):
     monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "5")
     monkeypatch.setenv("VLLM_PLUGINS", "foo")
-    launch, words = front("m", "--limit_mm_per_prompt.image=3", shutdown=99)
+    user = Asked(shutdown_timeout=99, limit_mm_per_prompt={"image": 3})
+    launch, words = front("m", "--limit_mm_per_prompt.image=3", user=user)
     assert "VLLM_MAX_N_SEQUENCES" not in launch.environment
     assert launch.environment["VLLM_PLUGINS"] == "foo,era"
     assert words == ["m", "--limit_mm_per_prompt.image=3", "--middleware", MIDDLEWARE]
-    assert IMAGES[0] not in front("--config", "c.yaml")[1]
+
+
+def test_the_limit_of_images_joins_those_of_other_media():
+    user = Asked(limit_mm_per_prompt={"video": 1})
+    dotted = front("m", "--limit_mm_per_prompt.video=1", user=user)[1]
+    assert dotted[-2:] == ["--limit-mm-per-prompt.image", "16"]
+    assert front("m", "--config", "c.yaml", user=user)[1][-1] == '{"video": 1, "image": 16}'
+
+
+@pytest.mark.parametrize("name", ["https://a.org", "a.org/x", "a.org:80", "*.a.org", "", "u@a.org"])
+def test_a_domain_that_no_url_can_be_of_refuses(name):
+    front("m", user=Asked(allowed_media_domains=["a.org", "münchen.de", "127.0.0.1"]))
+    with pytest.raises(ConfigError, match="--allowed-media-domains: got .* needed a name alone"):
+        front("m", user=Asked(allowed_media_domains=["a.org", name]))
 
 
 def test_our_middleware_is_the_last_and_so_the_outermost():
@@ -80,5 +103,5 @@ def test_our_middleware_is_the_last_and_so_the_outermost():
 
 def test_vllms_shutdown_must_outlast_the_drain():
     with pytest.raises(ConfigError, match="needed more than --era-drain-timeout-s"):
-        front("m", shutdown=20)
+        front("m", user=Asked(shutdown_timeout=20))
     assert "--shutdown-timeout" not in front("m", drain_timeout_s=0)[1]
