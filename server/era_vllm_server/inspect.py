@@ -47,6 +47,10 @@ _OTHER_WORKERS: Final = (
     "the workers run a --worker-extension-cls that is not ours; leave it out, or have it inherit "
     "from era_vllm.vllm_plugin.worker.EraWorker"
 )
+_SHARED: Final = (
+    "--mm-processor-cache-type shm keeps pictures where only the workers look; start with lru, "
+    "vLLM's default"
+)
 
 router = APIRouter()
 
@@ -103,7 +107,7 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
                     state.engine_client, image, rate.pruning_rate, read_back=request.read_back
                 )
         except UnsupportedError as error:
-            return _refusal(HTTPStatus.NOT_IMPLEMENTED, f"read_back: {error}")
+            return _refusal(HTTPStatus.NOT_IMPLEMENTED, str(error))
         except TimeoutError:
             found = None
         if found is None:
@@ -146,10 +150,12 @@ async def _ask(
 
     Raises:
         VLLMValidationError: the image cannot be taken.
-        UnsupportedError: the KV cache cannot be read on this backend.
+        UnsupportedError: the pixels are elsewhere, or this backend's KV cache cannot be read.
     """
     prompt = await probe.render(engine, image, rate)
     (given,) = prompt["mm_kwargs"]["image"]
+    if PIXEL_HASH not in given:  # a place in shared memory instead of the pixels
+        raise UnsupportedError(_SHARED)
     key = [int(given[field].data) for field in (PIXEL_HASH, NUM_ANCHORS)]
     await ask_workers(engine, "era_watch", *key, _LIMIT_S)
     request_id = f"era-inspect-{uuid.uuid4().hex}"
@@ -161,7 +167,7 @@ async def _ask(
         taken = [rank for one in await ask_workers(engine, "era_take", *ask) for rank in one]
     ranks = [rank for rank in taken if rank["pruned"] is not None]  # of the engine that had it
     if ranks and ranks[0]["unreadable"]:
-        raise UnsupportedError(ranks[0]["unreadable"])
+        raise UnsupportedError(f"read_back: {ranks[0]['unreadable']}")
     if not ranks or (read_back and None in [rank["read_back"] for rank in ranks]):
         return None
     read = [rank["read_back"] for rank in ranks] if read_back else None
