@@ -16,7 +16,7 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from era_vllm.errors import ConfigError, UnsupportedError
+from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import Launch
 from era_vllm_server.front import Asked
 
@@ -27,15 +27,7 @@ def serve(launch: Launch, arguments: Sequence[str]) -> int:
     Args:
         launch: Environment that switches pruning on.
         arguments: What ``complete`` returned for it.
-
-    Raises:
-        UnsupportedError: ``VLLM_USE_RUST_FRONTEND``, whose renderer is not ours.
     """
-    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
-        raise UnsupportedError(
-            "VLLM_USE_RUST_FRONTEND replaces the Python front end that decides pruning rates; "
-            "unset it"
-        )
     os.environ.update(launch.environment)
     return run(arguments)
 
@@ -79,6 +71,9 @@ def asked(arguments: Sequence[str]) -> Asked:
         shutdown_timeout=parsed.shutdown_timeout,
         limit_mm_per_prompt=parsed.limit_mm_per_prompt or {},
         allowed_media_domains=parsed.allowed_media_domains or (),
+        api_key=parsed.api_key,
+        grpc=parsed.grpc,
+        grpc_port=parsed.grpc_port,
     )
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Final
 
-from era_vllm.errors import ConfigError
+from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
 from era_vllm_server.addresses import allowed_hosts
-from era_vllm_server.keys import Keys
+from era_vllm_server.keys import Keys, keys_of
 from era_vllm_server.settings import ServerSettings
 
 MIDDLEWARE: Final = "era_vllm_server.guard.Guard"
@@ -31,6 +31,8 @@ LIMITS: Final = {
 IMAGES: Final = 16
 """vLLM's default is 999. A pruned image is few tokens and a whole run of the encoder, so that the
 length of a prompt no longer bounds the work."""
+_OURS: Final = {"VLLM_MEDIA_CONNECTOR": CONNECTOR, "VLLM_USE_RUST_FRONTEND": "0"}
+"""Variables without which there is no front; others' values refuse."""
 _GROUPS: Final = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -55,6 +57,9 @@ class Asked:
     shutdown_timeout: int = 0
     limit_mm_per_prompt: Mapping[str, object] = field(default_factory=dict)
     allowed_media_domains: Sequence[str] = ()
+    api_key: Sequence[str | None] | None = None
+    grpc: bool = False
+    grpc_port: int | None = None
 
 
 def with_front(
@@ -69,12 +74,12 @@ def with_front(
         user: What vLLM reads from them.
 
     Raises:
-        ConfigError: vLLM would end accepted requests before we do, or a keys file or a domain is
-            no use.
+        ConfigError: vLLM would end accepted requests before we do, or keys or a domain are no use.
+        UnsupportedError: a server or a connector in which ours would not stand.
     """
-    for file in (settings.api_keys_file, settings.metrics_key_file):
-        if file is not None:
-            Keys.read(file)  # now, and not when the model is loaded
+    _refuse_ways_around(user)
+    vllms = user.api_key or [os.environ.get("VLLM_API_KEY")]
+    keys_of(settings, Keys.of(filter(None, vllms)))  # now, and not when the model is loaded
     allowed_hosts(user.allowed_media_domains)
     drain_s = settings.drain_timeout_s
     words = [*typed, "--middleware", MIDDLEWARE]  # behind the user's own: the last is outermost
@@ -92,7 +97,6 @@ def with_front(
     if "image" not in user.limit_mm_per_prompt:
         words += _images(typed, user.limit_mm_per_prompt)
     wanted = {
-        "VLLM_MEDIA_CONNECTOR": CONNECTOR,
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_image_pixels),  # vLLM's default: 178956970
         **LIMITS,
     }
@@ -101,10 +105,25 @@ def with_front(
     environment = {
         **({} if plugins is None else {"VLLM_PLUGINS": plugins}),
         **unset,
+        **_OURS,
         **settings.variables(),
         **launch.environment,
     }
     return replace(launch, environment=environment), words
+
+
+def _refuse_ways_around(user: Asked) -> None:
+    """Refuse what would serve without keys, deadline, limits or the checks of URLs and pictures."""
+    http = "needed vLLM's HTTP server in Python, in which keys, limits and pruning rates are"
+    if user.grpc or user.grpc_port is not None:
+        raise UnsupportedError(f"--grpc, --grpc-port: got one of them, {http}; leave it out")
+    if (rust := os.environ.get("VLLM_USE_RUST_FRONTEND", "")) not in ("", "0"):
+        raise UnsupportedError(f"VLLM_USE_RUST_FRONTEND: got {rust!r}, {http}; unset it")
+    if (name := os.environ.get("VLLM_MEDIA_CONNECTOR", CONNECTOR)) != CONNECTOR:
+        raise UnsupportedError(
+            f"VLLM_MEDIA_CONNECTOR: got {name!r}, needed {CONNECTOR!r}, which checks where URLs "
+            "lead and what pictures hold; unset it"
+        )
 
 
 def _images(typed: Sequence[str], others: Mapping[str, object]) -> list[str]:

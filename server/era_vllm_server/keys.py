@@ -1,6 +1,7 @@
 """API keys: read once from a file, kept as digests, compared in constant time.
 
-Leaves out which path asks for which key (``guard``).
+Which keys hold is decided here, for the launcher and for every API server alike. Leaves out which
+path asks for which key (``guard``).
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from pathlib import Path
 from starlette.types import Scope
 
 from era_vllm.errors import ConfigError
+from era_vllm_server.settings import ServerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,11 @@ class Keys:
 
     digests: tuple[bytes, ...] = ()
     """SHA-256 of each."""
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> "Keys":
+        """Take keys as they are written."""
+        return cls(tuple(_digest(key.encode()) for key in keys))
 
     @classmethod
     def read(cls, file: Path) -> "Keys":
@@ -46,7 +53,7 @@ class Keys:
                     f"keys file {file}, line {at}: a key has no spaces; comments begin with # on a "
                     "line of their own"
                 )
-        return cls(tuple(_digest(key.encode()) for _, key in numbered))
+        return cls.of(key for _, key in numbered)
 
     def __bool__(self) -> bool:
         return bool(self.digests)
@@ -62,6 +69,33 @@ class Keys:
             matches = sum([hmac.compare_digest(digest, own) for own in self.digests])
             found = key if matches and found is None else found
         return found
+
+
+def keys_of(settings: ServerSettings, theirs: Keys) -> tuple[Keys, Keys]:
+    """Return the API keys and those of ``/metrics``.
+
+    Args:
+        settings: Of the front.
+        theirs: vLLM's own, of ``--api-key`` or ``VLLM_API_KEY``.
+
+    Raises:
+        ConfigError: keys from two places, a file that is no use, or names of pictures without keys.
+    """
+    api = theirs
+    if settings.api_keys_file is not None:
+        if theirs:
+            raise ConfigError(
+                "keys come from --era-api-keys-file and from vLLM's --api-key or VLLM_API_KEY, "
+                "needed one of the two; write them all into the file"
+            )
+        api = Keys.read(settings.api_keys_file)
+    if settings.allow_image_uuid and not api:
+        raise ConfigError(
+            "--era-allow-image-uuid: pictures' names are kept apart by API key, and there is "
+            "none; set --era-api-keys-file, or leave it out"
+        )
+    file = settings.metrics_key_file
+    return api, api if file is None else Keys.read(file)
 
 
 def presented(scope: Scope) -> list[bytes]:

@@ -6,6 +6,7 @@ Leaves out what decides which tokens are kept: that is ``EraConfig``, which trav
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,12 @@ NOT_OURS: Final = frozenset(
     }
 )
 """Variables of the scripts in ``deploy``, and of the version check."""
+_SERVICE: Final = re.compile(
+    r"ERA_(\w+_)?(SERVICE_HOST=|SERVICE_PORT(_\w+)?=|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?=\w+://"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=)"
+)
+"""Variables, with their values, of a Service whose name begins with ``era``: Kubernetes puts them
+into every pod of its namespace. A port's alone holds an address: ``ERA_VLLM_PORT=tcp://...``."""
 
 
 class ServerSettings(BaseSettings):
@@ -99,13 +106,12 @@ class ServerSettings(BaseSettings):
             ) from error
 
     def variables(self) -> dict[str, str]:
-        """Return the ``ERA_`` variables that say the same in another process."""
-        default = type(self).model_construct()
-        return {
-            PREFIX + name.upper(): str(value)
-            for name, value in self
-            if value != getattr(default, name)
-        }
+        """Return the ``ERA_`` variables that say the same in another process.
+
+        All that were given: a default too, where it takes the place of the user's variable.
+        """
+        given = self.model_fields_set
+        return {PREFIX + name.upper(): str(value) for name, value in self if name in given}
 
 
 def refuse_unknown_variables(known_elsewhere: frozenset[str] = frozenset()) -> None:
@@ -116,8 +122,8 @@ def refuse_unknown_variables(known_elsewhere: frozenset[str] = frozenset()) -> N
     """
     own = {PREFIX + name.upper() for name in ServerSettings.model_fields}
     known = own | NOT_OURS | known_elsewhere
-    for name in os.environ:
-        if not name.startswith(PREFIX) or name in known:
+    for name, value in os.environ.items():
+        if not name.startswith(PREFIX) or name in known or _SERVICE.match(f"{name}={value}"):
             continue
         if name.removeprefix(PREFIX).lower() in EraConfig.__dataclass_fields__:
             raise ConfigError(

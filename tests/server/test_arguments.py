@@ -124,6 +124,14 @@ def test_variables_are_flags_and_the_flag_wins(capsys, monkeypatch):
     assert "'ERA_PRUNNING_RATE'; did you mean 'ERA_PRUNING_RATE'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("typed", [["--grpc"], ["--grpc-port", "9"], ["--config", "grpc.yaml"]])
+def test_a_server_without_our_layer_refuses_also_on_paper(typed, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grpc.yaml").write_text("grpc: true\n")
+    assert main(["serve", *typed, "--print-command"]) == 2
+    assert "needed vLLM's HTTP server in Python" in capsys.readouterr().err
+
+
 def test_at_a_maximum_of_0_the_front_is_told_and_the_engine_is_not(capsys):
     assert main(["serve", "--print-command", "--era-max-pruning-rate", "0"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from era_vllm.errors import ConfigError
+from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import Launch
 from era_vllm_server.front import LIMITS, MIDDLEWARE, Asked, with_front
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
@@ -14,7 +14,8 @@ IMAGES = ["--limit-mm-per-prompt", '{"image": 16}']
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch):
-    for name in (*LIMITS, "VLLM_PLUGINS", "VLLM_MAX_IMAGE_PIXELS", "VLLM_MEDIA_CONNECTOR"):
+    others = ("VLLM_PLUGINS", "VLLM_MAX_IMAGE_PIXELS", "VLLM_MEDIA_CONNECTOR", "VLLM_API_KEY")
+    for name in (*LIMITS, *others, "VLLM_USE_RUST_FRONTEND"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -28,6 +29,16 @@ def test_a_flag_wins_over_a_variable_and_both_reach_other_processes(monkeypatch)
     settings = ServerSettings.parse({"max_body_bytes": "4096"})
     assert (settings.max_body_bytes, settings.retry_after_s) == (4096, 7)
     assert settings.variables() == {"ERA_MAX_BODY_BYTES": "4096", "ERA_RETRY_AFTER_S": "7"}
+
+
+def test_a_flag_wins_also_where_it_says_the_default(monkeypatch):
+    """In the server's own processes, which read variables alone."""
+    default = str(ServerSettings().max_body_bytes)
+    monkeypatch.setenv("ERA_MAX_BODY_BYTES", "2048")
+    launch, _ = front("m", max_body_bytes=default)
+    for name, value in launch.environment.items():
+        monkeypatch.setenv(name, value)
+    assert ServerSettings.parse().max_body_bytes == int(default)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +55,50 @@ def test_keys_files_are_read_before_anything_starts(tmp_path):
     for name in ("api_keys_file", "metrics_key_file"):
         with pytest.raises(ConfigError, match="cannot be read"):
             front("m", **{name: tmp_path / "absent"})
+
+
+def test_keys_that_the_server_would_refuse_are_refused_before_anything_starts(
+    tmp_path, monkeypatch
+):
+    """Not when the model is loaded: ``Guard`` checks by the same function."""
+    file = tmp_path / "keys"
+    file.write_text("one")
+    front("m", user=Asked(api_key=["two"]), allow_image_uuid=True)
+    front("m", api_keys_file=file, allow_image_uuid=True)
+    with pytest.raises(ConfigError, match="--era-allow-image-uuid: .* there is none"):
+        front("m", user=Asked(api_key=[""]), allow_image_uuid=True)
+    with pytest.raises(ConfigError, match="needed one of the two"):
+        front("m", user=Asked(api_key=["two"]), api_keys_file=file)
+    monkeypatch.setenv("VLLM_API_KEY", "two")
+    with pytest.raises(ConfigError, match="needed one of the two"):
+        front("m", api_keys_file=file)
+
+
+@pytest.mark.parametrize("service", ["ERA_VLLM", "ERA", "ERA_V_2"])
+def test_a_kubernetes_service_of_our_name_stops_nobody(monkeypatch, service):
+    """What the kubelet sets in every pod of the Service's namespace, and Docker's links."""
+    address = "tcp://10.0.0.7:8000"
+    for name, value in {
+        "SERVICE_HOST": "10.0.0.7",
+        "SERVICE_PORT": "8000",
+        "SERVICE_PORT_HTTP": "8000",
+        "PORT": address,
+        "PORT_8000_TCP": address,
+        "PORT_8000_TCP_PROTO": "tcp",
+        "PORT_8000_TCP_PORT": "8000",
+        "PORT_8000_TCP_ADDR": "10.0.0.7",
+    }.items():
+        monkeypatch.setenv(f"{service}_{name}", value)
+    refuse_unknown_variables()
+
+
+@pytest.mark.parametrize(
+    "name", ["ERA_PORT", "ERA_VLLM_PORT", "ERA_SERVICE", "ERA_MAX_BODY_BYTE", "ERA_PORT_TCP"]
+)
+def test_other_variables_of_that_kind_still_refuse(monkeypatch, name):
+    monkeypatch.setenv(name, "8000")
+    with pytest.raises(ConfigError, match=f"unknown variable '{name}'"):
+        refuse_unknown_variables()
 
 
 def test_an_unknown_variable_refuses_with_the_nearest(monkeypatch):
@@ -65,6 +120,7 @@ def test_safe_defaults_are_set():
     assert LIMITS.items() <= launch.environment.items()
     assert launch.environment["VLLM_MAX_IMAGE_PIXELS"] == str(2**25)
     assert launch.environment["VLLM_MEDIA_CONNECTOR"] == "era"
+    assert launch.environment["VLLM_USE_RUST_FRONTEND"] == "0"
     assert "era" in launch.environment["VLLM_PLUGINS"].split(",")
     assert words == ["m", "--middleware", MIDDLEWARE, "--shutdown-timeout", "30", *IMAGES]
 
@@ -77,6 +133,18 @@ def test_the_users_own_environment_and_flags_win(monkeypatch):
     assert "VLLM_MAX_N_SEQUENCES" not in launch.environment
     assert launch.environment["VLLM_PLUGINS"] == "foo,era"
     assert words == ["m", "--limit_mm_per_prompt.image=3", "--middleware", MIDDLEWARE]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("VLLM_MEDIA_CONNECTOR", "http"), ("VLLM_USE_RUST_FRONTEND", "1")]
+)
+def test_a_variable_that_would_take_the_front_away_refuses(monkeypatch, name, value):
+    for harmless in ("era",) if name == "VLLM_MEDIA_CONNECTOR" else ("0", ""):
+        monkeypatch.setenv(name, harmless)
+        front("m")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UnsupportedError, match=f"{name}: got '{value}', needed .*unset it"):
+        front("m")
 
 
 def test_the_limit_of_images_joins_those_of_other_media():
