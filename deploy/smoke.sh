@@ -3,7 +3,7 @@
 # has text, its `era` object says what was pruned, and /metrics counted it. Needs Python alone.
 #     deploy/smoke.sh [URL] [IMAGE_TOKENS]
 # IMAGE_TOKENS: what one picture costs the served model unpruned; default: the shipped model's.
-# Keys: $API_KEY and $METRICS_KEY, or the first lines of deploy/secrets, where keys.sh made them.
+# Keys: $API_KEY and $METRICS_KEY, or the first ones in deploy/secrets, where keys.sh made them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 exec python3 - "${1:-http://127.0.0.1:8000}" "${2:-}" <<'PY'
@@ -26,8 +26,9 @@ def fail(why):
 
 def key(variable, file):
     path = pathlib.Path("secrets") / file
-    lines = path.read_text().split() if path.exists() else []
-    return os.environ.get(variable) or (lines[0] if lines else None)
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()] if path.exists() else []
+    keys = [line for line in lines if line and line[0] != "#"]
+    return os.environ.get(variable) or (keys[0] if keys else None)
 
 
 def call(path, body=None, key=None):

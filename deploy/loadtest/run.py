@@ -9,6 +9,7 @@ mixed traffic, aborts and bad images: ``locustfile.py`` and ``soak.py``.
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -52,14 +53,14 @@ def main() -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     busy = os.getloadavg()[0]  # before anything of ours: more than 0.5 a core spoils the figures
     with tempfile.TemporaryDirectory() as folder, served(arguments, Path(folder)) as (url, where):
-        cells = sweep(url, where, arguments, Path(folder))
-        facts = get(url, "/v1/era")
-    name = arguments.name or (SAMPLE if arguments.model == SAMPLE else f"dummy-{arguments.model}")
+        facts, model = get(url, "/v1/era"), get(url, "/v1/models")["data"][0]["id"]
+        name, title = named(arguments, model)
+        cells = sweep(url, model, where, arguments, Path(folder))
     report = {
         "loadtest": name,
         **provenance(),
         "command": shlex.join(sys.argv),
-        "model": described(arguments),
+        "model": title,
         "settings": {
             "levels": arguments.levels,
             "concurrency": arguments.concurrency,
@@ -115,21 +116,29 @@ def options() -> argparse.Namespace:
     add("--side", type=int, help="pixels of a picture's side (default: the model's)")
     add("--server", default="", metavar="FLAGS", help="of `era-vllm serve`, as one word")
     add("--out", type=Path, default=Path("out"))
-    add("--name", help="of the files (default: the model)")
+    add("--name", help="of the files (default: the model; with --url what it is served as)")
     arguments = parser.parse_args()
     if arguments.side is None:
         arguments.side = _SAMPLE_SIDE if arguments.model == SAMPLE else IMAGE_SIZE
     return arguments
 
 
-def described(arguments: argparse.Namespace) -> str:
-    """Say which model it is, dummy weights first of all."""
+def named(arguments: argparse.Namespace, served: str) -> tuple[str, str]:
+    """Return the files' name, and which model it is, dummy weights first of all.
+
+    Args:
+        arguments: The options.
+        served: What the server calls its model.
+    """
     if arguments.url is not None:
-        return f"the server at {arguments.url}"
-    if arguments.model == SAMPLE:
-        return "the shipped sample model (4 M parameters, trained)"
-    billions = SIZES[arguments.model].parameters / 1e9
-    return f"DUMMY WEIGHTS: {billions:.2f} B Llama behind CLIP-L/14-336"
+        name, title = re.sub(r"[^\w.-]+", "-", served).strip("-."), f"{served} at {arguments.url}"
+    elif arguments.model == SAMPLE:
+        name, title = SAMPLE, "the shipped sample model (4 M parameters, trained)"
+    else:
+        billions = SIZES[arguments.model].parameters / 1e9
+        name = f"dummy-{arguments.model}"
+        title = f"DUMMY WEIGHTS: {billions:.2f} B Llama behind CLIP-L/14-336"
+    return arguments.name or name, title
 
 
 @contextmanager
@@ -154,13 +163,12 @@ def served(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
 
 
 def sweep(
-    url: str, tokenizer: str | None, arguments: argparse.Namespace, folder: Path
+    url: str, model: str, tokenizer: str | None, arguments: argparse.Namespace, folder: Path
 ) -> list[dict[str, object]]:
     """Measure every level at every concurrency; the level that goes first changes each time."""
     progress("importing vLLM's benchmark client")
     from client import Client, write_requests
 
-    model = get(url, "/v1/models")["data"][0]["id"]
     client = Client(url, model, tokenizer, arguments.output_tokens, arguments.goodput)
     cells: list[dict[str, object]] = []
     seed = 0

@@ -2,16 +2,16 @@
 
 Stopping never cancels the application: vLLM would let the engine go on. The application is told
 that its client has gone (``http.disconnect``), on which vLLM aborts the engine's request itself,
-and what it still says is replaced by our answer.
+and what it still says is replaced by our answer. One that does not listen goes on behind it.
 """
 
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,10 @@ Header = tuple[bytes, bytes]
 _log = logging.getLogger(__name__)
 _ANSWER_LIMIT_S: Final = 5.0
 """For our last word to a client that does not read."""
+PATIENCE_S: Final = 1.0
+"""How long an application that was stopped may take to end before we answer all the same."""
+CLIENT_GONE: Final = 499
+"""In place of a status where the client left before the end; nginx's number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class Exchange:
         self,
         receive: Receive,
         send: Send,
+        send_own: Send,
         max_body: tuple[int, Refusal],
         headers: Callable[[int], list[Header]],
     ) -> None:
@@ -84,36 +89,61 @@ class Exchange:
 
         Args:
             receive: The server's.
-            send: The server's.
+            send: The server's, for the application's answer.
+            send_own: The same for a refusal of ours.
             max_body: Bytes that the body may have, and the answer to more.
             headers: What to add to a response of a status.
         """
-        self._from_client, self._to_client = receive, send
+        self._from_client, self._to_client, self._send_own = receive, send, send_own
         self._max_body, self._headers = max_body, headers
         self._body_bytes = 0
-        self._started = self._stream = self._complete = False
+        self._status: int = HTTPStatus.INTERNAL_SERVER_ERROR  # uvicorn's, where nothing is said
+        self._started = self._stream = self._complete = self._left = False
         self._stopped: Refusal | None = None
         self._waiting = set[asyncio.Timeout]()
+        self._patience_ends: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """Let an application answer it, unless it is stopped."""
+    async def run(self, app: ASGIApp, scope: Scope, background: set[asyncio.Task[None]]) -> int:
+        """Let an application answer it, unless it is stopped.
+
+        Args:
+            app: The application.
+            scope: The request's.
+            background: Keeps applications that go on after we have answered for them.
+
+        Returns:
+            The status that the client was told last: a refusal's also in a stream that had begun
+            with 200; ``CLIENT_GONE`` where it left.
+        """
+        work = asyncio.create_task(
+            cast("Coroutine[Any, Any, None]", app(scope, self._receive, self._send))
+        )
         try:
-            await app(scope, self._receive, self._send)
-        except Exception as error:  # whatever layers make of the OSError that ``_send`` gave them
-            if self._stopped is None:
-                raise
-            _log.debug("a stopped request ended by %s", type(error).__name__)
-        if self._stopped is not None and not self._complete:
-            tell = self._stopped.end_stream if self._started else self._stopped.answer
-            async with asyncio.timeout(_ANSWER_LIMIT_S):
-                await tell(self._to_client)
+            await asyncio.wait({work, self._patience_ends}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # by the server, at its own end
+            work.cancel()
+            raise
+        background.add(work)
+        work.add_done_callback(background.discard)
+        if self._stopped is None:
+            await work
+        else:
+            work.add_done_callback(_ended)
+            if not self._complete:
+                tell = self._stopped.end_stream if self._started else self._stopped.answer
+                async with asyncio.timeout(_ANSWER_LIMIT_S):
+                    await tell(self._send_own)
+                return self._stopped.status
+        return CLIENT_GONE if self._left else self._status
 
     def stop(self, refusal: Refusal) -> None:
         """End it with a refusal; a JSON response that is under way is left to finish."""
         if self._stopped is None and (self._stream or not self._started):
             self._stopped = refusal
+            loop = asyncio.get_running_loop()
             for waiting in self._waiting:
-                waiting.reschedule(asyncio.get_running_loop().time())
+                waiting.reschedule(loop.time())
+            loop.call_later(PATIENCE_S, self._patience_ends.set_result, None)
 
     async def _receive(self) -> Message:
         message: Message = {"type": "http.disconnect"}
@@ -122,6 +152,7 @@ class Exchange:
                 async with asyncio.timeout(None) as waiting:
                     self._waiting.add(waiting)
                     message = await self._from_client()
+                self._left |= message["type"] == "http.disconnect" and not self._complete
             except TimeoutError:  # stopped
                 pass
             finally:
@@ -137,7 +168,7 @@ class Exchange:
             raise OSError("the request was stopped")  # what ASGI says of a client that has gone
         if message["type"] == "http.response.start":
             headers, status = list(message.get("headers", [])), message["status"]
-            self._started = True
+            self._started, self._status = True, status
             kinds = [value for name, value in headers if name == b"content-type"]
             self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
             names = {name for name, _ in headers}
@@ -146,3 +177,11 @@ class Exchange:
         elif message["type"] == "http.response.body":
             self._complete = not message.get("more_body", False)
         await self._to_client(message)
+
+
+def _ended(work: asyncio.Task[None]) -> None:
+    """Take note of how an application ended that was stopped: layers make of the OSError, which
+    ``_send`` gave them, whatever they like."""
+    error = None if work.cancelled() else work.exception()
+    if error is not None:
+        _log.debug("a stopped request ended by %s", type(error).__name__)

@@ -1,4 +1,4 @@
-"""The outermost ASGI layer (``--middleware``): every request passes it first.
+"""The outermost ASGI layer (``--middleware``): every request passes it first, and is counted.
 
 In this order: draining, key, size of the body, then the application under a deadline. Paths are
 those of the ASGI scope, which the router uses too, never what the Host header makes of them
@@ -6,18 +6,21 @@ those of the ASGI scope, which the router uses too, never what the Host header m
 """
 
 import asyncio
+from collections.abc import Iterator
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 
 from starlette._utils import get_route_path  # what the router strips, by the router's rule
-from starlette.datastructures import State
+from starlette.datastructures import Headers, State
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from era_vllm.errors import ConfigError
 from era_vllm_server.drain import Drain
 from era_vllm_server.exchange import Exchange, Header, Refusal
-from era_vllm_server.keys import Keys, as_bearer, presented
-from era_vllm_server.metrics import REJECTED
+from era_vllm_server.keys import Keys, as_bearer, keys_of, presented
+from era_vllm_server.logs import QUIET
+from era_vllm_server.metrics import REJECTED, RESPONSES
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
 
 READY: Final = "/ready"
@@ -32,10 +35,28 @@ _CLOSE: Final[Header] = (b"connection", b"close")
 
 
 class Guard:
-    """vLLM makes one in every API server, around everything else.
+    """vLLM makes one in every API server, around everything else, when uvicorn starts.
+
+    An error is told as ASGI's ``lifespan.startup.failed``, on which the server ends: one that is
+    raised uvicorn takes for an application without a lifespan, and serves.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        try:
+            self._gate: ASGIApp = Gate(app)
+        except Exception as error:
+            self._gate = partial(_fail, f"{type(error).__name__}: {error}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or the lifespan."""
+        await self._gate(scope, receive, send)
+
+
+class Gate:
+    """What stands between clients and the application.
 
     Raises:
-        ConfigError: a setting or a keys file that cannot be used; the server does not start.
+        ConfigError: a setting or a keys file that cannot be used.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -69,14 +90,9 @@ class Guard:
             f"the request took longer than {settings.request_timeout_s:g} s and was ended",
             (_CLOSE,),
         )
-        self.keys = _keys(settings, app)
-        file = settings.metrics_key_file
-        self.metrics_keys = self.keys if file is None else Keys.read(file)
-        if settings.allow_image_uuid and not self.keys:
-            raise ConfigError(
-                "--era-allow-image-uuid: pictures' names are kept apart by API key, and there is "
-                "none; set --era-api-keys-file, or leave it out"
-            )
+        self.keys, self.metrics_keys = keys_of(settings, _vllms_keys(app))
+        self._cors = next((at for at in _layers(app) if isinstance(at, CORSMiddleware)), None)
+        self._background = set[asyncio.Task[None]]()
         self.drain = Drain(settings.drain_timeout_s, self._draining)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,7 +103,12 @@ class Guard:
             await self.app(scope, receive, send)
             _note_end(state, asked=self.drain.draining)
         elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+            status: int = HTTPStatus.INTERNAL_SERVER_ERROR  # starlette's answer to an exception
+            try:
+                status = await self._http(scope, receive, send)
+            finally:
+                if get_route_path(scope) not in QUIET:
+                    RESPONSES.labels(str(int(status))).inc()
         else:  # a websocket; closed before it is accepted it is a 403
             scope, refusal = self._admit(scope)
             if refusal is None:
@@ -96,22 +117,25 @@ class Guard:
                 REJECTED.labels(refusal.reason).inc()
                 await send({"type": "websocket.close", "code": 1008, "reason": refusal.reason})
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> int:
+        """Answer a request; return the status."""
+        send_own = self._with_cors(scope, send)
         scope, refusal = self._admit(scope)
         if refusal is None and _announced(scope) > self.settings.max_body_bytes:
             refusal = self._too_large
         if refusal is not None:
-            await refusal.answer(send)
-            return
+            await refusal.answer(send_own)
+            return refusal.status
         max_body = self.settings.max_body_bytes, self._too_large
-        exchange = Exchange(receive, send, max_body, self._added)
+        added = partial(self._added, scope["method"])
+        exchange = Exchange(receive, send, send_own, max_body, added)
         late = None
         if self.settings.request_timeout_s:
             delay = self.settings.request_timeout_s
             late = asyncio.get_running_loop().call_later(delay, exchange.stop, self._too_late)
         self.drain.in_flight.add(exchange)
         try:
-            await exchange.run(self.app, scope)
+            return await exchange.run(self.app, scope, self._background)
         finally:
             self.drain.in_flight.discard(exchange)
             if late is not None:
@@ -120,9 +144,11 @@ class Guard:
     def _admit(self, scope: Scope) -> tuple[Scope, Refusal | None]:
         """Return the request as the application is to see it, and why it is refused, if it is."""
         path = get_route_path(scope)
+        if _is_preflight(scope):
+            return scope, None
         if self.drain.draining and path not in (HEALTH, METRICS):
             return scope, self._draining
-        if path in OPEN or path.startswith(OPEN_FOLDER) or _is_preflight(scope):
+        if path in OPEN or path.startswith(OPEN_FOLDER):
             return scope, None
         # all that begins so: vLLM mounts its metrics at /metrics{anything}, for every method
         keys = self.metrics_keys if path.startswith(METRICS) else self.keys
@@ -131,33 +157,47 @@ class Guard:
         key = keys.holder(presented(scope))
         return (scope, self._no_key) if key is None else (as_bearer(scope, key), None)
 
-    def _added(self, status: int) -> list[Header]:
+    def _added(self, method: str, status: int) -> list[Header]:
         """Return headers for the application's own responses."""
         headers = [_CLOSE] if self.drain.draining else []
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:  # vLLM's admission limits
-            REJECTED.labels("busy").inc()
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append(self._retry)
+            if method == "POST":  # vLLM's admission limits, and no probe
+                REJECTED.labels("busy").inc()
         return headers
 
+    def _with_cors(self, scope: Scope, send: Send) -> Send:
+        """Return what sends our own answers to browsers as vLLM's CORS layer sends the others.
 
-def _keys(settings: ServerSettings, app: ASGIApp) -> Keys:
-    """Return the keys of our file, or else vLLM's own, which it asks for under /v1 and /v2 only.
+        It is inside of us. Without its headers a script sees a network error, and no status.
+        """
+        headers = Headers(scope=scope)
+        if self._cors is None or "origin" not in headers:
+            return send
+        return partial(self._cors.send, send=send, request_headers=headers)
+
+
+async def _fail(message: str, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer the lifespan, after which uvicorn ends; nothing else is asked."""
+    await send({"type": "lifespan.startup.failed", "message": message})
+
+
+def _layers(app: ASGIApp) -> Iterator[object]:
+    """Yield an application's layers, the outermost first."""
+    layer: object = app
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "app", None)
+
+
+def _vllms_keys(app: ASGIApp) -> Keys:
+    """Return vLLM's own keys, which it asks for under /v1 and /v2 only.
 
     Upstream: vllm/entrypoints/serve/middleware/authenticate.py, one of the layers around ``app``;
     it keeps SHA-256 digests of ``--api-key`` or ``VLLM_API_KEY``, wherever they came from.
     """
-    theirs, layer = list[bytes](), app
-    while layer is not None:
-        theirs += getattr(layer, "api_tokens", [])
-        layer = getattr(layer, "app", None)
-    if settings.api_keys_file is None:
-        return Keys(tuple(theirs))
-    if theirs:
-        raise ConfigError(
-            "keys come from --era-api-keys-file and from vLLM's --api-key or VLLM_API_KEY, needed "
-            "one of the two; write them all into the file"
-        )
-    return Keys.read(settings.api_keys_file)
+    theirs = [key for layer in _layers(app) for key in getattr(layer, "api_tokens", [])]
+    return Keys(tuple(theirs))
 
 
 def _note_end(state: State, *, asked: bool) -> None:

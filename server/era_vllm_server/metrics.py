@@ -4,12 +4,15 @@ Counters here are prometheus_client's own objects: with several API servers it s
 multiprocess mode, which vLLM sets up). What workers counted (``era_vllm/vllm_plugin/metrics.py``)
 is asked of them when somebody scrapes, rank 0 of each engine, and added behind vLLM's own text: so
 it is counted once whatever the number of ranks and API servers, needs no folder of counter files,
-and leaves vLLM's figures in the mode they are in.
+and leaves vLLM's figures in the mode they are in. Where the workers do not answer in time their
+families are left out: an older figure would read as a counter that was reset, for another API
+server may have told a newer one.
 """
 
 import asyncio
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
@@ -37,10 +40,16 @@ TOKENS_AFTER: Final = Counter(
 IMAGES: Final = Counter("era:images", "Images by what decided their pruning rate.", ["source"])
 CLAMPED: Final = Counter("era:clamped_images", "Images whose detail was brought into bounds.")
 REJECTED: Final = Counter("era:rejected_requests", "Requests refused by the front.", ["reason"])
+RESPONSES: Final = Counter(
+    "era:responses",
+    "Responses by the status that clients were told last, in a stream too; 499 = the client left.",
+    ["status"],
+)
+"""vLLM's own ``http_requests_total`` is inside of the front and does not see what that says."""
 
 _WAIT_S: Final = 5.0
-"""A scrape waits so long for the workers, who answer between two steps; then the last figures hold.
-Prometheus gives up after 10."""
+"""A scrape waits so long for the workers, who answer between two steps. Prometheus gives up after
+10."""
 
 router = APIRouter()
 
@@ -50,55 +59,70 @@ async def metrics(raw_request: Request) -> Response:
     """Prometheus metrics: vLLM's own, ours, and the workers'."""
     text = generate_latest(get_prometheus_registry())
     workers: WorkerMetrics | None = getattr(raw_request.app.state, "era_worker_metrics", None)
-    if workers is not None:
-        await workers.refresh()
-        text += generate_latest(workers)  # type: ignore[arg-type]  # has collect()
+    if workers is not None and (figures := await workers.ask()) is not None:
+        text += generate_latest(figures)  # type: ignore[arg-type]  # has collect()
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 class WorkerMetrics:
-    """The workers' figures as last heard; one question at a time, whoever scrapes."""
+    """Asks for the workers' figures; one question at a time, whoever scrapes."""
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
-        self._last: list[Counted] = []
-        self._asking: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[Figures | None] | None = None
 
-    async def refresh(self) -> None:
-        """Ask the workers, unless a question is still open; wait for at most ``_WAIT_S``."""
+    async def ask(self) -> "Figures | None":
+        """Ask the workers, unless a question is still open; wait for at most ``_WAIT_S``.
+
+        Returns:
+            What they say now; None where they do not.
+        """
         if self._asking is None or self._asking.done():
             if self._engine.errored:
-                return
-            self._asking = asyncio.create_task(self._ask())
-        await asyncio.wait({self._asking}, timeout=_WAIT_S)
+                return None
+            self._asking = asyncio.create_task(self._answer())
+        asked = self._asking
+        await asyncio.wait({asked}, timeout=_WAIT_S)
+        if asked.done():
+            return asked.result()
+        logger.warning("workers' metrics are left out: no answer within %g s", _WAIT_S)
+        return None
+
+    async def _answer(self) -> "Figures | None":
+        try:
+            said = await ask_workers(self._engine, "era_metrics")
+            return Figures([ranks[0] for ranks in said])
+        except Exception as error:  # what vLLM makes of any failure behind its RPC, or of an end
+            logger.warning("workers' metrics are left out: %s", type(error).__name__)
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the workers counted; a prometheus_client collector."""
+
+    engines: list[Counted]
+    """Of rank 0 of each."""
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the figures, summed over engines; a prometheus_client collector."""
-        if not self._last:
-            return
-        passes = map(sum, zip(*(one["passes"] for one in self._last), strict=True))
+        """Yield the figures, summed over engines."""
+        passes = map(sum, zip(*(one["passes"] for one in self.engines), strict=True))
         bounds = [*map(str, BUCKETS_S), "+Inf"]
         yield HistogramMetricFamily(
             "era:reducer_seconds",
             "Seconds of a pass of the reducer: select, merge and bias of the images encoded at "
             "once; the encoder is not in it.",
             buckets=list(zip(bounds, accumulate(passes), strict=True)),
-            sum_value=sum(one["seconds"] for one in self._last),
+            sum_value=sum(one["seconds"] for one in self.engines),
         )
         yield CounterMetricFamily(
             "era:reduced_images",
             "Images that were encoded and reduced; those that a cache answers are not.",
-            value=sum(one["images"] for one in self._last),
+            value=sum(one["images"] for one in self.engines),
         )
         degenerate = CounterMetricFamily(
             "era:degenerate_inputs", "Values that the reducer repaired.", labels=["kind"]
         )
-        for kind in self._last[0]["degenerate"]:
-            degenerate.add_metric([kind], sum(one["degenerate"][kind] for one in self._last))
+        for kind in self.engines[0]["degenerate"]:
+            degenerate.add_metric([kind], sum(one["degenerate"][kind] for one in self.engines))
         yield degenerate
-
-    async def _ask(self) -> None:
-        try:
-            self._last = [ranks[0] for ranks in await ask_workers(self._engine, "era_metrics")]
-        except Exception as error:  # what vLLM makes of any failure behind its RPC, or of an end
-            logger.warning("workers' metrics stay as they were: %s", type(error).__name__)

@@ -9,8 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from itertools import chain
 from pathlib import Path
@@ -26,7 +29,9 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 ALERTS = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
-METRIC = re.compile(r"\b(?:vllm|era):\w+|\bhttp_\w+")
+METRIC = re.compile(
+    r"\b(?:vllm|era):\w+|\bhttp_\w+"
+)  # http_ are vLLM's, to whom our front is not known
 SUFFIXES = ("", "_total", "_bucket", "_sum", "_count")
 
 
@@ -145,7 +150,6 @@ def exposed() -> Iterator[str]:
         Path(spec.origin).parent / "v1" / "metrics" / "loggers.py",
         ROOT / "server" / "era_vllm_server" / "metrics.py",
     ]
-    yield "http_requests_total"
     for source in sources:
         for kind, name in re.findall(
             r'(\w+)\(\s*(?:name=)?"((?:vllm|era):\w+)"', source.read_text()
@@ -208,6 +212,67 @@ def test_dashboard_has_data_of_a_server(scraped: tuple[str, str, dict[str, str]]
     ((_, share),) = QUERIES.ask(prometheus, kept)
     assert share == pytest.approx(16 / 144)
     assert not QUERIES.ask(prometheus, 'ALERTS{alertstate="firing"}')
+
+
+@contextmanager
+def answering(answers: dict[str, object]) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """Yield a server's URL, and the paths and keys that it was asked with; no path, no 200."""
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(200 if self.path in answers else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answers.get(self.path)).encode())
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+
+
+def test_smoke_takes_the_first_key_of_a_file_with_comments(tmp_path: Path) -> None:
+    (tmp_path / "deploy" / "secrets").mkdir(parents=True)
+    (tmp_path / "era_vllm").symlink_to(ROOT / "era_vllm")
+    shutil.copy(DEPLOY / "smoke.sh", tmp_path / "deploy")
+    (tmp_path / "deploy" / "secrets" / "api_keys").write_text("# two clients\n\n  one \ntwo\n")
+    (tmp_path / "deploy" / "secrets" / "metrics_key").write_text("# Prometheus\nthree\n")
+    models = {"data": [{"id": "m"}]}
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
+    with answering({"/ready": {}, "/v1/models": models}) as (url, asked):
+        command = [str(tmp_path / "deploy" / "smoke.sh"), url]
+        subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert asked == [("/ready", None), ("/v1/models", "Bearer one"), ("/metrics", "Bearer three")]
+
+
+def test_a_load_test_of_a_server_that_is_up_is_named_after_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loadtest = load(DEPLOY / "loadtest" / "run.py")
+    cell = {"level": "off", "concurrency": 1, "failed": 0, **dict.fromkeys(loadtest.MEASURES, 1.0)}
+    swept: list[str] = []
+
+    def sweep(url: str, model: str, *_: object) -> list[dict[str, object]]:
+        swept.append(model)
+        return [cell]
+
+    monkeypatch.setattr(loadtest, "sweep", sweep)
+    monkeypatch.syspath_prepend(DEPLOY / "loadtest")
+    models = {"data": [{"id": "/models/llava-1.5"}]}
+    with answering({"/v1/models": models, "/v1/era": {"policy": "era"}}) as (url, _):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--url", url, "--out", str(tmp_path)])
+        assert loadtest.main() == 0
+    report = json.loads((tmp_path / "models-llava-1.5.json").read_text())
+    assert report["model"] == f"/models/llava-1.5 at {url}" and report["era"] == {"policy": "era"}
+    with answering({"/v1/models": models}) as (url, _):  # what would be lost behind the sweep
+        monkeypatch.setattr(sys, "argv", ["run.py", "--url", url, "--out", str(tmp_path)])
+        with pytest.raises(OSError, match="404"):
+            loadtest.main()
+    assert swept == ["/models/llava-1.5"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,18 @@
 """The outermost layer: keys, sizes, deadline, around an application that forces faults."""
 
 import asyncio
+import gc
 import hashlib
 import json
+import time
 
 import pytest
+from prometheus_client import REGISTRY
+from starlette.middleware.cors import CORSMiddleware
 
 from era_vllm.errors import ConfigError
-from era_vllm_server.guard import Guard
+from era_vllm_server import exchange
+from era_vllm_server.guard import Gate, Guard
 
 
 class Wire:
@@ -117,9 +122,13 @@ def make(monkeypatch, tmp_path):
             settings["api_keys_file"] = tmp_path / "keys"
         for name, value in settings.items():
             monkeypatch.setenv(f"ERA_{name.upper()}", str(value))
-        return Guard(app)
+        return Gate(app)
 
     return make
+
+
+def counted(name, **labels):
+    return REGISTRY.get_sample_value(f"era:{name}_total", labels) or 0
 
 
 def bearer(key):
@@ -328,3 +337,127 @@ def test_a_mistyped_variable_refuses_to_start(make, monkeypatch):
     monkeypatch.setenv("ERA_API_KEY_FILE", "keys")
     with pytest.raises(ConfigError, match="ERA_API_KEYS_FILE"):
         make(App())
+
+
+def test_an_error_at_the_start_is_told_to_uvicorn(monkeypatch):
+    """Where it is raised uvicorn serves all the same; the real process: ``test_guard_http``."""
+    monkeypatch.setenv("ERA_API_KEY_FILE", "keys")
+    app = App()
+    wire = ask(Guard(app), {"type": "lifespan"}, Wire({"type": "lifespan.startup"}))
+    (said,) = wire.sent
+    assert said["type"] == "lifespan.startup.failed" and "ERA_API_KEYS_FILE" in said["message"]
+    assert not app.seen
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_app_that_does_not_listen_is_answered_for_and_goes_on(make, monkeypatch, begun):
+    monkeypatch.setattr(exchange, "PATIENCE_S", 0.1)
+    ended = []
+
+    async def deaf(scope, receive, send):
+        start = {"type": "http.response.start", "status": 200, "headers": STREAM}
+        if begun:
+            await send(start)
+        await asyncio.sleep(0.6)
+        try:
+            await send(start)
+        except OSError as error:
+            ended.append(str(error))
+
+    async def run(gate, wire):
+        started = time.monotonic()
+        await gate(scope(), wire.receive, wire.send)
+        took = time.monotonic() - started
+        gc.collect()
+        await asyncio.sleep(0.7)
+        return took
+
+    wire = Wire(*body(b"{}"))
+    before = counted("responses", status="504")
+    took = asyncio.run(run(make(deaf, request_timeout_s=0.1), wire))
+    assert 0.2 <= took < 0.5
+    assert wire.status == (200 if begun else 504) and b"0.1 s" in wire.body
+    assert ended == ["the request was stopped"]
+    assert counted("responses", status="504") == before + 1
+
+
+STREAM = [(b"content-type", b"text/event-stream")]
+
+
+async def silent(scope, receive, send):
+    """Ends without an answer, as a handler whose client has gone."""
+
+
+CASES = {
+    "200": (App(), {}, {}),
+    "400": (App(status=400), {}, {}),
+    "401": (App(), {"keys": "a"}, {}),
+    "413": (App(), {"max_body_bytes": 1024}, {"headers": [(b"content-length", b"1025")]}),
+    "503": (App(status=503), {}, {}),
+    "504": (App(work_s=5), {"request_timeout_s": 0.1}, {}),
+    "504 in a stream": (
+        App(kind=STREAM[0][1], work_s=0.04, chunks=1000),
+        {"request_timeout_s": 0.1},
+        {},
+    ),
+    "500": (silent, {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_response_is_counted_once_as_what_was_told(make, case):
+    app, settings, more = CASES[case]
+    before = statuses()
+    ask(make(app, **settings), scope(**more))
+    assert added_since(before) == {case[:3]: 1}
+
+
+def test_errors_and_clients_that_leave_are_counted_and_probes_are_not(make):
+    async def broken(scope, receive, send):
+        raise KeyError("x")
+
+    before = statuses()
+    with pytest.raises(KeyError):
+        ask(make(broken), scope())
+    assert added_since(before) == {"500": 1}
+    before = statuses()
+    ask(make(App(work_s=5)), scope(), Wire(*body(b"{}"), hangs_up=True))
+    assert added_since(before) == {"499": 1}
+    before = statuses()
+    for path in ("/health", "/ready", "/metrics", "/ping"):
+        ask(make(App(status=503)), scope(path, method="GET"))
+    assert added_since(before) == {}
+
+
+def statuses():
+    (family,) = [one for one in REGISTRY.collect() if one.name == "era:responses"]
+    return {one.labels["status"]: one.value for one in family.samples if one.name.endswith("total")}
+
+
+def added_since(before):
+    now = statuses()
+    return {at: now[at] - before.get(at, 0) for at in now if now[at] != before.get(at, 0)}
+
+
+def test_busy_is_what_was_not_admitted(make):
+    before = counted("rejected_requests", reason="busy")
+    gate = make(App(status=503))
+    for path in ("/health", "/ready", "/v1/models"):
+        ask(gate, scope(path, method="GET"))
+    assert counted("rejected_requests", reason="busy") == before
+    ask(gate, scope())
+    assert counted("rejected_requests", reason="busy") == before + 1
+
+
+@pytest.mark.parametrize("origin", [b"https://mine", b"https://evil"])
+def test_browsers_can_read_what_the_guard_refuses(make, origin):
+    """A script of an allowed origin sees the status, before and after the app is reached."""
+    cors = CORSMiddleware(App(work_s=5), allow_origins=["https://mine"])
+    gate = make(Layer(cors, []), keys="a", request_timeout_s=0.1, max_body_bytes=1024)
+    large = (b"content-length", b"1025")
+    for status, headers in ((401, []), (413, [bearer("a"), large]), (504, [bearer("a")])):
+        wire = ask(gate, scope(headers=[(b"origin", origin), *headers]))
+        told = wire.headers.get(b"access-control-allow-origin")
+        assert (wire.status, told) == (status, origin if origin == b"https://mine" else None)
+        wire = ask(gate, scope(headers=headers))
+        assert (wire.status, b"access-control-allow-origin" in wire.headers) == (status, False)

@@ -1,5 +1,6 @@
 """What an operator asks a server: is it ready, what does it do, what has it done. Exact numbers."""
 
+import asyncio
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from era_vllm.config import EraConfig
 from era_vllm.types import Degenerate
-from era_vllm_server import info, ready
+from era_vllm_server import info, metrics, ready
 from era_vllm_server.settings import ServerSettings
 from tests.engine.random_llava import save_random_llava
 from tests.server.asking import (
@@ -115,6 +116,44 @@ def test_counters_are_exact_and_a_cached_image_is_not_reduced_again(servers):
     send_mix(servers[0], FIRST)
     again = added(after, scraped(servers[0]), "era:")
     assert again == {name: n for name, n in EXPECTED.items() if "reduced" not in name}
+
+
+def test_workers_that_do_not_answer_in_time_leave_a_gap(monkeypatch):
+    """Never an older figure: another API server may have told a newer one meanwhile."""
+    slow = asyncio.Event()
+    images = iter((10, 5000, 6000))
+
+    async def ask_workers(engine, method):
+        await slow.wait()
+        if (now := next(images)) == 6000:
+            raise RuntimeError("the engine has ended")
+        passes = [0] * (len(metrics.BUCKETS_S) + 1)
+        return [[{"images": now, "passes": passes, "seconds": 0.5, "degenerate": {}}]]
+
+    async def told(request):
+        text = (await metrics.metrics(request)).body.decode()
+        families = {one.name: one for one in text_string_to_metric_families(text)}
+        assert "era:images" in families
+        assert ("era:reducer_seconds" in families) == ("era:reduced_images" in families)
+        family = families.get("era:reduced_images")
+        return None if family is None else family.samples[0].value
+
+    async def run():
+        state = SimpleNamespace(
+            era_worker_metrics=metrics.WorkerMetrics(SimpleNamespace(errored=False))
+        )
+        request = SimpleNamespace(app=SimpleNamespace(state=state))
+        slow.set()
+        seen = [await told(request)]
+        slow.clear()
+        seen.append(await told(request))
+        slow.set()
+        seen.append(await told(request))
+        return [*seen, await told(request)]
+
+    monkeypatch.setattr(metrics, "ask_workers", ask_workers)
+    monkeypatch.setattr(metrics, "_WAIT_S", 0.05)
+    assert asyncio.run(run()) == [10, None, 5000, None]
 
 
 def test_the_histogram_adds_up(servers):
