@@ -6,7 +6,8 @@ What was done with each image goes back into the request's scope.
 """
 
 from collections.abc import Iterable, Sequence, Sized
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Final
 
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
@@ -29,6 +30,9 @@ from era_vllm.vllm_plugin.resolve import era_config
 _DETAILS = "era_details"
 _RATES = "era_rates"
 """Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
+RENDER: Final = "era_render"
+"""Key of an engine's input that counts on a picture which the engine was sent before: a function
+that renders the prompt anew. Whoever gives the input to the engine takes it out."""
 
 
 class EraRenderer(HfRenderer):
@@ -112,6 +116,14 @@ class EraRenderer(HfRenderer):
         """Do the same for a server."""
         inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
         self._report(prompt, inputs, **kwargs)
+        if current() and None in inputs.get("mm_kwargs", {}).get("image", ()):
+            inputs[RENDER] = partial(self._process_again, prompt, *args, **kwargs)
+        return inputs
+
+    async def _process_again(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+        """Do what vLLM does, for a prompt that was reported."""
+        inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
+        inputs.pop(TOKENS_BEFORE, None)
         return inputs
 
     def _report(

@@ -1,110 +1,71 @@
-"""Asks vLLM again where a request failed through no fault of its own, unseen by its client.
+"""Gives the engine a request again that failed through no fault of its own, unseen by its client.
 
 vLLM keeps pictures twice: the API server remembers what it has sent, the engine what it has got. A
-request that is shed or given up after its pictures were processed leaves the first ahead of the
-second; the next request with such a picture, somebody else's perhaps, then fails with an internal
-error, upon which vLLM forgets the picture and counts on the client to ask again. We do.
+request that is refused, shed or given up after its pictures were processed leaves the first ahead
+of the second; the next request with such a picture, somebody else's perhaps, is sent without its
+pixels and ends as an internal error. vLLM then forgets the picture and counts on the client to ask
+again. We do so instead: the prompt is rendered anew, with pixels this time.
 
-Upstream: vllm/v1/engine/core.py:2001 ``_handle_mm_cache_miss`` (0.32.0), which calls it retryable;
-its chat routes answer 500. Remove when they retry, or say 503.
+Upstream: vllm/v1/engine/core.py:2001 ``_handle_mm_cache_miss`` (0.32.0), which calls it retryable,
+where the chat routes answer 500. Replaces ``generate`` of the API server's engine client, through
+which every route goes. Remove when vLLM asks again itself, or says 503.
 """
 
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Final
 
-from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import GenerationError, VLLMError
+from vllm.engine.protocol import EngineClient
+from vllm.inputs import EngineInput
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
 
-from era_vllm_server.exchange import last_events
+from era_vllm.vllm_plugin.renderer import RENDER
 
-Ask = Callable[[], Awaitable[Response | None]]
-"""Runs the request from its start."""
 _MORE: Final = 2
-"""A request with several pictures may miss them one after another."""
-_FAILED: Final = re.compile(r'"message": ?"Internal server error"')
-"""In the event that vLLM makes of a ``GenerationError``; other errors have other texts."""
-_OPENING: Final = ("event: response.created\n", "event: response.in_progress\n", "event: ping\n")
-"""Events beside a stream's first that come before the engine has done anything."""
+"""Between two tries the picture can be thrown out by others."""
 
 
-async def answered(ask: Ask, more: int = _MORE) -> Response | None:
-    """Return vLLM's response; a request that fails at its start is asked again.
+def ask_again(engine: EngineClient) -> None:
+    """Have a request that misses a picture start once more, twice at most.
 
-    Args:
-        ask: Runs the request.
-        more: How often again.
-
-    Raises:
-        GenerationError: it fails every time.
+    Mutates: engine, its ``generate``.
     """
-    try:
-        response = await ask()
-    except GenerationError:
-        if more == 0:
-            raise
-        return await answered(ask, more - 1)
-    if isinstance(response, StreamingResponse):
-        closing = _Closing(
-            _stream(response.body_iterator, ask, more),
-            response.status_code,
-            background=response.background,
-        )
-        closing.raw_headers = response.raw_headers
-        return closing
-    return response
+    generate = engine.generate
+
+    def generating(
+        prompt: EngineInput, sampling_params: SamplingParams, request_id: str, **options: object
+    ) -> AsyncGenerator[RequestOutput, None]:
+        render = prompt.pop(RENDER, None) if isinstance(prompt, dict) else None
+
+        def ask(rendered: EngineInput) -> AsyncGenerator[RequestOutput, None]:
+            return generate(rendered, sampling_params, request_id, **options)
+
+        return ask(prompt) if render is None else _answered(prompt, ask, render)
+
+    engine.generate = generating
 
 
-class _Closing(StreamingResponse):
-    """A stream whose events end with it.
-
-    Starlette leaves them to the garbage collector where it is stopped while it sends, and so long
-    the engine goes on.
-    """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self.body_iterator):
-            await super().__call__(scope, receive, send)
-
-
-async def _stream(
-    events: AsyncGenerator[str, None], ask: Ask, more: int
-) -> AsyncGenerator[str, None]:
-    """Hold a stream's opening back until something else comes; if that is the failure, ask."""
-    held = list[str]()
-    async with aclosing(events):
-        async for event in events:
-            held.append(event)
-            if more and _FAILED.search(event):
-                break
-            if len(held) > 1 and not event.startswith(_OPENING):
-                for one in held:
-                    yield one
-                async for rest in events:
-                    yield rest
+async def _answered(
+    prompt: EngineInput,
+    ask: Callable[[EngineInput], AsyncGenerator[RequestOutput, None]],
+    render: Callable[[], Awaitable[EngineInput]] | None,
+) -> AsyncGenerator[RequestOutput, None]:
+    """Yield a request's outputs, of the last time that it was given to the engine."""
+    more = _MORE
+    while True:
+        async with aclosing(ask(prompt)) as outputs:
+            async for output in outputs:
+                if more and render is not None and _failed_at_once(output):
+                    break
+                render = None  # it holds the pictures
+                yield output
+            else:
                 return
-        else:
-            for one in held:
-                yield one
-            return
-        rest_of_failed = [event async for event in events]
-    try:
-        second = await answered(ask, more - 1)
-    except GenerationError:
-        second = None
-    except VLLMError as error:  # the queue is full by now, as a rule
-        body = create_error_response(error).model_dump_json()
-        yield last_events(body.encode()).decode()
-        return
-    if not isinstance(second, StreamingResponse):
-        for one in [*held, *rest_of_failed]:
-            yield one
-        return
-    async with aclosing(second.body_iterator) as events:
-        async for event in events:
-            yield event
-    if second.background is not None:
-        await second.background()
+        more -= 1
+        prompt = await render()
+
+
+def _failed_at_once(output: RequestOutput) -> bool:
+    """Tell whether the engine ended a request that had said nothing."""
+    return all(one.finish_reason == "error" and not one.token_ids for one in output.outputs)

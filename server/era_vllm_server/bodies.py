@@ -2,13 +2,13 @@
 
 It refuses what a route would ignore or what would reach another client's picture: ``era`` where it
 has no meaning, and names of pictures (``uuid``, rendered ``features``), which vLLM's caches answer
-before anybody looks at pixels. Most bodies hold none of these words and are not parsed here.
+before anybody looks at pixels. Most bodies hold none of these words and are not parsed here. It
+also counts the pictures of what is answered.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from http import HTTPStatus
 from typing import Final
 
@@ -25,8 +25,9 @@ OWN_PATHS: Final = "/v1/era/"
 """Routes below it read their bodies themselves."""
 _OFFLINE: Final = "image_pil"
 """A part that only offline callers can fill."""
-_WORDS: Final = (b'"era"', b'"uuid"', b'"mm_hashes"', b'"image_pil"', b"\\u00", b"\x00")
-"""A body with none of them has none of the fields, be they plain, escaped or in UTF-16."""
+_WORDS: Final = frozenset({b"uuid", b"mm_hashes", b"image_pil"})
+"""What is looked for on every path; ``era`` on those that do not take it."""
+_LONGEST: Final = 9
 _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
 
@@ -61,7 +62,7 @@ class Bodies:
             if brackets > _MOST_CONTAINERS and not _is_form(asgi):
                 await _refused("body_shape", _SHAPE).answer(send)
                 return
-            if body is not None and (brackets > _SHALLOW or any(word in body for word in _WORDS)):
+            if body is not None and (brackets > _SHALLOW or self._may_hold(asgi, body)):
                 refusal, changed = self._check(asgi, body)
                 if refusal is not None:
                     await refusal.answer(send)
@@ -69,8 +70,22 @@ class Bodies:
                 if changed is not None:
                     asgi, again = _with_body(asgi, changed, receive)
             receive = again
-        with scope(on_images=partial(self._done, asgi)):
-            await self._app(asgi, receive, send)
+        with scope() as request:
+
+            async def counting(message: Message) -> None:
+                if message.get("status") == HTTPStatus.OK:  # of a stream before its first event
+                    self._count(asgi, request.all_images)
+                await send(message)
+
+            await self._app(asgi, receive, counting)
+
+    def _may_hold(self, asgi: Scope, body: bytes) -> bool:
+        """Tell whether a body may have one of the fields: plain, escaped or in UTF-16."""
+        if b"\x00" in body or (b"\\" in body and b"\\u00" in body):
+            return True
+        words = _WORDS if _path(asgi) in self._take_era else _WORDS | {FIELD.encode()}
+        # a picture is one long piece: this takes a third of the time that to parse it would
+        return any(len(piece) <= _LONGEST and piece in words for piece in body.split(b'"'))
 
     def _check(self, asgi: Scope, body: bytes) -> tuple[Refusal | None, bytes | None]:
         """Return why a body is refused, or how it is to be read instead."""
@@ -82,7 +97,7 @@ class Bodies:
             return None, None
         if not isinstance(fields, dict):
             return None, None
-        path = get_route_path(asgi).rstrip("/")
+        path = _path(asgi)
         elsewhere = path not in self._take_era and not f"{path}/".startswith(OWN_PATHS)
         if elsewhere and fields.get(FIELD) is not None:
             routes = ", ".join(sorted(self._take_era))
@@ -104,10 +119,9 @@ class Bodies:
             part["uuid"] = f"{_owner(asgi)}-{part['uuid']}"
         return None, json.dumps(fields).encode()
 
-    def _done(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
+    def _count(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
         """Count what was done, and leave it for the request log."""
-        done = asgi.setdefault("state", {}).setdefault(LOGGED, [])
-        done += [image.as_dict() for image in images]  # of every prompt, where there are several
+        asgi.setdefault("state", {})[LOGGED] = [image.as_dict() for image in images]
         for image in images:
             labels = (self._policy, image.level or "custom")
             TOKENS_BEFORE.labels(*labels).inc(image.tokens_before or 0)
@@ -134,6 +148,10 @@ _FEATURES: Final = (
     "features.mm_hashes: a name could stand for another client's picture, so rendered features are "
     "not taken; send content_parts"
 )
+
+
+def _path(asgi: Scope) -> str:
+    return get_route_path(asgi).rstrip("/")
 
 
 def _refused(reason: str, message: str) -> Refusal:

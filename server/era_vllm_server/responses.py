@@ -8,12 +8,23 @@ import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
+from typing import Final
 
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 Place = Callable[[str, bool], int | None]
 """(an event of a stream, whether an earlier one holds the object) -> index of the brace before
 which it goes; None = not into this one."""
+
+
+_WHOLE: Final = (
+    "response.created",
+    "response.completed",
+    "response.incomplete",
+    "response.failed",
+)
+"""Events that hold a response as it stands."""
 
 
 def with_era(response: Response, era: Mapping[str, object], place: Place) -> Response:
@@ -24,19 +35,34 @@ def with_era(response: Response, era: Mapping[str, object], place: Place) -> Res
         era: The object.
         place: Which events of a stream hold it.
 
-    Mutates: response.
+    Mutates: response, where it is JSON.
     """
     if response.status_code != HTTPStatus.OK:
         return response
     member = '"era":' + json.dumps(era, separators=(",", ":"))
     if isinstance(response, StreamingResponse):
-        response.body_iterator = _events(response.body_iterator, member, place)
+        events = _events(response.body_iterator, member, place)
+        closing = _Closing(events, response.status_code, background=response.background)
+        closing.raw_headers = response.raw_headers
+        return closing
     else:
         body = bytes(response.body)
         at = body.rindex(b"}")
         response.body = b"".join((body[:at], b",", member.encode(), body[at:]))
         response.headers["content-length"] = str(len(response.body))
     return response
+
+
+class _Closing(StreamingResponse):
+    """A stream whose events end with it.
+
+    Starlette leaves them to the garbage collector where it is stopped while it sends, and so long
+    the engine goes on.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
 
 
 def in_chat(event: str, placed: bool) -> int | None:
@@ -47,9 +73,9 @@ def in_chat(event: str, placed: bool) -> int | None:
 
 
 def in_responses(event: str, placed: bool) -> int | None:
-    """Place it in the response that is created, and in the one that is complete."""
+    """Place it in the response that is created, and in the one that has ended."""
     kind = event.partition("\n")[0].removeprefix("event: ")
-    if kind in ("response.created", "response.completed", "response.incomplete"):
+    if kind in _WHOLE:
         return _end(event, "response")
     return None
 

@@ -24,6 +24,7 @@ from vllm.exceptions import VLLMValidationError
 
 from era_vllm.config import EraConfig
 from era_vllm.vllm_plugin.requests import (
+    FIELD,
     FieldError,
     ImageReport,
     asked_rate,
@@ -33,8 +34,8 @@ from era_vllm.vllm_plugin.requests import (
     is_image,
     reports,
 )
-from era_vllm_server.again import answered
 from era_vllm_server.bodies import Bodies
+from era_vllm_server.metrics import REJECTED
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
 router = APIRouter()
@@ -142,8 +143,9 @@ async def _answer(
         if config.max_pruning_rate == 0:
             unseen = _seen_by_nobody(await raw_request.json(), scope.asked, config)
     except FieldError as error:
+        REJECTED.labels(FIELD).inc()
         raise VLLMValidationError(str(error), parameter=error.field) from error
-    response = await answered(lambda: stock.endpoint(request, raw_request))
+    response: Response | None = await stock.endpoint(request, raw_request)
     if response is None:  # the client has gone
         return response
     if unseen and response.status_code == HTTPStatus.OK:

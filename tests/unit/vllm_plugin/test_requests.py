@@ -185,8 +185,6 @@ def test_a_report_says_level_source_and_tokens() -> None:
 
 
 def test_each_request_has_a_scope_that_its_tasks_share() -> None:
-    counted: list[int] = []
-
     async def render(rate: float) -> None:
         await asyncio.sleep(0)
         found = current()
@@ -194,14 +192,15 @@ def test_each_request_has_a_scope_that_its_tasks_share() -> None:
         found.report(reports([ImageRate(rate, "era")], [4], [2], PLAIN))
 
     async def request(rate: float) -> float:
-        with scope(on_images=lambda images: counted.append(len(images))) as opened:
+        with scope() as opened:
             opened.asked = rate
             await asyncio.create_task(render(rate))
+            await asyncio.create_task(render(rate))
+            assert (len(opened.images), len(opened.all_images)) == (1, 2)
             return opened.images[0].pruning_rate
 
     async def both() -> list[float]:
         return await asyncio.gather(request(0.1), request(0.2))
 
     assert asyncio.run(both()) == [0.1, 0.2]
-    assert counted == [1, 1]
     assert current() is None
