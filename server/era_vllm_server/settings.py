@@ -53,6 +53,12 @@ class ServerSettings(BaseSettings):
     max_image_pixels: int = Field(
         2**25, ge=1, description="largest picture, checked before it is decoded; more is a 400"
     )
+    max_request_pixels: int = Field(
+        2**27,
+        ge=1,
+        description="pixels of all pictures of a request, which are decoded before it is admitted; "
+        "more is a 400; all requests together may hold eight times as many, more is a 503",
+    )
     image_formats: str = Field(
         "PNG,JPEG,MPO,WEBP,GIF,BMP",
         min_length=1,

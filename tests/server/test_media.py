@@ -1,6 +1,7 @@
 """The media connector: what it loads, what it refuses, and that refusals say nothing of us."""
 
 import asyncio
+import gc
 import re
 import socket
 from contextlib import contextmanager
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from aiohttp import abc, resolver
-from vllm.exceptions import VLLMValidationError
+from PIL import Image
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
+from era_vllm.vllm_plugin.requests import scope
 from era_vllm_server import addresses, media
 from era_vllm_server.front import CONNECTOR
+from tests.server.asking import CHAT, chat_body, post
 from tests.server.attacker import ALLOWED_DOMAIN, MAX_DATA_URL, MAX_PIXELS, data_url, picture, png
 from tests.server.attacks import SERVED, inside, pictures
 
@@ -141,6 +145,37 @@ def test_a_name_that_changes_its_address_gains_nothing(target, monkeypatch):
     assert (Rebinding.answers, len(target.hits)) == (2, hits)
 
 
+class Inner(Rebinding):
+    """A name server of an attacker's, or a split one: names of addresses that are inside."""
+
+    async def resolve(self, host, port=0, family=socket.AF_INET):
+        (found,) = await super().resolve(host, port, family)
+        return [{**found, "host": host.removesuffix(".example").replace("-", ".")}]
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "10.1.2.3", "192.168.1.1", "100.64.0.1"])
+@both_ways
+def test_an_allowed_name_of_metadata_or_a_private_network_is_not_connected_to(
+    address, way, monkeypatch
+):
+    """Nor the address itself; both are on the list, and refused where the socket is made."""
+    said = []
+
+    def checked(info):
+        try:
+            return addresses.public_socket(info)
+        except addresses.NotPublicError:
+            said.append(info[4][0])
+            raise
+
+    monkeypatch.setattr(media, "public_socket", checked)
+    monkeypatch.setattr("aiohttp.connector.DefaultResolver", Inner)
+    for host in (address, address.replace(".", "-") + ".example"):
+        with refusal("could not be fetched from a public address"):
+            load(connector(allowed_media_domains=[host]), f"http://{host}/latest/", way)
+    assert said == [address] * 2
+
+
 @pytest.fixture
 def loopback_is_public(monkeypatch):
     monkeypatch.setattr(addresses, "is_public", lambda address: address == "127.0.0.1")
@@ -211,11 +246,55 @@ def test_files_are_refused_unless_a_folder_is_allowed(folder, way):
             load(allowed, url, way)
 
 
-def test_refusals_are_counted():
+async def together(*urls):
+    """Load as vLLM does for one request: at once, each picture in a task of its own."""
+    with scope():
+        loads = (connector().fetch_image_async(url) for url in urls)
+        return await asyncio.gather(*loads, return_exceptions=True)
+
+
+def test_refusals_are_counted_once_a_request():
     before = media.REJECTED.labels("media")._value.get()
-    with refusal():
-        load(connector(), "gopher://x", "async")
-    assert media.REJECTED.labels("media")._value.get() - before == 1
+    for urls in (["gopher://x"], ["gopher://x", *[pictures()["zeros"]] * 15]):
+        found = asyncio.run(together(*urls))
+        assert [type(one) for one in found] == [VLLMValidationError] * len(urls)
+    assert media.REJECTED.labels("media")._value.get() - before == 2
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """What the connectors of a test hold."""
+    counted = media.Held()
+    monkeypatch.setattr(media, "_held", lambda: counted)
+    monkeypatch.setenv("ERA_MAX_REQUEST_PIXELS", "20000")
+    return counted
+
+
+def test_the_pictures_of_a_request_have_so_many_pixels_together(held):
+    url = data_url(picture(100, 80))
+    assert len([one for one in asyncio.run(together(url, url)) if one.width == 100]) == 2
+    found = asyncio.run(together(*[url] * 4))
+    over = [str(one) for one in found if isinstance(one, VLLMValidationError)]
+    assert len(over) == 2
+    said = "with it the request's have {} pixels, allowed are 20000 in all"
+    assert said.format(24000) in min(over) and said.format(32000) in max(over)
+    assert load(connector(), url, "sync").width == 100  # another request
+
+
+def test_all_requests_hold_so_many_pixels_until_nobody_needs_them(held):
+    url = data_url(picture(100, 100))
+    kept = [asyncio.run(together(url, url)) for _ in range(8)]
+    assert not any(isinstance(one, Exception) for request in kept for one in request)
+    (full,) = asyncio.run(together(url))
+    assert isinstance(full, GracefulHTTPError) and full.http_status == 503
+    assert not LEAK.search(str(full))
+    del kept[0]
+    gc.collect()
+    assert asyncio.run(together(pictures()["truncated PNG"]))  # counted, and not for ever
+    kept += [asyncio.run(together(url, url))]
+    assert not any(isinstance(one, Exception) for one in kept[-1])
+    (full,) = asyncio.run(together(url))
+    assert isinstance(full, GracefulHTTPError)
 
 
 # ---- with the real server ----------------------------------------------------------------------
@@ -253,3 +332,28 @@ def test_over_http_nothing_inside_is_connected_to(pair, target):
         assert reply.status_code == 400, reply.text
     assert len(target.hits) == hits
     assert pair.alive()
+
+
+def test_over_http_a_small_body_does_not_fill_the_memory(servers):
+    """16 pictures of one bit a pixel, 88 KB in all, that were 2.4 GB before anybody was asked."""
+    server = servers[0]
+    url = data_url(png(Image.new("1", (5792, 5792))))
+    process = Path(f"/proc/{server.pid}")
+    (process / "clear_refs").write_text("5")  # the peak begins anew
+    before = peak_mb(process)
+    reply = post(server, CHAT, chat_body(*[part(url)] * 16))
+    assert reply.status_code == 400, reply.text
+    assert "allowed are 134217728 in all" in reply.json()["error"]["message"]
+    grown = peak_mb(process) - before
+    print(f"16 pictures of 2^25 pixels: {grown:.0f} MB more at the peak")
+    assert grown < 1000
+    assert post(server, CHAT, chat_body(part(url))).status_code == 200
+
+
+def part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def peak_mb(process):
+    found = re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
+    return int(found[1]) / 1000
