@@ -7,10 +7,10 @@ is no scope, and a prompt may carry its rates itself (``rates``).
 """
 
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
 from era_vllm.config import EraConfig
@@ -73,14 +73,14 @@ class Scope:
     refused: bool = False
     """One of its pictures was, and counted."""
     images: Sequence[ImageReport] = ()
-    on_images: Callable[[Sequence[ImageReport]], None] | None = None
-    """Called with them when the engine is given a prompt."""
+    """Of the last prompt, which is a chat's only one."""
+    all_images: list[ImageReport] = field(default_factory=list)
+    """Of all prompts that were made ready for the engine."""
 
     def report(self, images: Sequence[ImageReport]) -> None:
         """Keep what was done with a prompt's images."""
         self.images = images
-        if self.on_images is not None:
-            self.on_images(images)
+        self.all_images += images
 
 
 _SCOPE: Final[ContextVar[Scope | None]] = ContextVar("era_request", default=None)
@@ -89,9 +89,9 @@ current = _SCOPE.get
 
 
 @contextmanager
-def scope(on_images: Callable[[Sequence[ImageReport]], None] | None = None) -> Iterator[Scope]:
+def scope() -> Iterator[Scope]:
     """Open a request's scope; tasks that are started within share it."""
-    opened = Scope(on_images=on_images)
+    opened = Scope()
     token = _SCOPE.set(opened)
     try:
         yield opened
