@@ -7,11 +7,12 @@ import logging
 
 import httpx
 import pytest
+from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route, Router
 
-from era_vllm_server.logs import IMAGES, LOGGER, JsonLine, RequestLog
+from era_vllm_server.logs import IMAGES, LOGGER, JsonLine, RequestLog, _route
 
 IMAGE = {
     "pruning_rate": 0.889,
@@ -43,6 +44,23 @@ async def broken(request):
     raise RuntimeError(SECRET)
 
 
+class Included(BaseRoute):
+    """A router among the routes, as FastAPI has them from 0.137 on."""
+
+    def __init__(self, *routes):
+        self._router = Router(routes)
+
+    def matches(self, scope):
+        (route,) = self._router.routes
+        return route.matches(scope)[0], {}
+
+    def effective_candidates(self):
+        return self._router.routes
+
+    async def handle(self, scope, receive, send):
+        await self._router(scope, receive, send)
+
+
 @pytest.fixture
 def served(monkeypatch):
     """``served(path, ...)``: ask the application behind the layer; returns response and lines."""
@@ -59,6 +77,7 @@ def served(monkeypatch):
             Route("/v1/responses/{id}", lambda request: PlainTextResponse("one")),
             Route("/stream", stream),
             Route("/broken", broken),
+            Included(Included(Route("/v1/models/{name}", lambda request: PlainTextResponse("m")))),
             Route("/health", lambda request: PlainTextResponse("ok")),
         ],
         exception_handlers={Exception: lambda request, error: PlainTextResponse("no", 500)},
@@ -111,9 +130,20 @@ def test_paths_of_clients_are_not_written(served):
         (f"/v1/responses/{SECRET}", "/v1/responses/{id}", 200),
         (f"/{SECRET}", "other", 404),
         ("/broken", "/broken", 500),
+        (f"/v1/models/{SECRET}", "/v1/models/{name}", 200),
     ):
         _, (line,) = served("GET", path)
         assert (line["route"], line["status"]) == (route, status)
+
+
+def test_the_installed_fastapis_routers_are_looked_into():
+    """Whatever its version makes of them; the path with the prefixes of all."""
+    inner, outer, app = APIRouter(prefix="/b"), APIRouter(prefix="/a"), FastAPI()
+    inner.get("/{name}")(lambda name: name)
+    outer.include_router(inner)
+    app.include_router(outer)
+    scope = {"type": "http", "method": "GET", "path": "/a/b/c", "headers": [], "app": app}
+    assert _route(scope) == "/a/b/{name}"
 
 
 def test_a_client_that_leaves_is_told_from_one_that_stays(monkeypatch):
