@@ -164,14 +164,36 @@ async def _ask(
     async with aclosing(probe.generate(engine, prompt, request_id, tokens)) as outputs:
         await anext(outputs)  # a first token: the whole prompt is in the KV cache
         ask = (*key, request_id if read_back else None)
-        taken = [rank for one in await ask_workers(engine, "era_take", *ask) for rank in one]
-    ranks = [rank for rank in taken if rank["pruned"] is not None]  # of the engine that had it
-    if ranks and ranks[0]["unreadable"]:
-        raise UnsupportedError(f"read_back: {ranks[0]['unreadable']}")
-    if not ranks or (read_back and None in [rank["read_back"] for rank in ranks]):
-        return None
-    read = [rank["read_back"] for rank in ranks] if read_back else None
-    return Pruned(given, ranks[0]["pruned"], read)
+        taken = await ask_workers(engine, "era_take", *ask)
+    return _of_one_engine(given, taken, read_back=read_back)
+
+
+def _of_one_engine(
+    given: MultiModalKwargsItem, taken: list[list[Mapping[str, Any]]], *, read_back: bool
+) -> Pruned | None:
+    """Return what the engine says that had the request; None = none, or not any more.
+
+    With data parallel another engine may have pruned the same picture for somebody else meanwhile;
+    the slots are found only where the request is.
+
+    Args:
+        given: The image.
+        taken: ``worker.Taken``: [engine][rank].
+        read_back: Whether the slots were to be read.
+
+    Raises:
+        UnsupportedError: this backend's KV cache cannot be read.
+    """
+    for engine in taken:
+        ranks = [rank for rank in engine if rank["pruned"] is not None]
+        if not ranks:
+            continue
+        if why := ranks[0]["unreadable"]:
+            raise UnsupportedError(f"read_back: {why}")
+        read = [rank["read_back"] for rank in ranks]
+        if not read_back or None not in read:
+            return Pruned(given, ranks[0]["pruned"], read if read_back else None)
+    return None
 
 
 def _told(

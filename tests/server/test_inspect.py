@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from era_vllm.config import EraConfig
+from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 from era_vllm.policies import era as era_policy
 from era_vllm.steps.entropy import head_entropy, head_profile, unattended
+from era_vllm_server.inspect import _of_one_engine
 from tests.server.asking import chat, picture, url_of
 from tests.server.test_operations import added, scraped
 
@@ -100,6 +102,26 @@ def test_the_picture_comes_within_the_json_or_alone(server, image):
     assert alone.headers["content-type"] == "image/png"
     assert alone.content == base64.b64decode(data)
     assert Image.open(io.BytesIO(alone.content)).width >= 1500
+
+
+def taken(pruned=None, read_back=None, unreadable=None):
+    """What two ranks of an engine say (``EraWorker.era_take``)."""
+    return [{"pruned": pruned, "read_back": read_back, "unreadable": unreadable}] * 2
+
+
+@pytest.mark.parametrize("engines", [[0, 1, 2], [1, 0, 2], [2, 1, 0]], ids=str)
+def test_another_engine_with_the_same_picture_is_not_taken_for_ours(engines):
+    """With data parallel; it has pruned it for a neighbour, and does not hold our request."""
+    said = [taken(), taken({"of": "theirs"}), taken({"of": "ours"}, {"layers": 4})]
+    said = [said[engine] for engine in engines]
+    found = _of_one_engine("image", said, read_back=True)
+    assert (found.pruned, found.read_back) == ({"of": "ours"}, [{"layers": 4}] * 2)
+    assert _of_one_engine("image", [taken()], read_back=False) is None
+    assert _of_one_engine("image", [taken({"of": "theirs"})], read_back=True) is None
+    alone = _of_one_engine("image", [taken(), taken({"of": "any"})], read_back=False)
+    assert (alone.pruned, alone.read_back) == ({"of": "any"}, None)
+    with pytest.raises(UnsupportedError, match="read_back: no kernel"):
+        _of_one_engine("image", [taken(), taken({}, None, "no kernel")], read_back=True)
 
 
 @pytest.mark.parametrize(
