@@ -8,12 +8,14 @@ also counts the pictures of what is answered.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Final
 
 from starlette._utils import get_route_path  # what the router strips, by the router's rule
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm import envs
 from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
 
 from era_vllm.vllm_plugin.requests import FIELD, ImageReport, scope
@@ -25,9 +27,9 @@ OWN_PATHS: Final = "/v1/era/"
 """Routes below it read their bodies themselves."""
 _OFFLINE: Final = "image_pil"
 """A part that only offline callers can fill."""
-_WORDS: Final = frozenset({b"uuid", b"mm_hashes", b"image_pil"})
-"""What is looked for on every path; ``era`` on those that do not take it."""
-_LONGEST: Final = 9
+BATCH: Final = "/v1/chat/completions/batch"
+_FIELDS: Final = re.compile(rb'"(?:era|uuid|mm_hashes|image_pil)"')
+"""A search takes a tenth of the time that to parse a picture would, and no memory."""
 _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
 
@@ -58,17 +60,12 @@ class Bodies:
             return
         if asgi["method"] in ("POST", "PUT", "PATCH"):
             body, again = await _read(receive)
-            brackets = 0 if body is None else body.count(b"[") + body.count(b"{")
-            if brackets > _MOST_CONTAINERS and not _is_form(asgi):
-                await _refused("body_shape", _SHAPE).answer(send)
+            refusal, changed = self._check(_path(asgi), asgi, body or b"")
+            if refusal is not None:
+                await refusal.answer(send)
                 return
-            if body is not None and (brackets > _SHALLOW or self._may_hold(asgi, body)):
-                refusal, changed = self._check(asgi, body)
-                if refusal is not None:
-                    await refusal.answer(send)
-                    return
-                if changed is not None:
-                    asgi, again = _with_body(asgi, changed, receive)
+            if changed is not None:
+                asgi, again = _with_body(asgi, changed, receive)
             receive = again
         with scope() as request:
 
@@ -79,32 +76,40 @@ class Bodies:
 
             await self._app(asgi, receive, counting)
 
-    def _may_hold(self, asgi: Scope, body: bytes) -> bool:
-        """Tell whether a body may have one of the fields: plain, escaped or in UTF-16."""
-        if b"\x00" in body or (b"\\" in body and b"\\u00" in body):
-            return True
-        words = _WORDS if _path(asgi) in self._take_era else _WORDS | {FIELD.encode()}
-        # a picture is one long piece: this takes a third of the time that to parse it would
-        return any(len(piece) <= _LONGEST and piece in words for piece in body.split(b'"'))
-
-    def _check(self, asgi: Scope, body: bytes) -> tuple[Refusal | None, bytes | None]:
+    def _check(self, path: str, asgi: Scope, body: bytes) -> tuple[Refusal | None, bytes | None]:
         """Return why a body is refused, or how it is to be read instead."""
+        if body[:9].lstrip().startswith(b"--"):  # a form's, which no route reads as JSON
+            return None, None
+        containers = body.count(b"[") + body.count(b"{")
+        if containers > _MOST_CONTAINERS or body.count(b",") > _MOST_VALUES:
+            return _refused("body_shape", _SHAPE), None
+        escaped = b"\\" in body
+        halves = escaped and (b"\\ud" in body or b"\\uD" in body)
+        hidden = b"\x00" in body or (escaped and b"\\u00" in body)  # UTF-16; spelled by escapes
+        plain = not (hidden or halves or containers > _SHALLOW or path == BATCH)
+        if plain and not _FIELDS.search(body):
+            return None, None
         try:
             fields = json.loads(body)
+            if halves:
+                json.dumps(fields, ensure_ascii=False).encode()
         except RecursionError:  # which not every route takes for a client's error
             return _refused("body_shape", _SHAPE), None
+        except UnicodeEncodeError:
+            return _refused("body_shape", _HALF), None
         except ValueError:  # the route's to refuse
             return None, None
         if not isinstance(fields, dict):
             return None, None
-        path = _path(asgi)
-        elsewhere = path not in self._take_era and not f"{path}/".startswith(OWN_PATHS)
-        if elsewhere and fields.get(FIELD) is not None:
-            routes = ", ".join(sorted(self._take_era))
-            message = f"{FIELD}: got it for {path}, allowed: {routes}; leave it out here"
-            return _refused(FIELD, message), None
+        if refusal := self._misplaced(path, fields):
+            return refusal, None
         if isinstance(features := fields.get("features"), dict) and features.get("mm_hashes"):
             return _refused("image_uuid", _FEATURES), None
+        if path == BATCH and isinstance(chats := fields.get("messages"), list):
+            most = envs.VLLM_MAX_COMPLETION_PROMPTS
+            if len(chats) > most:
+                message = f"messages: got {len(chats)} chats, allowed: {most} in one request"
+                return _refused("batch", message), None
         parts = list(_parts(fields))
         if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
             return _refused("image_pil", _PIL), None
@@ -119,6 +124,19 @@ class Bodies:
             part["uuid"] = f"{_owner(asgi)}-{part['uuid']}"
         return None, json.dumps(fields).encode()
 
+    def _misplaced(self, path: str, fields: dict[str, object]) -> Refusal | None:
+        """Return why the field ``era`` is refused: nowhere is it ignored."""
+        takes = path in self._take_era
+        if not takes and not f"{path}/".startswith(OWN_PATHS) and fields.get(FIELD) is not None:
+            routes = ", ".join(sorted(self._take_era))
+            return _refused(FIELD, f"{FIELD}: got it for {path}, allowed: {routes}; {_LEAVE_OUT}")
+        for part in _parts(fields) if takes else ():
+            where = part.get("image_url")
+            within = isinstance(where, dict) and FIELD in where
+            if within or (FIELD in part and not _PART.isdisjoint(part)):
+                return _refused(FIELD, f"{FIELD}: got it in a part of a message; {_WHOLE}")
+        return None
+
     def _count(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
         """Count what was done, and leave it for the request log."""
         asgi.setdefault("state", {})[LOGGED] = [image.as_dict() for image in images]
@@ -132,12 +150,21 @@ class Bodies:
 
 _MOST_CONTAINERS: Final = 2**17
 """Lists and objects of a body, by its brackets: to parse ten million takes ten seconds."""
+_MOST_VALUES: Final = 2**20
+"""By its commas: ten million take seconds too. A prompt of a million token ids is below it."""
 _SHALLOW: Final = 500
 """No body with fewer of them is nested too deeply to be parsed."""
 _SHAPE: Final = (
-    f"the body holds more than {_MOST_CONTAINERS} lists and objects, or nests them too deeply; "
-    "send less at once"
+    f"the body holds more than {_MOST_CONTAINERS} lists and objects or {_MOST_VALUES} values, or "
+    "nests them too deeply; send less at once"
 )
+_HALF: Final = "the body holds half a character (one of \\ud800 to \\udfff alone); send whole ones"
+_LEAVE_OUT: Final = "leave it out here"
+_WHOLE: Final = (
+    "it is a field of the whole request; for one picture alone send detail: high, low or auto"
+)
+_PART: Final = frozenset({"type", "role", "image_url"})
+"""Of these one is in every message and part of a message."""
 _PIL: Final = "image_pil: only for callers in Python; send an image_url"
 _ALONE: Final = "uuid: got no string, or a name alone; send the picture beside it"
 _UUID: Final = (
@@ -209,12 +236,6 @@ def _is_media(part: dict[str, object]) -> bool:
     """Tell whether vLLM takes a part of a message for a picture or the like."""
     kind = part.get("type")
     return (isinstance(kind, str) and kind in _MEDIA) or not _MEDIA.isdisjoint(part)
-
-
-def _is_form(asgi: Scope) -> bool:
-    """Tell whether a body is a form, whose files may hold any byte."""
-    kinds = [value for name, value in asgi["headers"] if name == b"content-type"]
-    return any(kind.strip().lower().startswith(b"multipart/") for kind in kinds)
 
 
 def _owner(asgi: Scope) -> str:

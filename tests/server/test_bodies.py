@@ -6,7 +6,7 @@ import json
 import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from era_vllm_server.bodies import Bodies
+from era_vllm_server.bodies import BATCH, Bodies
 from era_vllm_server.responses import in_chat, in_messages, in_responses, with_era
 
 TAKES = "/v1/chat/completions"
@@ -118,7 +118,40 @@ def test_pictures_of_offline_callers_are_refused():
 
 
 @pytest.mark.parametrize(
-    "body", [b'{"a":[' + b"[]," * 2**17 + b"0]}", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"]
+    "part",
+    [{**IMAGE, "era": {"level": "off"}}, {"image_url": {"url": "data:,", "era": 0}}],
+    ids=str,
+)
+def test_era_within_a_part_is_refused_and_detail_is_named(part):
+    (status, said), _ = send({**chat(part), "era": {"level": "off"}}, TAKES)
+    assert (status, "detail: high, low or auto" in said) == (400, True)
+    assert send({**chat(IMAGE), "metadata": {"era": 1}}, TAKES)[0] is None
+
+
+def test_a_batch_has_the_limit_of_prompts(monkeypatch):
+    monkeypatch.setenv("VLLM_MAX_COMPLETION_PROMPTS", "2")
+    assert send({"messages": [[], []]}, BATCH)[0] is None
+    (status, said), _ = send({"messages": [[], [], []]}, BATCH)
+    assert (status, said) == (400, "messages: got 3 chats, allowed: 2 in one request")
+
+
+def test_half_a_character_is_refused():
+    for text in (r'"\ud800"', r'"\uDFFF\u0041"'):
+        (status, said), _ = send(b'{"stop": ' + text.encode() + b"}", TAKES)
+        assert (status, "half a character" in said) == (400, True)
+    for text in (r'"\ud83d\ude00"', r'"\\ud800"'):
+        assert send(b'{"stop": ' + text.encode() + b"}", TAKES)[0] is None
+
+
+def test_a_form_is_not_looked_into():
+    body = b"--x\r\n\r\n" + b"[" * 2**18 + b"\r\n--x--"
+    assert send(body, "/v1/audio/transcriptions")[0] is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"a":[' + b"[]," * 2**17 + b"0]}", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"]
+    + [b'{"a":[' + b"1," * 2**20 + b"0, 1]}"],
 )
 def test_bodies_that_would_hold_up_the_server_are_refused(body):
     (status, said), _ = send(body, "/invocations")
