@@ -12,6 +12,10 @@ from typing import Final
 
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMError
+
+from era_vllm_server.exchange import last_events
 
 Place = Callable[[str, bool], int | None]
 """(an event of a stream, whether an earlier one holds the object) -> index of the brace before
@@ -94,12 +98,21 @@ def _end(event: str, name: str) -> int:
 async def _events(
     events: AsyncGenerator[str, None], member: str, place: Place
 ) -> AsyncGenerator[str, None]:
+    """Yield the events with the object in them; what vLLM raises becomes the last one.
+
+    Upstream: vllm/entrypoints/openai/responses/serving.py lets errors of the engine pass, and the
+    connection is cut (0.32.0); its chat route sends them as an event.
+    """
     placed = False
-    async with aclosing(events):
-        async for event in events:
-            at = place(event, placed)
-            if at is None:
-                yield event
-            else:
-                placed = True
-                yield f"{event[:at]},{member}{event[at:]}"
+    try:
+        async with aclosing(events):
+            async for event in events:
+                at = place(event, placed)
+                if at is None:
+                    yield event
+                else:
+                    placed = True
+                    yield f"{event[:at]},{member}{event[at:]}"
+    except VLLMError as error:
+        said = create_error_response(error).model_dump_json()
+        yield last_events(said.encode()).decode()

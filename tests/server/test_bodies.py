@@ -5,6 +5,7 @@ import json
 
 import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
+from vllm.exceptions import GenerationError
 
 from era_vllm_server.bodies import BATCH, Bodies
 from era_vllm_server.responses import in_chat, in_messages, in_responses, with_era
@@ -269,3 +270,17 @@ def test_the_object_goes_into_some_events_and_nothing_else_changes(stock, place,
             for name in holders[at]:
                 data = data[name]
             assert data["era"] == ERA
+
+
+def test_an_error_within_a_stream_is_its_last_event():
+    async def failing():
+        yield f"event: response.created\ndata: {{{RESPONSE}}}\n\n"
+        raise GenerationError
+
+    async def read():
+        response = with_era(StreamingResponse(failing()), ERA, in_responses)
+        return [event async for event in response.body_iterator]
+
+    first, last = asyncio.run(read())
+    assert MEMBER.decode() in first
+    assert last.startswith("event: error\ndata: {") and '"code":500' in last

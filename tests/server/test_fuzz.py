@@ -49,7 +49,7 @@ VLLMS_OWN = {
 """Texts of 500s that stock vLLM 0.32.0 gives as well, and a body for each."""
 SHORT = {"n": 1, "max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4}
 TYPES = ["input_image", "image", "image_pil", "video_url"]
-GRAMMARS = frozenset({"response_format", "structured_outputs", "tool_choice"})
+GRAMMARS = frozenset({"response_format", "structured_outputs", "tool_choice", "text"})
 LENGTH = {"responses": "max_output_tokens"}
 
 words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
