@@ -21,6 +21,7 @@ MAX_BODY = 2**20
 MAX_DATA_URL = 2**18
 MAX_PIXELS = 2**20
 QUEUE = 160
+QUEUE_TOKENS = 20_000
 ALLOWED_DOMAIN = "localhost"  # allowed by name, and yet a loopback address
 ENGINE = [
     *("--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"),

@@ -24,6 +24,7 @@ from tests.server.attacker import (
     MAX_PIXELS,
     METRICS_KEY,
     QUEUE,
+    QUEUE_TOKENS,
     STOCK,
     VARIABLES,
     Pair,
@@ -50,6 +51,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         "--era-max-data-url-bytes": MAX_DATA_URL,
         "--era-max-image-pixels": MAX_PIXELS,
         "--max-num-queued-reqs": QUEUE,
+        "--max-num-queued-tokens": QUEUE_TOKENS,
     }
     flags = [str(word) for pair in limits.items() for word in pair]
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
