@@ -220,8 +220,8 @@ class Held:
             request.pixels += pixels
             if request.pixels > most:
                 raise refused(
-                    f"with it the request's have {request.pixels} pixels, allowed are {most} in "
-                    "all; send fewer or smaller ones"
+                    f"with it the request's pictures have {request.pixels} pixels, allowed are "
+                    f"{most} in all; send fewer or smaller ones"
                 )
             if self._pixels + pixels > _REQUESTS * most:
                 raise GracefulHTTPError(

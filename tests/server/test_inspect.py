@@ -90,6 +90,7 @@ def test_no_cache_answers_and_none_is_spoilt(server, image):
     assert added(before, after, "era:") == {
         "era:reduced_images_total{}": 2,  # not counted as a client's images
         "era:reducer_seconds_count{}": 2,
+        "era:responses_total{200}": 2,
     }
     assert "era:reduced_images_total{}" not in added(after, scraped(server), "era:")
 

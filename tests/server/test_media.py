@@ -276,7 +276,7 @@ def test_the_pictures_of_a_request_have_so_many_pixels_together(held):
     found = asyncio.run(together(*[url] * 4))
     over = [str(one) for one in found if isinstance(one, VLLMValidationError)]
     assert len(over) == 2
-    said = "with it the request's have {} pixels, allowed are 20000 in all"
+    said = "with it the request's pictures have {} pixels, allowed are 20000 in all"
     assert said.format(24000) in min(over) and said.format(32000) in max(over)
     assert load(connector(), url, "sync").width == 100  # another request
 
