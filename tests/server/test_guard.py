@@ -141,6 +141,16 @@ def error_of(text):
     return error
 
 
+def test_open_paths_are_open_to_reading_alone(make):
+    """A body to one of them would be read and parsed for somebody without a key."""
+    guard = make(App(), keys="a")
+    assert ask(guard, scope("/health", method="POST")).status == 401
+    for path in ("/health", "/ready"):
+        application = App()
+        assert ask(make(application, keys="a"), scope(path, method="HEAD")).status == 200
+        assert application.seen[0]["method"] == "GET"
+
+
 def test_without_keys_everybody_passes(make):
     assert ask(make(App()), scope()).body == b"ok"
 
@@ -164,7 +174,7 @@ def test_without_keys_everybody_passes(make):
 )
 def test_keys(make, path, headers, status):
     app = App()
-    wire = ask(make(app, keys="a\nb\n"), scope(path, headers=headers))
+    wire = ask(make(app, keys="a\nb\n"), scope(path, "GET", headers=headers))
     assert wire.status == status
     assert (len(app.seen) == 1) == (status == 200)
     if status == 401:
@@ -180,7 +190,7 @@ def test_vllm_sees_the_key_where_it_looks_for_it(make):
 
 def test_behind_a_root_path_the_same_paths_are_open(make):
     guard = make(App(), keys="a")
-    assert ask(guard, scope("/api/health", root_path="/api")).status == 200
+    assert ask(guard, scope("/api/health", "GET", root_path="/api")).status == 200
     assert ask(guard, scope("/api/v1/models", root_path="/api")).status == 401
 
 
@@ -461,3 +471,25 @@ def test_browsers_can_read_what_the_guard_refuses(make, origin):
         assert (wire.status, told) == (status, origin if origin == b"https://mine" else None)
         wire = ask(gate, scope(headers=headers))
         assert (wire.status, b"access-control-allow-origin" in wire.headers) == (status, False)
+
+
+def test_while_it_drains_newcomers_are_told_and_counted(make, monkeypatch):
+    """Browsers too: their preflight passes, so that they see the 503."""
+    monkeypatch.setattr("os.kill", lambda *_: None)
+    cors = CORSMiddleware(App(), allow_origins=["https://mine"], allow_methods=["*"])
+    gate = make(Layer(cors, []))
+    before = counted("rejected_requests", reason="draining"), statuses()
+
+    async def run(wire, **more):
+        if not gate.drain.draining:
+            gate.drain._begin()
+        await gate(scope(**more), wire.receive, wire.send)
+        return wire
+
+    wire = asyncio.run(run(Wire(*body(b"{}")), headers=[(b"origin", b"https://mine")]))
+    told = (b"retry-after", b"2"), (b"access-control-allow-origin", b"https://mine")
+    assert wire.status == 503 and set(told) <= set(wire.headers.items())
+    preflight = [(b"origin", b"https://mine"), PREFLIGHT[1]]
+    assert asyncio.run(run(Wire(), method="OPTIONS", headers=preflight)).status == 200
+    assert counted("rejected_requests", reason="draining") == before[0] + 1
+    assert added_since(before[1]) == {"503": 1, "200": 1}

@@ -322,7 +322,10 @@ def test_off_is_served_where_the_default_is_extreme(extreme):
 
 
 def test_a_detail_out_of_bounds_is_brought_into_them_and_the_answer_says_so(extreme, stock):
+    clamped = "era:clamped_images_total"
+    before = figures(extreme, clamped, key=KEYS[0])[clamped]
     (image,) = chat(extreme, picture(A, "low"), key=KEYS[0])["era"]["images"]
+    assert figures(extreme, clamped, key=KEYS[0])[clamped] == before + 1
     assert image == {
         "pruning_rate": 0.95,
         "level": None,
