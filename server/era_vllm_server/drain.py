@@ -13,12 +13,16 @@ import os
 import signal
 from typing import Final
 
+from uvicorn import Config
+
 from era_vllm_server.exchange import Exchange, Refusal
 
 _NOTICE_S: Final = 1.0
 """At least so long new requests are told to go elsewhere, before connections are refused."""
 _LAST_WORD_S: Final = 2.0
 _STEP_S: Final = 0.05
+_CLOSING_S: Final = 3
+"""For connections that are still open when uvicorn ends."""
 _log = logging.getLogger(__name__)
 
 
@@ -42,8 +46,13 @@ class Drain:
         """Whether SIGTERM has come."""
         return self._task is not None
 
-    def take_over(self) -> None:
-        """Take SIGTERM over from vLLM; the running loop must be the main thread's."""
+    def take_over(self, config: Config) -> None:
+        """Take SIGTERM over from vLLM; the running loop must be the main thread's.
+
+        Mutates: config, so that a client which does not read keeps no server from its end.
+        """
+        if config.timeout_graceful_shutdown is None:
+            config.timeout_graceful_shutdown = _CLOSING_S
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._begin)
 
     def _begin(self) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, cast
@@ -131,8 +132,9 @@ class Exchange:
             work.add_done_callback(_ended)
             if not self._complete:
                 tell = self._stopped.end_stream if self._started else self._stopped.answer
-                async with asyncio.timeout(_ANSWER_LIMIT_S):
-                    await tell(self._send_own)
+                with suppress(TimeoutError):  # it does not read
+                    async with asyncio.timeout(_ANSWER_LIMIT_S):
+                        await tell(self._send_own)
                 return self._stopped.status
         return CLIENT_GONE if self._left else self._status
 

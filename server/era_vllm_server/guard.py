@@ -15,6 +15,7 @@ from starlette._utils import get_route_path  # what the router strips, by the ro
 from starlette.datastructures import Headers, State
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn import Config
 
 from era_vllm_server.drain import Drain
 from era_vllm_server.exchange import Exchange, Header, Refusal
@@ -22,6 +23,7 @@ from era_vllm_server.keys import Keys, as_bearer, keys_of, presented
 from era_vllm_server.logs import QUIET
 from era_vllm_server.metrics import REJECTED, RESPONSES
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
+from era_vllm_server.wire import bound
 
 READY: Final = "/ready"
 HEALTH: Final = "/health"
@@ -98,8 +100,10 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
         if scope["type"] == "lifespan":
-            self.drain.take_over()
             state = scope["app"].state  # vLLM takes it from the app when the lifespan ends
+            config: Config = state.server.config
+            bound(config)
+            self.drain.take_over(config)
             await self.app(scope, receive, send)
             _note_end(state, asked=self.drain.draining)
         elif scope["type"] == "http":
@@ -148,8 +152,10 @@ class Gate:
             return scope, None
         if self.drain.draining and path not in (HEALTH, METRICS):
             return scope, self._draining
-        if path in OPEN or path.startswith(OPEN_FOLDER):
-            return scope, None
+        reading = scope.get("method", "GET") in ("GET", "HEAD")  # a websocket has none
+        if reading and (path in OPEN or path.startswith(OPEN_FOLDER)):
+            probed = path in (HEALTH, READY)  # by some load balancers with HEAD, which has no route
+            return {**scope, "method": "GET"} if probed else scope, None
         # all that begins so: vLLM mounts its metrics at /metrics{anything}, for every method
         keys = self.metrics_keys if path.startswith(METRICS) else self.keys
         if not keys:

@@ -1,0 +1,174 @@
+"""What a connection may send before any application is asked, at a real uvicorn."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from era_vllm.lab.servers import free_port
+from era_vllm_server import wire
+from tests.server.attacker import Pair
+
+pytest_plugins = ["tests.server.guarded"]
+LINE = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /health HTTP/1.1\r\nHost: x\r\n"
+
+
+async def application(scope, receive, send):
+    """Answers once the body has come."""
+    if scope["type"] == "lifespan":
+        return
+    size = 0
+    while True:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if not message.get("more_body"):
+            break
+    head = [(b"content-length", b"%d" % len(str(size)))]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": str(size).encode()})
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A bounded server whose patience is short."""
+    monkeypatch.setattr(wire, "HEAD_TIMEOUT_S", 0.5)
+    config = uvicorn.Config(application, port=0, log_level="error", lifespan="off")
+    config.load()
+    assert config.http_protocol_class is wire.HttpToolsProtocol
+    wire.bound(config)
+    server = uvicorn.Server(config)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        run = lambda: asyncio.run(server.serve([listening]))  # noqa: E731
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+def said(port: int, *parts: bytes, forever: bytes = b"") -> bytes:
+    """Send parts, then one of them again and again; returns all that comes until the end."""
+    found = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        try:
+            for part in parts:
+                sock.sendall(part)
+            end = time.monotonic() + 20
+            while forever and time.monotonic() < end:
+                sock.sendall(forever)
+            while received := sock.recv(65536):
+                found += received
+        except (ConnectionResetError, BrokenPipeError):
+            return found or b"cut"
+    return found
+
+
+def test_requests_of_any_allowed_kind_are_answered(port):
+    chunks = b"".join(b"1\r\nx\r\n" for _ in range(300_000))
+    close = b"Connection: close\r\n"
+    assert said(port, LINE + close + b"X: " + b"y" * 200_000 + b"\r\n\r\n").endswith(b"\r\n\r\n0")
+    body = b"x" * 2**22
+    length = b"Content-Length: %d\r\n\r\n" % len(body)
+    assert said(port, POST + close + length + body).endswith(b"\r\n\r\n4194304")
+    chunked = POST + close + b"Transfer-Encoding: chunked\r\n\r\n"
+    assert said(port, chunked + chunks + b"0\r\n\r\n").endswith(b"\r\n\r\n300000")
+    two = said(port, LINE + b"\r\n" + LINE + close + b"\r\n")
+    assert two.count(b"HTTP/1.1 200") == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (LINE, b"X: y\r\n" * 9999),
+        (LINE + b"X: ", b"y" * 60_000),
+        (b"GET /", b"y" * 60_000),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", b"X: y\r\n" * 9999),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n1;", b"y" * 60_000),
+    ],
+    ids=["headers", "a header", "a path", "trailers", "a chunk's extension"],
+)
+def test_what_does_not_end_is_cut_off(port, start, more):
+    answer = said(port, start, forever=more)
+    assert answer == b"cut" or answer.startswith(b"HTTP/1.1 431"), answer[:200]
+
+
+@pytest.mark.parametrize("start", [b"", LINE, LINE + b"\r\n" + LINE], ids=len)
+def test_a_head_that_does_not_come_is_not_waited_for(port, start):
+    began = time.monotonic()
+    assert b"HTTP/1.1 408 " in said(port, start)
+    assert time.monotonic() - began < 5
+
+
+def test_a_slow_body_is_waited_for(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(POST + b"Connection: close\r\nContent-Length: 3\r\n\r\n")
+        for _ in range(3):
+            time.sleep(0.4)
+            sock.sendall(b"x")
+        assert sock.makefile("rb").read().endswith(b"\r\n\r\n3")
+
+
+def test_an_upgrade_that_nobody_answers_is_refused(port):
+    head = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    key = b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nContent-Length: 2\r\n\r\n{}"
+    assert said(port, POST + head + key).startswith(b"HTTP/1.1 400 ")
+
+
+DEAF = """
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from era_vllm_server.guard import Guard
+
+async def events():
+    while True:
+        yield "data: " + "x" * 65536 + "\\n\\n"
+
+app = FastAPI()
+app.add_middleware(Guard)
+app.add_api_route("/v1/x", lambda: StreamingResponse(events(), media_type="text/event-stream"))
+server = app.state.server = uvicorn.Server(uvicorn.Config(app, port=PORT, log_level="error"))
+try:
+    server.run()
+except KeyboardInterrupt:  # which uvicorn passes on; vLLM's server does not
+    pass
+"""
+
+
+def test_a_client_that_does_not_read_keeps_no_server_from_its_end():
+    port = free_port()
+    command = [sys.executable, "-c", DEAF.replace("PORT", str(port))]
+    with subprocess.Popen(command, env={**os.environ, "ERA_DRAIN_TIMEOUT_S": "1"}) as process:
+        try:
+            while process.poll() is None:
+                try:
+                    wire = socket.create_connection(("127.0.0.1", port))
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.1)
+            with wire:
+                wire.sendall(b"GET /v1/x HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b" 200 " in wire.recv(100)
+                time.sleep(1)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_the_real_server_is_bounded(pair: Pair) -> None:
+    answer = said(pair.server.port, LINE, forever=b"X: y\r\n" * 9999)
+    assert answer == b"cut" or answer.startswith(b"HTTP/1.1 431"), answer[:200]
+    assert pair.alive()
