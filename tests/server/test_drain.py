@@ -85,6 +85,7 @@ def test_no_accepted_request_is_lost(servers: dict[int, Server], count: int) -> 
             for path in ("/health", "/ready")
         }
         late = Counter(ask(server.url, stream=False) for _ in range(NEWCOMERS))
+        told = httpx.get(f"{server.url}/metrics", trust_env=False, headers=HEADERS).text
         results = Counter(each.result() for each in early)
         code = server._process.wait(DRAIN_S)
         took = time.monotonic() - started
@@ -96,6 +97,8 @@ def test_no_accepted_request_is_lost(servers: dict[int, Server], count: int) -> 
     assert sum(map(int, under_way)) >= ACCEPTED // 3
     assert (probes, code) == ({"/health": 200, "/ready": 503}, 0)
     assert late == {"503": NEWCOMERS}
+    counted = re.findall(r'^era:rejected_requests_total{reason="draining"} (\S+)$', told, re.M)
+    assert sum(map(float, counted)) >= NEWCOMERS
     assert took < DRAIN_S
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", server.port))
