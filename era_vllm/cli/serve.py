@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from itertools import zip_longest
+from pathlib import Path
 from typing import Final
 
 from era_vllm.cli.options import (
@@ -90,6 +92,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     refuse_unknown_era_flags(rest, [flag(name) for name in ServerSettings.model_fields])
     refuse_unknown_variables(era_variables())
     settings = ServerSettings.parse(server_flags(arguments))
+    refuse_era_in_files(rest)
     rest = with_model(rest)
     user = asked(rest)
     launch = plan(
@@ -112,6 +115,25 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     for name in era_variables() & os.environ.keys():
         del os.environ[name]  # said by flags now; the server's processes refuse them as unknown
     return serve(launch, words)
+
+
+def refuse_era_in_files(rest: list[str]) -> None:
+    """Raise ConfigError for our settings in a ``--config`` file, which is vLLM's."""
+    import yaml
+
+    for word, following in zip_longest(rest, rest[1:], fillvalue=""):
+        flag, _, value = word.partition("=")
+        if flag == "--config" and (path := Path(value or following)).is_file():
+            try:
+                said = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, OSError, UnicodeDecodeError):
+                return  # vLLM's to say
+            for name in said if isinstance(said, dict) else ():
+                if str(name).replace("_", "-").startswith("era-"):
+                    raise ConfigError(
+                        f"{path}: got {name!r}, but the file is vLLM's; give --{name} as a flag, "
+                        f"or {str(name).replace('-', '_').upper()} as a variable"
+                    )
 
 
 def with_model(rest: list[str]) -> list[str]:

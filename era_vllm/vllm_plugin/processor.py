@@ -56,6 +56,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             return super().apply(inputs, timing_ctx)
         images = inputs.mm_data_items.get_items("image", ImageProcessorItems)
         _refuse_names_alone(images)
+        self._check_placeholders(inputs.prompt, len(images))
         tokens = [self._num_tokens(images, item) for item in range(len(images))]
         if self.info.era.positions == "original":
             self._check_length(len(inputs.prompt) + sum(tokens) - len(tokens))
@@ -68,6 +69,18 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         inputs = super().get_dummy_inputs(*args, **kwargs)
         lowest = {**inputs.hf_processor_mm_kwargs, KEY: self.info.era.min_pruning_rate}
         return dataclasses.replace(inputs, hf_processor_mm_kwargs=lowest)
+
+    def _check_placeholders(self, prompt: str | Sequence[int], images: int) -> None:
+        """Refuse a prompt from which tokens of images were cut, which vLLM takes for a fault."""
+        if isinstance(prompt, str):
+            return
+        found = prompt.count(self.info.get_hf_config().image_token_index)
+        if found < images:
+            raise VLLMValidationError(
+                f"the prompt has {found} places for {images} images; leave truncate_prompt_tokens "
+                "out, or make it larger",
+                parameter="truncate_prompt_tokens",
+            )
 
     def _check_length(self, length: int) -> None:
         """Refuse a prompt that would reach past the rotary table."""

@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from era_vllm_server.logs import CLIENT_GONE
 from era_vllm_server.metrics import REJECTED
 
 Header = tuple[bytes, bytes]
@@ -24,8 +25,6 @@ _ANSWER_LIMIT_S: Final = 5.0
 """For our last word to a client that does not read."""
 PATIENCE_S: Final = 1.0
 """How long an application that was stopped may take to end before we answer all the same."""
-CLIENT_GONE: Final = 499
-"""In place of a status where the client left before the end; nginx's number."""
 
 
 @dataclass(frozen=True, slots=True)

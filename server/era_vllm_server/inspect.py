@@ -21,7 +21,7 @@ import torch
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from vllm import envs
 from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
@@ -63,11 +63,16 @@ class ImageUrl(BaseModel):
     detail: str | None = None
 
 
+def _as_object(image_url: object) -> object:
+    """Take the address alone for the object, as chat routes do."""
+    return {"url": image_url} if isinstance(image_url, str) else image_url
+
+
 class InspectRequest(BaseModel):
     """Body of the route."""
 
     model_config = ConfigDict(extra="forbid")
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_object)]
     era: Annotated[Any, Field(description="as in a chat")] = None
     read_back: bool = False
     picture: bool = True

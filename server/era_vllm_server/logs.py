@@ -30,7 +30,8 @@ QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/ping"})
 """Asked every few seconds by machines."""
 _HEADER: Final = b"x-request-id"
 _ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_CLIENT_GONE: Final = 499
+CLIENT_GONE: Final = 499
+"""In place of a status where the client left before the end; nginx's number."""
 _NO_RESPONSE: Final = 500
 """Of an exception, which a layer around this one answers."""
 
@@ -77,7 +78,7 @@ class RequestLog:
                         "id": name.decode(),
                         "method": scope["method"],
                         "route": _route(scope),
-                        "status": _CLIENT_GONE if left else status,
+                        "status": CLIENT_GONE if left else status,
                         "ms": round((perf_counter() - started) * 1e3, 1),
                         "images": [
                             {key: image[key] for key in SHOWN}

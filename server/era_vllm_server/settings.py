@@ -121,7 +121,7 @@ class ServerSettings(BaseSettings):
 
 
 def refuse_unknown_variables(known_elsewhere: frozenset[str] = frozenset()) -> None:
-    """Check that no ``ERA_`` variable is a mistyped one.
+    """Check that no ``ERA_`` variable is mistyped or empty.
 
     Raises:
         ConfigError: with the nearest name.
@@ -129,14 +129,19 @@ def refuse_unknown_variables(known_elsewhere: frozenset[str] = frozenset()) -> N
     own = {PREFIX + name.upper() for name in ServerSettings.model_fields}
     known = own | NOT_OURS | known_elsewhere
     for name, value in os.environ.items():
-        if not name.startswith(PREFIX) or name in known or _SERVICE.match(f"{name}={value}"):
+        if not name.upper().startswith(PREFIX) or _SERVICE.match(f"{name}={value}"):
+            continue
+        if name in known:
+            if not value:
+                raise ConfigError(f"{name}: it is empty; unset it, or give it a value")
             continue
         if name.removeprefix(PREFIX).lower() in EraConfig.__dataclass_fields__:
             raise ConfigError(
                 f"{name}: only `era-vllm serve` reads it, and passes it on as flags of vLLM; unset "
                 "it, and start what `era-vllm serve --print-command` prints"
             )
-        raise ConfigError(unknown_name("variable", name, known))
+        hint = f" (in capitals: {name.upper()})" if name.upper() in known else ""
+        raise ConfigError(unknown_name("variable", name, known) + hint)
 
 
 def flag(name: str) -> str:

@@ -124,6 +124,15 @@ def test_variables_are_flags_and_the_flag_wins(capsys, monkeypatch):
     assert "'ERA_PRUNNING_RATE'; did you mean 'ERA_PRUNING_RATE'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_our_settings_in_a_file_of_vllms_say_where_they_go(form, capsys, tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("era-pruning-rate: 0.5\n")
+    assert main(["serve", *form.format(file).split(), "--print-command"]) == 2
+    said = capsys.readouterr().err
+    assert "give --era-pruning-rate as a flag, or ERA_PRUNING_RATE as a variable" in said
+
+
 @pytest.mark.parametrize("typed", [["--grpc"], ["--grpc-port", "9"], ["--config", "grpc.yaml"]])
 def test_a_server_without_our_layer_refuses_also_on_paper(typed, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -162,6 +162,22 @@ def test_a_clients_own_processor_arguments_stay_refused(servers, more):
     assert post(servers[0], CHAT, chat_body(picture(A), **more)).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"truncate_prompt_tokens": 1}, "leave truncate_prompt_tokens out"),
+        ({"stop": "\ud800"}, "half a character"),
+        ({"request_id": "\ud800"}, "half a character"),
+    ],
+    ids=str,
+)
+def test_what_vllm_takes_for_its_own_fault_is_a_400(servers, more, said):
+    body = json.dumps(chat_body(picture(A), **more)).encode()
+    headers = {"Content-Type": "application/json"}
+    reply = httpx.post(f"{servers[0].url}{CHAT}", content=body, headers=headers, timeout=60)
+    assert (reply.status_code, said in reply.text) == (400, True), reply.text
+
+
 def test_names_of_pictures_are_refused_by_default(servers, stock):
     for server in (servers[0], stock):
         for path in (CHAT, "/invocations", "/tokenize"):

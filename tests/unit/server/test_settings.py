@@ -108,6 +108,21 @@ def test_an_unknown_variable_refuses_with_the_nearest(monkeypatch):
         refuse_unknown_variables()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ERA_API_KEYS_FILE", "", "ERA_API_KEYS_FILE: it is empty; unset it"),
+        ("era_max_body_bytes", "5000", "in capitals: ERA_MAX_BODY_BYTES"),
+        ("era_max_body_bites", "5", "unknown variable 'era_max_body_bites'"),
+    ],
+)
+def test_variables_that_would_be_taken_for_something_else_refuse(monkeypatch, name, value, said):
+    """An empty file of keys is no wish to ask for none."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        refuse_unknown_variables()
+
+
 def test_a_variable_of_the_pruning_says_who_reads_it(monkeypatch):
     monkeypatch.setenv("ERA_PRUNING_RATE", "0.5")
     refuse_unknown_variables(frozenset({"ERA_PRUNING_RATE"}))
