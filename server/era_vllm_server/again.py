@@ -68,4 +68,5 @@ async def _answered(
 
 def _failed_at_once(output: RequestOutput) -> bool:
     """Tell whether the engine ended a request that had said nothing."""
-    return all(one.finish_reason == "error" and not one.token_ids for one in output.outputs)
+    said = [one.finish_reason != "error" or bool(one.token_ids) for one in output.outputs]
+    return bool(said) and not any(said)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from fastapi.responses import JSONResponse, StreamingResponse
+from vllm import envs
 from vllm.exceptions import GenerationError
 
 from era_vllm_server.bodies import BATCH, Bodies
@@ -129,11 +130,14 @@ def test_era_within_a_part_is_refused_and_detail_is_named(part):
     assert send({**chat(IMAGE), "metadata": {"era": 1}}, TAKES)[0] is None
 
 
-def test_a_batch_has_the_limit_of_prompts(monkeypatch):
-    monkeypatch.setenv("VLLM_MAX_COMPLETION_PROMPTS", "2")
-    assert send({"messages": [[], []]}, BATCH)[0] is None
-    (status, said), _ = send({"messages": [[], [], []]}, BATCH)
-    assert (status, said) == (400, "messages: got 3 chats, allowed: 2 in one request")
+def test_a_batch_has_the_limit_of_prompts():
+    most = envs.VLLM_MAX_COMPLETION_PROMPTS
+    assert send({"messages": [[]] * most}, BATCH)[0] is None
+    (status, said), _ = send({"messages": [[]] * (most + 1)}, BATCH)
+    assert (status, said) == (
+        400,
+        f"messages: got {most + 1} chats, allowed: {most} in one request",
+    )
 
 
 def test_half_a_character_is_refused():

@@ -84,7 +84,10 @@ images = st.fixed_dictionaries(
         "image_pil": junk,
     },
 )
-texts = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=40)})
+SECRET = "a client's own words"
+texts = st.fixed_dictionaries(
+    {"type": st.just("text"), "text": st.just(SECRET) | st.text(max_size=40)}
+)
 roles = st.sampled_from(["user", "user", "user", "system", "assistant", "tool", "nobody"])
 contents = st.lists(images | texts, min_size=1, max_size=4) | st.text(max_size=40) | junk
 messages = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), max_size=3)
@@ -231,3 +234,11 @@ def test_bodies_that_no_client_would_write(pair: Pair, body: bytes) -> None:
             reply = pair.ours.request(method, path, content=body, headers=headers)
             assert reply.status_code < 500, f"{path} {kind}: {reply.status_code} {reply.text[:200]}"
     assert pair.ours.get("/health").status_code == 200
+
+
+def test_the_log_holds_nothing_that_was_sent(pair: Pair) -> None:
+    """After all that is refused or fails above."""
+    log = pair.server.log.read_text(encoding="utf-8", errors="replace")
+    for said in (SECRET, "iVBORw0KGgo", *KEYS):  # a PNG in base64 begins so
+        lines = [line for line in log.splitlines() if said in line]
+        assert not lines, f"{said}: {lines[0][:500]}"

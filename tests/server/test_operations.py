@@ -90,6 +90,7 @@ EXPECTED = {
     "era:images_total{detail}": 3,
     "era:images_total{default}": 2,
     "era:reduced_images_total{}": 7,
+    "era:responses_total{200}": len(MIX),
 }
 
 

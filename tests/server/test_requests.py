@@ -294,7 +294,13 @@ def test_the_async_client_finds_it(servers):
             **OPTIONS | {"extra_body": {"era": {"level": level}}}, stream=True
         )
         chunks = [chunk async for chunk in stream]
-        return said_by(answer), said_by(chunks[0])
+        async with completions.stream(
+            **OPTIONS | {"extra_body": {"era": {"level": level}}}
+        ) as stream:
+            async for _ in stream:
+                pass
+            final = await stream.get_final_completion()
+        return said_by(answer), said_by(chunks[0]), said_by(final)
 
     async def ask_all():
         nonlocal completions
@@ -304,9 +310,9 @@ def test_the_async_client_finds_it(servers):
 
     completions = None
     found = asyncio.run(ask_all())
-    for level, both in zip([*LEVELS] * 2, found, strict=True):
+    for level, all_three in zip([*LEVELS] * 2, found, strict=True):
         rate, tokens = LEVELS[level]
-        assert both == ([(rate, level, "era", tokens)] * 2,) * 2
+        assert all_three == ([(rate, level, "era", tokens)] * 2,) * 3
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,0 +1,64 @@
+"""Beside the ``era`` object an answer is what a stock vLLM server sends, byte for byte.
+
+Pruning off, so that both engines have the same tokens to say the same about.
+"""
+
+import re
+
+import httpx
+import pytest
+
+from tests.server.asking import (
+    CHAT,
+    MESSAGES,
+    RESPONSES,
+    chat_body,
+    fresh,
+    messages_body,
+    picture,
+    responses_body,
+)
+from tests.server.attacker import Pair
+
+pytest_plugins = ["tests.server.guarded"]
+OFF = {"era": {"level": "off"}}
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+TOOLS = {"tools": [{"type": "function", "function": WEATHER}], "tool_choice": "none"}
+USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+BODIES = {
+    "chat": (CHAT, lambda image: chat_body(picture(image), **TOOLS)),
+    "chat, streamed": (CHAT, lambda image: chat_body(picture(image), **TOOLS, **USAGE)),
+    "chat, refused": (CHAT, lambda image: chat_body(picture(image), top_logprobs=-1)),
+    "responses": (RESPONSES, responses_body),
+    "responses, streamed": (RESPONSES, lambda image: responses_body(image, stream=True)),
+    "responses, refused": (RESPONSES, lambda image: responses_body(image, temperature="hot")),
+    "messages": (MESSAGES, messages_body),
+    "messages, streamed": (MESSAGES, lambda image: messages_body(image, stream=True)),
+    "messages, refused": (MESSAGES, lambda image: messages_body(image) | {"max_tokens": -1}),
+}
+OBJECT = re.compile(r',"era":\{"policy":"era","images":\[[^]]*\]\}')
+OWN = "id|item_id|created|created_at|completed_at|system_fingerprint"
+"""What every answer has for itself, and a hash of the engine's settings."""
+VOLATILE = re.compile(rf'("(?:{OWN})":)("[\w.-]+"|[\d.]+)')
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_the_answer_is_stocks_byte_for_byte(pair: Pair, name: str) -> None:
+    path, body = BODIES[name]
+    asked = body(fresh(0, 700 + list(BODIES).index(name)))
+
+    def masked(text: str) -> str:
+        return VOLATILE.sub(r"\1", OBJECT.sub("", text))
+
+    stock = pair.stock.post(path, json=asked)
+    ours = pair.ours.post(path, json={**asked, **OFF})
+    assert (ours.status_code, masked(ours.text)) == (stock.status_code, masked(stock.text))
+    assert (stock.status_code == 200) != ("refused" in name)
+    assert bool(OBJECT.search(ours.text)) == (stock.status_code == 200)
+    assert kinds(ours) == kinds(stock)
+
+
+def kinds(reply: httpx.Response) -> dict[str, str]:
+    """Return the headers that say what an answer is."""
+    volatile = {"date", "content-length"}
+    return {name: value for name, value in reply.headers.items() if name not in volatile}
