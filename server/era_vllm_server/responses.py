@@ -5,6 +5,7 @@ again: how it spells a number or a letter stays as it was.
 """
 
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
@@ -13,9 +14,10 @@ from typing import Final
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.exceptions import VLLMError
 
 from era_vllm_server.exchange import last_events
+
+logger = logging.getLogger(__name__)
 
 Place = Callable[[str, bool], int | None]
 """(an event of a stream, whether an earlier one holds the object) -> index of the brace before
@@ -113,6 +115,7 @@ async def _events(
                 else:
                     placed = True
                     yield f"{event[:at]},{member}{event[at:]}"
-    except VLLMError as error:
+    except Exception as error:  # whatever vLLM makes of a request that it has begun to answer
+        logger.warning("a stream ended by %s", type(error).__name__)
         said = create_error_response(error).model_dump_json()
         yield last_events(said.encode()).decode()

@@ -279,7 +279,9 @@ def test_a_load_test_of_a_server_that_is_up_is_named_after_its_model(
 @pytest.mark.vllm
 def test_soak(tmp_path: Path) -> None:
     soak = [sys.executable, DEPLOY / "loadtest" / "soak.py", "--out", tmp_path]
-    run(*soak, "--seconds", 45, "--asks", 80, "--memory", 1000, timeout=500)
+    # a machine with other work has more capacity a minute later than it was seen to have
+    brief = "--seconds", 45, "--asks", 80, "--memory", 1000, "--overload", 4
+    run(*soak, *brief, timeout=500)
     report = json.loads((tmp_path / "soak.json").read_text())
     assert report["soak"] and len(report["checks"]) >= 12
 

@@ -276,10 +276,11 @@ def test_the_object_goes_into_some_events_and_nothing_else_changes(stock, place,
             assert data["era"] == ERA
 
 
-def test_an_error_within_a_stream_is_its_last_event():
+@pytest.mark.parametrize(("error", "code"), [(GenerationError(), 500), (ValueError("x"), 400)])
+def test_an_error_within_a_stream_is_its_last_event(error, code):
     async def failing():
         yield f"event: response.created\ndata: {{{RESPONSE}}}\n\n"
-        raise GenerationError
+        raise error
 
     async def read():
         response = with_era(StreamingResponse(failing()), ERA, in_responses)
@@ -287,4 +288,4 @@ def test_an_error_within_a_stream_is_its_last_event():
 
     first, last = asyncio.run(read())
     assert MEMBER.decode() in first
-    assert last.startswith("event: error\ndata: {") and '"code":500' in last
+    assert last.startswith("event: error\ndata: {") and f'"code":{code}' in last
