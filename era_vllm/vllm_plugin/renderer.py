@@ -30,6 +30,8 @@ from era_vllm.vllm_plugin.resolve import era_config
 _DETAILS = "era_details"
 _RATES = "era_rates"
 """Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
+_MOST_PIXELS: Final = 2**24
+"""Larger pictures of a request are not kept until the engine has begun to answer it."""
 RENDER: Final = "era_render"
 """Key of an engine's input that counts on a picture which the engine was sent before: a function
 that renders the prompt anew. Whoever gives the input to the engine takes it out."""
@@ -116,7 +118,9 @@ class EraRenderer(HfRenderer):
         """Do the same for a server."""
         inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
         self._report(prompt, inputs, **kwargs)
-        if current() and None in inputs.get("mm_kwargs", {}).get("image", ()):
+        request = current()
+        known = None in inputs.get("mm_kwargs", {}).get("image", ())
+        if known and request is not None and request.pixels <= _MOST_PIXELS:
             inputs[RENDER] = partial(self._process_again, prompt, *args, **kwargs)
         return inputs
 

@@ -6,6 +6,9 @@ of the second; the next request with such a picture, somebody else's perhaps, is
 pixels and ends as an internal error. vLLM then forgets the picture and counts on the client to ask
 again. We do so instead: the prompt is rendered anew, with pixels this time.
 
+Where it cannot be (beam search makes prompts of its own, large pictures are not kept so long), the
+answer is a 503.
+
 Upstream: vllm/v1/engine/core.py:2001 ``_handle_mm_cache_miss`` (0.32.0), which calls it retryable,
 where the chat routes answer 500. Replaces ``generate`` of the API server's engine client, through
 which every route goes. Remove when vLLM asks again itself, or says 503.
@@ -16,6 +19,7 @@ from contextlib import aclosing
 from typing import Final
 
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import RetryableRequestError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
@@ -41,7 +45,7 @@ def ask_again(engine: EngineClient) -> None:
         def ask(rendered: EngineInput) -> AsyncGenerator[RequestOutput, None]:
             return generate(rendered, sampling_params, request_id, **options)
 
-        return ask(prompt) if render is None else _answered(prompt, ask, render)
+        return _answered(prompt, ask, render) if _counts_on_cache(prompt) else ask(prompt)
 
     engine.generate = generating
 
@@ -51,19 +55,34 @@ async def _answered(
     ask: Callable[[EngineInput], AsyncGenerator[RequestOutput, None]],
     render: Callable[[], Awaitable[EngineInput]] | None,
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Yield a request's outputs, of the last time that it was given to the engine."""
+    """Yield a request's outputs, of the last time that it was given to the engine.
+
+    Raises:
+        RetryableRequestError: it missed a picture, and cannot be rendered anew; a 503.
+    """
     more = _MORE
     while True:
+        waiting = True
         async with aclosing(ask(prompt)) as outputs:
             async for output in outputs:
-                if more and render is not None and _failed_at_once(output):
-                    break
-                render = None  # it holds the pictures
+                if waiting and _failed_at_once(output) and _counts_on_cache(prompt):
+                    if render is None:
+                        raise RetryableRequestError("A picture has to be sent again; please retry")
+                    if more:
+                        break
+                waiting, render = False, None  # it holds the pictures
                 yield output
             else:
                 return
+        assert render is not None
         more -= 1
         prompt = await render()
+
+
+def _counts_on_cache(prompt: object) -> bool:
+    """Tell whether a prompt has pictures that the engine was sent before, and no pixels of them."""
+    items = prompt.get("mm_kwargs") if isinstance(prompt, dict) else None
+    return bool(items) and any(None in of_kind for of_kind in items.values())
 
 
 def _failed_at_once(output: RequestOutput) -> bool:

@@ -169,12 +169,14 @@ class Exchange:
             raise OSError("the request was stopped")  # what ASGI says of a client that has gone
         if message["type"] == "http.response.start":
             headers, status = list(message.get("headers", [])), message["status"]
-            self._started, self._status = True, status
             kinds = [value for name, value in headers if name == b"content-type"]
-            self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
             names = {name for name, _ in headers}
             added = [header for header in self._headers(status) if header[0] not in names]
-            message = {**message, "headers": [*headers, *added]}
+            await self._to_client({**message, "headers": [*headers, *added]})
+            # not before: until a client reads that did not so far, another answer can be given
+            self._started, self._status = True, status
+            self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
+            return
         elif message["type"] == "http.response.body":
             self._complete = not message.get("more_body", False)
         await self._to_client(message)

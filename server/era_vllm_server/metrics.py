@@ -46,6 +46,8 @@ RESPONSES: Final = Counter(
     ["status"],
 )
 """vLLM's own ``http_requests_total`` is inside of the front and does not see what that says."""
+for _status in ("500", "504"):  # a rate sees no first failure that no 0 went before
+    RESPONSES.labels(_status)
 
 _WAIT_S: Final = 5.0
 """A scrape waits so long for the workers, who answer between two steps. Prometheus gives up after

@@ -144,6 +144,10 @@ def test_half_a_character_is_refused():
     for text in (r'"\ud800"', r'"\uDFFF\u0041"'):
         (status, said), _ = send(b'{"stop": ' + text.encode() + b"}", TAKES)
         assert (status, "half a character" in said) == (400, True)
+    half, whole = '{"stop": "\ud800"}', '{"stop": "\U0001f600 \ud55c"}'
+    for how in ("utf-8", "utf-16", "utf-32"):
+        assert send(half.encode(how, "surrogatepass"), TAKES)[0] is not None, how
+        assert send(whole.encode(how), TAKES)[0] is None, how
     for text in (r'"\ud83d\ude00"', r'"\\ud800"'):
         assert send(b'{"stop": ' + text.encode() + b"}", TAKES)[0] is None
 

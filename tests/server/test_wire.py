@@ -19,6 +19,7 @@ from tests.server.attacker import Pair
 
 pytest_plugins = ["tests.server.guarded"]
 LINE = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+LARGE = 2**26
 POST = b"POST /health HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -32,15 +33,16 @@ async def application(scope, receive, send):
         size += len(message.get("body", b""))
         if not message.get("more_body"):
             break
-    head = [(b"content-length", b"%d" % len(str(size)))]
+    body = str(size).encode() if scope["path"] != "/large" else b"x" * LARGE
+    head = [(b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": head})
-    await send({"type": "http.response.body", "body": str(size).encode()})
+    await send({"type": "http.response.body", "body": body})
 
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A bounded server whose patience is short."""
-    monkeypatch.setattr(wire, "HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(wire, "TIMEOUT_S", 0.5)
     config = uvicorn.Config(application, port=0, log_level="error", lifespan="off")
     config.load()
     assert config.http_protocol_class is wire.HttpToolsProtocol
@@ -84,8 +86,36 @@ def test_requests_of_any_allowed_kind_are_answered(port):
     assert said(port, POST + close + length + body).endswith(b"\r\n\r\n4194304")
     chunked = POST + close + b"Transfer-Encoding: chunked\r\n\r\n"
     assert said(port, chunked + chunks + b"0\r\n\r\n").endswith(b"\r\n\r\n300000")
-    two = said(port, LINE + b"\r\n" + LINE + close + b"\r\n")
-    assert two.count(b"HTTP/1.1 200") == 2
+
+
+def test_one_connection_serves_one_request_after_another(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        for _ in range(3):
+            wire.sendall(LINE + b"\r\n")
+            found = b""
+            while not found.endswith(b"\r\n\r\n0"):
+                found += wire.recv(65536)
+
+
+def test_a_second_request_is_not_taken_before_the_first_is_answered(port):
+    """Each would wait in memory, without a bound and before any key is asked for."""
+    assert said(port, (LINE + b"\r\n") * 5000).count(b"HTTP/1.1 200") == 1
+
+
+def test_a_client_that_stops_to_read_is_left(port):
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.settimeout(20)
+        wire.connect(("127.0.0.1", port))
+        wire.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(2)
+        found = 0
+        try:
+            while received := wire.recv(65536):
+                found += len(received)
+        except ConnectionResetError:
+            pass
+    assert found < LARGE
 
 
 @pytest.mark.parametrize(
@@ -104,10 +134,23 @@ def test_what_does_not_end_is_cut_off(port, start, more):
     assert answer == b"cut" or answer.startswith(b"HTTP/1.1 431"), answer[:200]
 
 
-@pytest.mark.parametrize("start", [b"", LINE, LINE + b"\r\n" + LINE], ids=len)
-def test_a_head_that_does_not_come_is_not_waited_for(port, start):
+LATER = [
+    (LINE, b"", True),
+    (b"", b"", False),  # nothing was asked, nothing is said
+    (LINE + b"\r\n", LINE, True),
+    (LINE + b"\r\n", b"\r\n", True),  # which begins no request
+]
+
+
+@pytest.mark.parametrize(("start", "later", "told"), LATER, ids=range(len(LATER)))
+def test_a_head_that_does_not_come_is_not_waited_for(port, start, later, told):
     began = time.monotonic()
-    assert b"HTTP/1.1 408 " in said(port, start)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as wire:
+        wire.sendall(start)
+        if later:
+            time.sleep(0.2)
+            wire.sendall(later)
+        assert (b"HTTP/1.1 408 " in wire.makefile("rb").read()) == told
     assert time.monotonic() - began < 5
 
 
