@@ -4,9 +4,15 @@ Each picture is first sent with a sampling parameter that is refused after pictu
 processed: so one client's mistake is, in stock vLLM, the next client's internal error.
 """
 
+import asyncio
+from types import SimpleNamespace
+
 import httpx
 import pytest
+from vllm.exceptions import RetryableRequestError
 
+from era_vllm.vllm_plugin.renderer import RENDER
+from era_vllm_server.again import ask_again
 from tests.server.asking import (
     CHAT,
     MESSAGES,
@@ -67,3 +73,56 @@ def test_a_request_that_misses_its_picture_is_answered(pair: Pair, name: str) ->
     # both know the picture by now
     assert pair.stock.post(path, json={**body(image), **more}).status_code == 200
     assert pair.ours.post(path, json={**body(image), **more}).status_code == 200
+
+
+def engine(*finished):
+    """An engine client whose requests end so at once, one after another; and what was asked."""
+    asked = []
+
+    async def generate(prompt, sampling_params, request_id):
+        asked.append(prompt)
+        reason = finished[len(asked) - 1]
+        said = SimpleNamespace(finish_reason=reason, token_ids=[7] if reason == "stop" else [])
+        yield SimpleNamespace(outputs=[said])
+
+    client = SimpleNamespace(generate=generate)
+    ask_again(client)
+    return client, asked
+
+
+def ends(client, prompt):
+    """What a prompt's outputs end with."""
+
+    async def read():
+        outputs = [output async for output in client.generate(prompt, None, "id")]
+        return [output.outputs[0].finish_reason for output in outputs]
+
+    return asyncio.run(read())
+
+
+def test_what_cannot_be_rendered_anew_is_told_to_come_again():
+    """Beam search's prompts, and those of large pictures; forced, no server runs."""
+    client, asked = engine("error")
+    with pytest.raises(RetryableRequestError):
+        ends(client, {"mm_kwargs": {"image": [None]}})
+    assert len(asked) == 1
+
+
+def test_a_fault_that_stays_is_passed_on():
+    def prompt(pixels):
+        async def render():
+            return {"mm_kwargs": {"image": [pixels]}}
+
+        return {"mm_kwargs": {"image": [None]}, RENDER: render}
+
+    client, asked = engine(*["error"] * 9)
+    assert ends(client, prompt(None)) == ["error"]
+    assert len(asked) == 3
+    client, asked = engine("error", "error")  # with its pixels it misses nothing
+    assert ends(client, prompt("pixels")) == ["error"]
+    assert len(asked) == 2
+    client, asked = engine("error", "stop")
+    assert ends(client, prompt("pixels")) == ["stop"]
+    client, asked = engine("error")
+    assert ends(client, {"mm_kwargs": {"image": ["pixels"]}}) == ["error"]
+    assert len(asked) == 1

@@ -45,6 +45,7 @@ VLLMS_OWN = {
         "/v1/responses",
         {"input": [{**MESSAGE, "content": [REFUSAL]}]},
     ),
+    "list index out of range": ("/v1/responses", {"input": [{**MESSAGE, "content": []}]}),
 }
 """Texts of 500s that stock vLLM 0.32.0 gives as well, and a body for each."""
 SHORT = {"n": 1, "max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4}
