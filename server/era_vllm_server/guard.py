@@ -101,9 +101,13 @@ class Gate:
         """Serve one connection, or the lifespan."""
         if scope["type"] == "lifespan":
             state = scope["app"].state  # vLLM takes it from the app when the lifespan ends
-            config: Config = state.server.config
-            bound(config)
-            self.drain.take_over(config)
+            try:
+                config: Config = state.server.config
+                bound(config)
+                self.drain.take_over(config)
+            except Exception as error:  # without drain and bounds nothing is served
+                await _fail(f"{type(error).__name__}: {error}", scope, receive, send)
+                return
             await self.app(scope, receive, send)
             _note_end(state, asked=self.drain.draining)
         elif scope["type"] == "http":

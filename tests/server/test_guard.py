@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import REGISTRY
@@ -139,6 +140,14 @@ def error_of(text):
     error = json.loads(text)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return error
+
+
+def test_a_vllm_that_keeps_its_server_elsewhere_is_not_served(make):
+    """Raised in the lifespan it would be, without drain and bounds: uvicorn takes it for none."""
+    application = SimpleNamespace(state=SimpleNamespace())
+    wire = ask(make(App()), {"type": "lifespan", "app": application}, Wire())
+    (said,) = wire.sent
+    assert said["type"] == "lifespan.startup.failed" and "server" in said["message"]
 
 
 def test_open_paths_are_open_to_reading_alone(make):
