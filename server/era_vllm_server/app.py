@@ -13,9 +13,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from era_vllm.compat.vllm_entrypoints import H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT, cli_env_setup
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import Launch
 from era_vllm_server.front import Asked
@@ -72,9 +72,16 @@ def asked(arguments: Sequence[str]) -> Asked:
         limit_mm_per_prompt=parsed.limit_mm_per_prompt or {},
         allowed_media_domains=parsed.allowed_media_domains or (),
         api_key=parsed.api_key,
+        h11_max_incomplete_event_size=_unless(
+            parsed.h11_max_incomplete_event_size, H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
+        ),
         grpc=parsed.grpc,
         grpc_port=parsed.grpc_port,
     )
+
+
+def _unless(value: int, default: int) -> int | None:
+    return None if value == default else value
 
 
 def complete(launch: Launch, rest: Sequence[str]) -> list[str]:

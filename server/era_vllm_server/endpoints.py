@@ -16,8 +16,8 @@ from vllm.engine.protocol import EngineClient
 from era_vllm.config import EraConfig
 from era_vllm_server import info, inspect, metrics, ready, routes, workers
 from era_vllm_server import media as media  # registers the connector
-from era_vllm_server.again import ask_again
 from era_vllm_server.metrics import WorkerMetrics
+from era_vllm_server.retry import retry_missed_pictures
 from era_vllm_server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class EraEndpoints:
         if engine_client is None or _era(args) is None:
             return
         config: EraConfig = state.era_config
-        ask_again(engine_client)
+        retry_missed_pictures(engine_client)
         if workers.answer(engine_client):
             state.era_worker_metrics = WorkerMetrics(engine_client)
         state.era_inspecting = asyncio.Lock()

@@ -14,11 +14,12 @@ from typing import Final
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
 from era_vllm_server.addresses import allowed_hosts
-from era_vllm_server.keys import Keys, keys_of
+from era_vllm_server.middleware.auth import Keys, keys_of
 from era_vllm_server.settings import ServerSettings
 
-MIDDLEWARE: Final = "era_vllm_server.guard.Guard"
-REQUEST_LOG: Final = "era_vllm_server.logs.RequestLog"
+MIDDLEWARE: Final = "era_vllm_server.middleware.Front"
+MAX_HEAD_BYTES: Final = 2**18
+"""Of a request's head, its trailers, a chunk's frame: before any key. vLLM's default is 4 MiB."""
 CONNECTOR: Final = "era"
 LIMITS: Final = {
     "VLLM_MAX_N_SEQUENCES": "128",  # OpenAI's own bound of n; vLLM's is 16384
@@ -58,6 +59,8 @@ class Asked:
     limit_mm_per_prompt: Mapping[str, object] = field(default_factory=dict)
     allowed_media_domains: Sequence[str] = ()
     api_key: Sequence[str | None] | None = None
+    h11_max_incomplete_event_size: int | None = None
+    """None = vLLM's default."""
     grpc: bool = False
     grpc_port: int | None = None
 
@@ -83,9 +86,10 @@ def with_front(
     allowed_hosts(user.allowed_media_domains)
     drain_s = settings.drain_timeout_s
     words = [*typed, "--middleware", MIDDLEWARE]  # behind the user's own: the last is outermost
-    if settings.log_json:  # around the guard
-        words += ["--middleware", REQUEST_LOG, "--disable-uvicorn-access-log"]
-        words += ["--logging-config.formatter", "json"]
+    if user.h11_max_incomplete_event_size is None:
+        words += ["--h11-max-incomplete-event-size", str(MAX_HEAD_BYTES)]
+    if settings.log_json:
+        words += ["--disable-uvicorn-access-log", "--logging-config.formatter", "json"]
     if user.shutdown_timeout and user.shutdown_timeout <= drain_s:
         raise ConfigError(
             f"--shutdown-timeout: got {user.shutdown_timeout} s, needed more than "

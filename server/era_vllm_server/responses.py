@@ -15,7 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from era_vllm_server.exchange import last_events
+from era_vllm_server.refusals import last_events
 
 logger = logging.getLogger(__name__)
 

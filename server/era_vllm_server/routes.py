@@ -1,7 +1,7 @@
 """vLLM's three chat routes with a field ``era``: its own handlers, and a word on what was done.
 
 The field goes to the renderer in the request's scope, and the report comes back in it
-(``era_vllm/vllm_plugin/requests.py``). Leaves out every other route: ``bodies`` refuses the field
+(``era_vllm/vllm_plugin/requests.py``). Leaves out every other route: ``fields`` refuses the field
 there.
 """
 
@@ -34,8 +34,8 @@ from era_vllm.vllm_plugin.requests import (
     is_image,
     reports,
 )
-from era_vllm_server.bodies import Bodies
 from era_vllm_server.metrics import REJECTED
+from era_vllm_server.middleware.body import Body
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
 router = APIRouter()
@@ -116,7 +116,7 @@ def attach(app: FastAPI) -> None:
     """Add the routes, and the layer that reads every body; inside of vLLM's authentication."""
     app.include_router(router)
     app.add_middleware(
-        Bodies,
+        Body,
         take_era=frozenset({_CHAT.path, _RESPONSES.path, _MESSAGES.path}),
         policy=app.state.era_config.policy,
         allow_image_uuid=app.state.era_settings.allow_image_uuid,
@@ -136,7 +136,7 @@ async def _answer(
     """
     config: EraConfig = raw_request.app.state.era_config
     scope = current()
-    assert scope is not None, "Bodies opens one for every request"
+    assert scope is not None, "Body opens one for every request"
     unseen = list[ImageReport]()
     try:
         scope.asked = asked_rate(request.era, config)

@@ -47,6 +47,9 @@ class ServerSettings(BaseSettings):
     max_body_bytes: int = Field(
         32 * 2**20, ge=1024, description="largest request body; more is a 413"
     )
+    max_bodies_bytes: int = Field(
+        2**30, ge=1024, description="bodies of all requests under way together; more is a 503"
+    )
     max_data_url_bytes: int = Field(
         20 * 2**20, ge=1024, description="longest base64 picture, as sent; more is a 400"
     )

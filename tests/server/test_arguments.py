@@ -146,4 +146,4 @@ def test_at_a_maximum_of_0_the_front_is_told_and_the_engine_is_not(capsys):
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert "--tokenizer-mode" not in words and "--hf-overrides" not in words
     assert json.loads(words[words.index("--additional-config") + 1])["era"]["max_pruning_rate"] == 0
-    assert "era_vllm_server.guard.Guard" in words
+    assert "era_vllm_server.middleware.Front" in words

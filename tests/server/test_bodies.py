@@ -8,7 +8,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from vllm import envs
 from vllm.exceptions import GenerationError
 
-from era_vllm_server.bodies import BATCH, Bodies
+from era_vllm_server.fields import BATCH
+from era_vllm_server.middleware.body import Body
+from era_vllm_server.middleware.limits import BodyLimits
 from era_vllm_server.responses import in_chat, in_messages, in_responses, with_era
 
 TAKES = "/v1/chat/completions"
@@ -45,7 +47,9 @@ def send(body, path="/pooling", *, allow=False, key=None, pieces=1, root=""):
     if key is not None:
         headers.append((b"authorization", f"Bearer {key}".encode()))
     scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "headers": headers}
-    layer = Bodies(application, frozenset({TAKES}), "era", allow)
+    layer = BodyLimits(
+        Body(application, frozenset({TAKES}), "era", allow), 2**30, 2**31, (b"retry-after", b"2")
+    )
     asyncio.run(layer(scope, receive, sent))
     assert len(given) + (len(answer) > 0) == 1
     if given:
@@ -157,14 +161,51 @@ def test_a_form_is_not_looked_into():
     assert send(body, "/v1/audio/transcriptions")[0] is None
 
 
+def many(name, element, count):
+    return f'{{"{name}":['.encode() + b",".join([element] * count) + b"]}"
+
+
+TOO_MUCH = {
+    "8388608 bytes beside its pictures": b'{"a":"' + rb"\u00e9" * (2**23 // 6) + b'"}',
+    "131072 brackets": many("a", b"[]", 2**17 + 1),
+    "524288 commas": many("tokens", b"1", 2**19 + 2),
+    "100 levels": b'{"a":' + b"[" * 101 + b"]" * 101 + b"}",
+    "100 levels ": b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}",
+    "4194304 characters": b'{"a":"' + b"x" * 2**22 + b'"}',
+    "4194304 characters ": b'{"prompt":["' + b'x","' * 9 + b"x" * 2**22 + b'"]}',
+    "16384 objects": b'{"a":[' + b",".join([many("b", b"{}", 4000)] * 5) + b"]}",
+    "4096 members in logit_bias": b'{"logit_bias":{'
+    + b",".join(b'"%d":1' % at for at in range(4097))
+    + b"}}",
+    "4096 items in stop": many("stop", b'"a"', 4097),
+    "4096 items in prompt": many("prompt", b"1.5", 4097),
+    "1024 items in input": many("input", b'{"role":"user","content":"a"}', 1025),
+    "1024 items in choice": b'{"structured_outputs":' + many("choice", b'"a"', 1025) + b"}",
+}
+
+
+@pytest.mark.parametrize("bound", TOO_MUCH)
+def test_bodies_that_would_hold_up_the_server_are_refused(bound):
+    (status, said), _ = send(TOO_MUCH[bound], "/invocations")
+    assert (status, said.partition(" of")[0]) == (
+        400,
+        f"the body holds more than {bound.strip()}" + "; send less at once" * ("char" not in bound),
+    )
+
+
 @pytest.mark.parametrize(
     "body",
-    [b'{"a":[' + b"[]," * 2**17 + b"0]}", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"]
-    + [b'{"a":[' + b"1," * 2**20 + b"0, 1]}"],
+    [
+        many("prompt", b"1", 2**19),
+        many("input", b'"a"', 1024),
+        {"a": "x" * (2**22 - 1)},
+        chat({"type": "image_url", "image_url": {"url": "data:," + "A" * 2**23}}),
+        chat({"type": "image", "source": {"type": "base64", "data": "A" * 2**23}}),
+    ],
+    ids=["token ids", "items", "text", "a picture", "messages' picture"],
 )
-def test_bodies_that_would_hold_up_the_server_are_refused(body):
-    (status, said), _ = send(body, "/invocations")
-    assert (status, "lists and objects" in said) == (400, True)
+def test_what_is_large_and_quick_passes(body):
+    assert send(body, TAKES)[0] is None
 
 
 @pytest.mark.parametrize("part", PARTS, ids=str)

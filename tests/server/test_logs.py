@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import BaseRoute, Route, Router
 
-from era_vllm_server.logs import IMAGES, LOGGER, JsonLine, RequestLog, _route
+from era_vllm_server.middleware.log import IMAGES, LOGGER, JsonLine, RequestLog, _route
 
 IMAGE = {
     "pruning_rate": 0.889,
@@ -82,7 +82,7 @@ def served(monkeypatch):
         ],
         exception_handlers={Exception: lambda request, error: PlainTextResponse("no", 500)},
     )
-    app.add_middleware(RequestLog)  # as vLLM does: inside of what answers exceptions
+    app.add_middleware(RequestLog, lines=True)  # as vLLM does: inside of what answers exceptions
 
     def ask(method, path, **options):
         async def go():
@@ -165,7 +165,7 @@ def test_a_client_that_leaves_is_told_from_one_that_stays(monkeypatch):
         pass
 
     scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
-    asyncio.run(RequestLog(waits)(scope, receive, send))
+    asyncio.run(RequestLog(waits, lines=True)(scope, receive, send))
     assert json.loads(sink.getvalue())["status"] == 499
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import Launch
-from era_vllm_server.front import LIMITS, MIDDLEWARE, Asked, with_front
+from era_vllm_server.front import LIMITS, MAX_HEAD_BYTES, MIDDLEWARE, Asked, with_front
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
 
 LAUNCH = Launch("m", {}, {})
@@ -137,13 +137,16 @@ def test_safe_defaults_are_set():
     assert launch.environment["VLLM_MEDIA_CONNECTOR"] == "era"
     assert launch.environment["VLLM_USE_RUST_FRONTEND"] == "0"
     assert "era" in launch.environment["VLLM_PLUGINS"].split(",")
-    assert words == ["m", "--middleware", MIDDLEWARE, "--shutdown-timeout", "30", *IMAGES]
+    head = ["--h11-max-incomplete-event-size", str(MAX_HEAD_BYTES)]
+    assert words == ["m", "--middleware", MIDDLEWARE, *head, "--shutdown-timeout", "30", *IMAGES]
 
 
 def test_the_users_own_environment_and_flags_win(monkeypatch):
     monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "5")
     monkeypatch.setenv("VLLM_PLUGINS", "foo")
-    user = Asked(shutdown_timeout=99, limit_mm_per_prompt={"image": 3})
+    user = Asked(
+        shutdown_timeout=99, limit_mm_per_prompt={"image": 3}, h11_max_incomplete_event_size=9
+    )
     launch, words = front("m", "--limit_mm_per_prompt.image=3", user=user)
     assert "VLLM_MAX_N_SEQUENCES" not in launch.environment
     assert launch.environment["VLLM_PLUGINS"] == "foo,era"

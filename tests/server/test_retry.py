@@ -12,7 +12,7 @@ import pytest
 from vllm.exceptions import RetryableRequestError
 
 from era_vllm.vllm_plugin.renderer import RENDER
-from era_vllm_server.again import ask_again
+from era_vllm_server.retry import retry_missed_pictures
 from tests.server.asking import (
     CHAT,
     MESSAGES,
@@ -86,7 +86,7 @@ def engine(*finished):
         yield SimpleNamespace(outputs=[said])
 
     client = SimpleNamespace(generate=generate)
-    ask_again(client)
+    retry_missed_pictures(client)
     return client, asked
 
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_rendered_anew_is_told_to_come_again():
     assert len(asked) == 1
 
 
-def test_a_fault_that_stays_is_passed_on():
+def test_a_picture_that_is_missed_each_time_is_told_to_come_again():
     def prompt(pixels):
         async def render():
             return {"mm_kwargs": {"image": [pixels]}}
@@ -116,7 +116,8 @@ def test_a_fault_that_stays_is_passed_on():
         return {"mm_kwargs": {"image": [None]}, RENDER: render}
 
     client, asked = engine(*["error"] * 9)
-    assert ends(client, prompt(None)) == ["error"]
+    with pytest.raises(RetryableRequestError):
+        ends(client, prompt(None))
     assert len(asked) == 3
     client, asked = engine("error", "error")  # with its pixels it misses nothing
     assert ends(client, prompt("pixels")) == ["error"]

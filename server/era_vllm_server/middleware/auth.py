@@ -1,19 +1,80 @@
-"""API keys: read once from a file, kept as digests, compared in constant time.
+"""API keys: read once from a file, kept as digests, compared in constant time; and the layer.
 
-Which keys hold is decided here, for the launcher and for every API server alike. Leaves out which
-path asks for which key (``guard``).
+Which keys hold is decided here, for the launcher and for every API server alike.
 """
 
 import hashlib
 import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import Final
 
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from era_vllm.compat.starlette_path import get_route_path
 from era_vllm.errors import ConfigError
+from era_vllm_server.metrics import REJECTED
+from era_vllm_server.refusals import Refusal
 from era_vllm_server.settings import ServerSettings
+
+READY: Final = "/ready"
+HEALTH: Final = "/health"
+METRICS: Final = "/metrics"
+OPEN: Final = frozenset(
+    {HEALTH, READY, "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+)
+"""Paths that ask for no key: probes, and pages that say the same to everybody."""
+OPEN_FOLDER: Final = "/static/"
+_NO_KEY: Final = Refusal(
+    HTTPStatus.UNAUTHORIZED,
+    "key",
+    "a key is needed and none that is known was given; send it as 'Authorization: Bearer KEY' or "
+    "'x-api-key: KEY'",
+    ((b"www-authenticate", b"Bearer"),),
+)
+
+
+class Auth:
+    """The layer: asks for a key on every path but the open ones, websockets too."""
+
+    def __init__(self, app: ASGIApp, keys: "Keys", metrics_keys: "Keys") -> None:
+        """Put it around an application, with the keys of all paths and of /metrics."""
+        self.app = app
+        self._keys, self._metrics_keys = keys, metrics_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, as the application is to see it."""
+        path = get_route_path(scope)
+        reading = scope.get("method", "GET") in ("GET", "HEAD")  # a websocket has none
+        if is_preflight(scope):
+            pass
+        elif reading and (path in OPEN or path.startswith(OPEN_FOLDER)):
+            if path in (HEALTH, READY):  # by some load balancers with HEAD, which has no route
+                scope = {**scope, "method": "GET"}
+        # all that begins so: vLLM mounts its metrics at /metrics{anything}, for every method
+        elif keys := self._metrics_keys if path.startswith(METRICS) else self._keys:
+            key = keys.holder(presented(scope))
+            if key is None:
+                await _refuse(scope, send)
+                return
+            scope = as_bearer(scope, key)
+        await self.app(scope, receive, send)
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    if scope["type"] == "http":
+        await _NO_KEY.answer(scope, send)
+    else:  # a websocket; closed before it is accepted it is a 403
+        REJECTED.labels(_NO_KEY.reason).inc()
+        await send({"type": "websocket.close", "code": 1008, "reason": _NO_KEY.reason})
+
+
+def is_preflight(scope: Scope) -> bool:
+    """Tell whether vLLM's CORS layer, which is inside of this one, answers a request by itself."""
+    needed = {b"origin", b"access-control-request-method"}
+    return scope.get("method") == "OPTIONS" and needed <= {name for name, _ in scope["headers"]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""One JSON line a request on standard output (``--era-log-json``), in place of the access log.
+"""Names each request and counts what it was told; with ``--era-log-json`` one JSON line of each on
+standard output, in place of the access log.
 
     {"time": "...", "event": "request", "id": "...", "method": "POST", "route": "/v1/...",
      "status": 200, "ms": 41.2, "images": [{"level": "medium", "source": "default", ...}]}
@@ -18,9 +19,12 @@ from datetime import UTC, datetime
 from time import perf_counter
 from typing import Final
 
-from starlette._utils import get_route_path
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from era_vllm.compat.starlette_path import get_route_path
+from era_vllm_server.metrics import RESPONSES
+from era_vllm_server.refusals import STATUS
 
 LOGGER: Final = "era_vllm_server.requests"
 IMAGES: Final = "era_images"
@@ -37,15 +41,16 @@ _NO_RESPONSE: Final = 500
 
 
 class RequestLog:
-    """vLLM makes one in every API server, around everything else."""
+    """The outermost layer: a request's id, its count and its line."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, lines: bool) -> None:
+        """Put it around an application; without lines it names and counts."""
         self.app = app
-        self._logger = _logger()
+        self._logger = _logger() if lines else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, then write its line."""
-        if scope["type"] != "http" or get_route_path(scope) in QUIET:
+        """Serve one connection, then count it and write its line."""
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         name, scope = _named(scope)
@@ -63,7 +68,7 @@ class RequestLog:
             if message["type"] == "http.response.body":
                 complete = not message.get("more_body", False)
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = int(message["status"])
                 others = [pair for pair in message.get("headers", []) if pair[0] != _HEADER]
                 message = {**message, "headers": [*others, (_HEADER, name)]}
             await send(message)
@@ -71,22 +76,24 @@ class RequestLog:
         try:
             await self.app(scope, receiving, sending)
         finally:
-            self._logger.info(
-                "request",
-                extra={
-                    "fields": {
-                        "id": name.decode(),
-                        "method": scope["method"],
-                        "route": _route(scope),
-                        "status": CLIENT_GONE if left else status,
-                        "ms": round((perf_counter() - started) * 1e3, 1),
-                        "images": [
-                            {key: image[key] for key in SHOWN}
-                            for image in scope["state"].get(IMAGES, ())
-                        ],
-                    }
-                },
-            )
+            if get_route_path(scope) not in QUIET:
+                last = CLIENT_GONE if left else int(scope["state"].get(STATUS, status))
+                RESPONSES.labels(str(last)).inc()
+                if self._logger is not None:
+                    self._write(name, scope, last, perf_counter() - started)
+
+    def _write(self, name: bytes, scope: Scope, status: int, seconds: float) -> None:
+        fields = {
+            "id": name.decode(),
+            "method": scope["method"],
+            "route": _route(scope),
+            "status": status,
+            "ms": round(seconds * 1e3, 1),
+            "images": [
+                {key: image[key] for key in SHOWN} for image in scope["state"].get(IMAGES, ())
+            ],
+        }
+        self._logger.info("request", extra={"fields": fields})
 
 
 class JsonLine(logging.Formatter):

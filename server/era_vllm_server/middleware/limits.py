@@ -1,0 +1,125 @@
+"""How much of a body is taken, how slowly, and how much of all bodies at once.
+
+A body is read whole before the application sees it: all of vLLM's routes need it whole. Leaves out
+what stands in it (``body``) and pictures that are fetched or decoded (``media``).
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from era_vllm_server.refusals import CLOSE, Header, Refusal
+
+GRACE_S: Final = 20.0
+"""A body may take so long, and beyond it a second for each ``MIN_BYTES_PER_S``."""
+MIN_BYTES_PER_S: Final = 1024
+
+
+class BodyLimits:
+    """The layer: counts the bytes of every body that is being read or answered."""
+
+    def __init__(self, app: ASGIApp, most_bytes: int, most_in_all: int, retry: Header) -> None:
+        """Put it around an application.
+
+        Args:
+            app: The application.
+            most_bytes: Of one body; more is a 413.
+            most_in_all: Of all requests' that are under way; more is a 503.
+            retry: Header that says when to come again.
+        """
+        self.app = app
+        self._most_bytes, self._most_in_all = most_bytes, most_in_all
+        self._bytes = 0
+        self._too_large = Refusal(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            "body_size",
+            f"the request's body is longer than {most_bytes} bytes",
+            (CLOSE,),  # the rest of it is not read
+        )
+        self._too_slow = Refusal(
+            HTTPStatus.REQUEST_TIMEOUT,
+            "body_rate",
+            f"the request's body came slower than {MIN_BYTES_PER_S} bytes a second",
+            (CLOSE,),
+        )
+        self._too_much = Refusal(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "bodies",
+            f"the bodies of the requests under way fill the {most_in_all} bytes that they may "
+            "have; send the request again",
+            (retry, CLOSE),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if _announced(scope) > self._most_bytes:
+            await self._too_large.answer(scope, send)
+            return
+        taken = Taken()
+        try:
+            refusal = await self._read(taken, receive)
+            if refusal is not None:
+                await refusal.answer(scope, send)
+            elif taken.whole:
+                body = b"".join(taken.parts)
+                taken.parts.clear()
+                await self.app(scope, replay(body, receive), send)
+        finally:
+            self._bytes -= taken.size
+
+    async def _read(self, taken: "Taken", receive: Receive) -> Refusal | None:
+        """Take a body, for as long as it comes and may; not whole where the client has gone.
+
+        Mutates: taken.
+        """
+        started = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(GRACE_S) as patience:
+                while not taken.whole:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return None
+                    part: bytes = message.get("body", b"")
+                    taken.parts.append(part)
+                    taken.whole = not message.get("more_body", False)
+                    taken.size += len(part)
+                    self._bytes += len(part)
+                    patience.reschedule(started + GRACE_S + taken.size / MIN_BYTES_PER_S)
+                    if taken.size > self._most_bytes:
+                        return self._too_large
+                    if self._bytes > self._most_in_all:
+                        return self._too_much
+        except TimeoutError:
+            return self._too_slow
+        return None
+
+
+@dataclass(slots=True)
+class Taken:
+    """What has come of a body."""
+
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+    whole: bool = False
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a ``receive`` that gives a body at once before what the server gives."""
+    kept: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return kept.pop() if kept else await receive()
+
+    return next_message
+
+
+def _announced(scope: Scope) -> int:
+    """Return the body's length by its header; 0 where that does not say, the body is counted."""
+    values = [value for name, value in scope["headers"] if name == b"content-length"]
+    return max([int(value[:20]) for value in values if value.isdigit()], default=0)
