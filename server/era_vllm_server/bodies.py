@@ -1,38 +1,25 @@
 """The layer that sees each request's body once, before its route: it opens the request's scope.
 
-It refuses what a route would ignore or what would reach another client's picture: ``era`` where it
-has no meaning, and names of pictures (``uuid``, rendered ``features``), which vLLM's caches answer
-before anybody looks at pixels. Most bodies hold none of these words and are not parsed here. It
-also counts the pictures of what is answered.
+It refuses bodies that would hold up the server, and what ``fields`` says of the others; most hold
+none of its words and are not parsed here. It also counts the pictures of what is answered.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Final
 
 from starlette._utils import get_route_path  # what the router strips, by the router's rule
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm import envs
-from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
 
-from era_vllm.vllm_plugin.requests import FIELD, ImageReport, scope
+from era_vllm.vllm_plugin.requests import ImageReport, scope
 from era_vllm_server.exchange import Refusal
+from era_vllm_server.fields import BATCH, WORDS, check, owner, refused
 from era_vllm_server.logs import IMAGES as LOGGED
 from era_vllm_server.metrics import CLAMPED, IMAGES, TOKENS_AFTER, TOKENS_BEFORE
 
-OWN_PATHS: Final = "/v1/era/"
-"""Routes below it read their bodies themselves."""
-_OFFLINE: Final = "image_pil"
-"""A part that only offline callers can fill."""
-BATCH: Final = "/v1/chat/completions/batch"
-_FIELDS: Final = re.compile(rb'"(?:era|uuid|mm_hashes|image_pil)"')
-"""A search takes a tenth of the time that to parse a picture would, and no memory."""
 _RAW_HALF: Final = re.compile(rb"\xed[\xa0-\xbf]")
-_MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
-"""Types of parts, and keys of parts without a type, that hold a picture or the like."""
 
 
 class Bodies:
@@ -83,60 +70,28 @@ class Bodies:
             return None, None
         containers = body.count(b"[") + body.count(b"{")
         if containers > _MOST_CONTAINERS or body.count(b",") > _MOST_VALUES:
-            return _refused("body_shape", _SHAPE), None
+            return refused("body_shape", _SHAPE), None
         escaped = b"\\" in body
         hidden = b"\x00" in body or (escaped and b"\\u00" in body)  # UTF-16; spelled by escapes
         halves = hidden or (escaped and (b"\\ud" in body or b"\\uD" in body)) or _raw_half(body)
         plain = not (hidden or halves or containers > _SHALLOW or path == BATCH)
-        if plain and not _FIELDS.search(body):
+        if plain and not WORDS.search(body):
             return None, None
         try:
             fields = json.loads(body)
             if halves:
                 json.dumps(fields, ensure_ascii=False).encode()
         except RecursionError:  # which not every route takes for a client's error
-            return _refused("body_shape", _SHAPE), None
+            return refused("body_shape", _SHAPE), None
         except UnicodeEncodeError:
-            return _refused("body_shape", _HALF), None
+            return refused("body_shape", _HALF), None
         except ValueError:  # the route's to refuse
             return None, None
         if not isinstance(fields, dict):
             return None, None
-        if refusal := self._misplaced(path, fields):
-            return refusal, None
-        if isinstance(features := fields.get("features"), dict) and features.get("mm_hashes"):
-            return _refused("image_uuid", _FEATURES), None
-        if path == BATCH and isinstance(chats := fields.get("messages"), list):
-            most = envs.VLLM_MAX_COMPLETION_PROMPTS
-            if len(chats) > most:
-                message = f"messages: got {len(chats)} chats, allowed: {most} in one request"
-                return _refused("batch", message), None
-        parts = list(_parts(fields))
-        if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
-            return _refused("image_pil", _PIL), None
-        named = [part for part in parts if part.get("uuid") is not None and _is_media(part)]
-        if not named:
-            return None, None
-        if not self._allow_image_uuid:
-            return _refused("image_uuid", _UUID), None
-        for part in named:
-            if not isinstance(part["uuid"], str) or not any(part.get(name) for name in _MEDIA):
-                return _refused("image_uuid", _ALONE), None
-            part["uuid"] = f"{_owner(asgi)}-{part['uuid']}"
-        return None, json.dumps(fields).encode()
-
-    def _misplaced(self, path: str, fields: dict[str, object]) -> Refusal | None:
-        """Return why the field ``era`` is refused: nowhere is it ignored."""
-        takes = path in self._take_era
-        if not takes and not f"{path}/".startswith(OWN_PATHS) and fields.get(FIELD) is not None:
-            routes = ", ".join(sorted(self._take_era))
-            return _refused(FIELD, f"{FIELD}: got it for {path}, allowed: {routes}; {_LEAVE_OUT}")
-        for part in _parts(fields) if takes else ():
-            where = part.get("image_url")
-            within = isinstance(where, dict) and FIELD in where
-            if within or (FIELD in part and not _PART.isdisjoint(part)):
-                return _refused(FIELD, f"{FIELD}: got it in a part of a message; {_WHOLE}")
-        return None
+        names = owner(asgi) if self._allow_image_uuid else None
+        found = check(path, fields, self._take_era, names)
+        return (found, None) if isinstance(found, Refusal) else (None, found)
 
     def _count(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
         """Count what was done, and leave it for the request log."""
@@ -160,22 +115,6 @@ _SHAPE: Final = (
     "nests them too deeply; send less at once"
 )
 _HALF: Final = "the body holds half a character (one of \\ud800 to \\udfff alone); send whole ones"
-_LEAVE_OUT: Final = "leave it out here"
-_WHOLE: Final = (
-    "it is a field of the whole request; for one picture alone send detail: high, low or auto"
-)
-_PART: Final = frozenset({"type", "role", "image_url"})
-"""Of these one is in every message and part of a message."""
-_PIL: Final = "image_pil: only for callers in Python; send an image_url"
-_ALONE: Final = "uuid: got no string, or a name alone; send the picture beside it"
-_UUID: Final = (
-    "uuid: a name could stand for another client's picture, so names are not taken; leave it out, "
-    "or have the server started with --era-allow-image-uuid, which keeps them apart by API key"
-)
-_FEATURES: Final = (
-    "features.mm_hashes: a name could stand for another client's picture, so rendered features are "
-    "not taken; send content_parts"
-)
 
 
 def _raw_half(body: bytes) -> bool:
@@ -185,10 +124,6 @@ def _raw_half(body: bytes) -> bool:
 
 def _path(asgi: Scope) -> str:
     return get_route_path(asgi).rstrip("/")
-
-
-def _refused(reason: str, message: str) -> Refusal:
-    return Refusal(HTTPStatus.BAD_REQUEST, reason, message)
 
 
 async def _read(receive: Receive) -> tuple[bytes | None, Receive]:
@@ -223,28 +158,3 @@ def _with_body(asgi: Scope, body: bytes, receive: Receive) -> tuple[Scope, Recei
     length = (b"content-length", str(len(body)).encode())
     kept = _first({"type": "http.request", "body": body}, receive)
     return {**asgi, "headers": [*others, length]}, kept
-
-
-def _parts(fields: dict[str, object]) -> Iterator[dict[str, object]]:
-    """Yield every object that stands in a list of a body, wherever that is."""
-    left: list[object] = [fields]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            left += [inner for inner in value.values() if inner and isinstance(inner, dict | list)]
-        elif isinstance(value, list):
-            inner = [part for part in value if part and isinstance(part, dict | list)]
-            left += inner
-            yield from (part for part in inner if isinstance(part, dict))
-
-
-def _is_media(part: dict[str, object]) -> bool:
-    """Tell whether vLLM takes a part of a message for a picture or the like."""
-    kind = part.get("type")
-    return (isinstance(kind, str) and kind in _MEDIA) or not _MEDIA.isdisjoint(part)
-
-
-def _owner(asgi: Scope) -> str:
-    """Return what tells one API key from another, and not the key."""
-    keys = [value for name, value in asgi["headers"] if name == b"authorization"]
-    return hashlib.sha256(b"\n".join(keys)).hexdigest()[:16]

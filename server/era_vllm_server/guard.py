@@ -14,14 +14,17 @@ from typing import Final
 from starlette._utils import get_route_path  # what the router strips, by the router's rule
 from starlette.datastructures import Headers, State
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from era_vllm_server.drain import Drain
 from era_vllm_server.exchange import Exchange, Header, Refusal
 from era_vllm_server.keys import Keys, as_bearer, keys_of, presented
 from era_vllm_server.logs import QUIET
 from era_vllm_server.metrics import REJECTED, RESPONSES
+from era_vllm_server.replies import Reply
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
 from era_vllm_server.wire import bound
 
@@ -111,9 +114,15 @@ class Gate:
             await self.app(scope, receive, send)
             _note_end(state, asked=self.drain.draining)
         elif scope["type"] == "http":
-            status: int = HTTPStatus.INTERNAL_SERVER_ERROR  # starlette's answer to an exception
+            status: int = HTTPStatus.INTERNAL_SERVER_ERROR
+            reply = Reply(scope, send)
             try:
-                status = await self._http(scope, receive, send)
+                status = await self._http(reply.scope, receive, reply)
+            except Exception as error:  # starlette's answer to it would pass beside ``reply``
+                if not reply.started:
+                    said = create_error_response(error).model_dump()
+                    await JSONResponse(said, status)(scope, receive, reply)
+                raise
             finally:
                 if get_route_path(scope) not in QUIET:
                     RESPONSES.labels(str(int(status))).inc()

@@ -4,15 +4,13 @@
      "status": 200, "ms": 41.2, "images": [{"level": "medium", "source": "default", ...}]}
 
 Never what was asked or answered: no prompt, no image, no URL, no query, no key; a path that is no
-route of ours is ``other``. The id is the client's ``X-Request-Id`` or a new one; it is handed to
-vLLM, whose answer's own id then holds it, and comes back as a header. The outermost layer of all.
+route of ours is ``other``. The id is that of the answer's ``X-Request-Id`` (``replies``). The
+outermost layer of all.
 """
 
 import json
 import logging
-import re
 import sys
-import uuid
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from time import perf_counter
@@ -22,14 +20,14 @@ from starlette._utils import get_route_path
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from era_vllm_server.replies import named
+
 LOGGER: Final = "era_vllm_server.requests"
 IMAGES: Final = "era_images"
 """Key of ``request.state`` where a route leaves what was done with each image."""
 SHOWN: Final = ("pruning_rate", "level", "source", "clamped", "tokens_before", "tokens_after")
 QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/ping"})
 """Asked every few seconds by machines."""
-_HEADER: Final = b"x-request-id"
-_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 CLIENT_GONE: Final = 499
 """In place of a status where the client left before the end; nginx's number."""
 _NO_RESPONSE: Final = 500
@@ -48,7 +46,8 @@ class RequestLog:
         if scope["type"] != "http" or get_route_path(scope) in QUIET:
             await self.app(scope, receive, send)
             return
-        name, scope = _named(scope)
+        name, scope = named(scope)
+        scope["state"] = dict(scope.get("state") or {})
         started, status = perf_counter(), _NO_RESPONSE
         left = complete = False
 
@@ -64,8 +63,6 @@ class RequestLog:
                 complete = not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 status = message["status"]
-                others = [pair for pair in message.get("headers", []) if pair[0] != _HEADER]
-                message = {**message, "headers": [*others, (_HEADER, name)]}
             await send(message)
 
         try:
@@ -108,15 +105,6 @@ def _logger() -> logging.Logger:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger
-
-
-def _named(scope: Scope) -> tuple[bytes, Scope]:
-    """Return a request's id, and its scope as the application is to see it: with that id."""
-    given = next((value for name, value in scope["headers"] if name == _HEADER), b"")
-    name = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
-    others = [pair for pair in scope["headers"] if pair[0] != _HEADER]
-    headers = [*others, (_HEADER, name)]
-    return name, {**scope, "headers": headers, "state": dict(scope.get("state") or {})}
 
 
 def _route(scope: Scope) -> str:

@@ -1,0 +1,145 @@
+"""What the fields of a parsed body mean, wherever they are sent: which are refused or rewritten.
+
+A route would ignore ``era`` where it has no meaning, and what only looks like it; and a name of a
+picture (``uuid``, rendered ``features``) would reach another client's, since vLLM's caches answer
+it before anybody looks at pixels. Leaves out how bodies are read (``bodies``), and what ``era``
+and the pictures of a chat say (``routes``).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator
+from http import HTTPStatus
+from typing import Final
+
+from starlette.types import Scope
+from vllm import envs
+from vllm.renderers.chat_utils import MM_PARSER_MAP, TEXT_PART_TYPES
+
+from era_vllm.config import LEVELS
+from era_vllm.vllm_plugin.requests import FIELD
+from era_vllm_server.exchange import Refusal
+
+OWN_PATHS: Final = "/v1/era/"
+"""Routes below it read their bodies themselves."""
+BATCH: Final = "/v1/chat/completions/batch"
+_OFFLINE: Final = "image_pil"
+"""A part that only offline callers can fill."""
+_NEAR: Final = (
+    r"(?i:.?era|e.ra|er.a|era.|ear|rea"
+    r"|(?:x[-_])?era(?:[-_. ][\w. -]{0,40}|level|rate|prun\w{0,20})?"
+    r"|(?:image|token|visual)?[-_]?prun(?:e|ing)[-_]?(?:rate|ratio|level))"
+)
+"""``era`` in capitals, one letter too many or two swapped, and names that hold it or its fields."""
+_NEAR_NAME: Final = re.compile(_NEAR)
+_WRAPPER: Final = "extra_body"
+"""An argument of openai-python, which puts what it holds at the top level."""
+_KEY: Final = rf'(?=[^"]{{2,60}}"\s*:)(?:{_NEAR}|uuid|mm_hashes|level|{_WRAPPER})'
+WORDS: Final = re.compile(rf'"(?:{_KEY}|{_OFFLINE})"'.encode())
+"""A body with none of them needs no check. To search a picture takes a tenth of the time that to
+parse it would, and no memory."""
+_MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
+"""Types of parts, and keys of parts without a type, that hold a picture or the like."""
+_PART: Final = frozenset({"type", "role", "image_url"})
+"""Of these one is in every message and part of a message."""
+_TOP: Final = f'put {{"{FIELD}": {{"level": "strong"}}}} at the top level of the body'
+_WHOLE: Final = (
+    "it is a field of the whole request; for one picture alone send detail: high, low or auto"
+)
+_PIL: Final = "image_pil: only for callers in Python; send an image_url"
+_ALONE: Final = "uuid: got no string, or a name alone; send the picture beside it"
+_UUID: Final = (
+    "uuid: a name could stand for another client's picture, so names are not taken; leave it out, "
+    "or have the server started with --era-allow-image-uuid, which keeps them apart by API key"
+)
+_FEATURES: Final = (
+    "features.mm_hashes: a name could stand for another client's picture, so rendered features are "
+    "not taken; send content_parts"
+)
+
+
+def check(
+    path: str, fields: dict[str, object], take_era: Collection[str], owner: str | None
+) -> Refusal | bytes | None:
+    """Return why a body is refused, or what is to be read in its place.
+
+    Args:
+        path: Of its route.
+        fields: The body.
+        take_era: Paths that have the field ``era``.
+        owner: Who sends it, to keep names of pictures apart; None = no names are taken.
+
+    Mutates: fields.
+    """
+    if refusal := _misplaced(path, fields, take_era):
+        return refusal
+    if isinstance(features := fields.get("features"), dict) and features.get("mm_hashes"):
+        return refused("image_uuid", _FEATURES)
+    if path == BATCH and isinstance(chats := fields.get("messages"), list):
+        most = envs.VLLM_MAX_COMPLETION_PROMPTS
+        if len(chats) > most:
+            message = f"messages: got {len(chats)} chats, allowed: {most} in one request"
+            return refused("batch", message)
+    parts = list(_parts(fields))
+    if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
+        return refused("image_pil", _PIL)
+    named = [part for part in parts if part.get("uuid") is not None and _is_media(part)]
+    if named and owner is None:
+        return refused("image_uuid", _UUID)
+    for part in named:
+        if not isinstance(part["uuid"], str) or not any(part.get(name) for name in _MEDIA):
+            return refused("image_uuid", _ALONE)
+        part["uuid"] = f"{owner}-{part['uuid']}"
+    return json.dumps(fields).encode() if named else None
+
+
+def _misplaced(path: str, fields: dict[str, object], take_era: Collection[str]) -> Refusal | None:
+    """Return why ``era``, or what was meant for it, is refused: nowhere is it ignored."""
+    takes = path in take_era
+    if not takes and not f"{path}/".startswith(OWN_PATHS) and fields.get(FIELD) is not None:
+        routes = ", ".join(sorted(take_era))
+        return refused(FIELD, f"{FIELD}: got it for {path}, allowed: {routes}; leave it out here")
+    for name, value in fields.items():
+        within = value if name == _WRAPPER and isinstance(value, dict) else ()
+        if ours := next((each for each in within if _NEAR_NAME.fullmatch(each)), None):
+            return refused(FIELD, f"{_WRAPPER}: got {ours!r} in it, which nobody reads; {_TOP}")
+        near = _NEAR_NAME.fullmatch(name) and name != FIELD
+        if value is not None and (near or (name == "level" and str(value) in dict(LEVELS))):
+            return refused(FIELD, f"{name}: no such field, needed {FIELD!r}; {_TOP}")
+    for part in _parts(fields) if takes else ():
+        where = part.get("image_url")
+        within = isinstance(where, dict) and FIELD in where
+        if within or (FIELD in part and not _PART.isdisjoint(part)):
+            return refused(FIELD, f"{FIELD}: got it in a part of a message; {_WHOLE}")
+    return None
+
+
+def refused(reason: str, message: str) -> Refusal:
+    """Return the refusal of a body."""
+    return Refusal(HTTPStatus.BAD_REQUEST, reason, message)
+
+
+def owner(asgi: Scope) -> str:
+    """Return what tells one API key from another, and not the key."""
+    keys = [value for name, value in asgi["headers"] if name == b"authorization"]
+    return hashlib.sha256(b"\n".join(keys)).hexdigest()[:16]
+
+
+def _parts(fields: dict[str, object]) -> Iterator[dict[str, object]]:
+    """Yield every object that stands in a list of a body, wherever that is."""
+    left: list[object] = [fields]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [inner for inner in value.values() if inner and isinstance(inner, dict | list)]
+        elif isinstance(value, list):
+            inner = [part for part in value if part and isinstance(part, dict | list)]
+            left += inner
+            yield from (part for part in inner if isinstance(part, dict))
+
+
+def _is_media(part: dict[str, object]) -> bool:
+    """Tell whether vLLM takes a part of a message for a picture or the like."""
+    kind = part.get("type")
+    return (isinstance(kind, str) and kind in _MEDIA) or not _MEDIA.isdisjoint(part)
