@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.routing import BaseRoute, Route, Router
 
 from era_vllm_server.logs import IMAGES, LOGGER, JsonLine, RequestLog, _route
-from era_vllm_server.replies import MAX_BYTES, Reply, error_body
+from era_vllm_server.replies import Reply
 
 IMAGE = {
     "pruning_rate": 0.889,
@@ -186,41 +186,3 @@ def test_a_stream_is_timed_to_its_end_and_probes_are_quiet(served):
     _, (line,) = served("GET", "/stream")
     assert line["ms"] >= 55
     assert served("GET", "/health")[1] == []
-
-
-LONG = "\x07é" * 2**20
-OPENAI = {"error": {"message": "m", "type": "t", "param": None, "code": 400}}
-ANTHROPIC = {"type": "error", "error": {"type": "t", "message": "m"}}
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b"", "Not Found"),
-        (b"plain", "plain"),
-        (b'"json"', "json"),
-        (b'{"detail": "Not Found"}', "Not Found"),
-        (b'{"detail": [{"loc": ["body"]}]}', '[{"loc": ["body"]}]'),
-        (b'{"error": "Unauthorized"}', "Unauthorized"),
-        (b'{"error": {"code": 3}}', "Not Found"),
-        (json.dumps(OPENAI).encode(), "m"),
-        (json.dumps(ANTHROPIC).encode(), "m"),
-        (json.dumps({"error": {"message": LONG, "type": LONG, "param": LONG}}).encode(), None),
-        (json.dumps({"type": "error", "error": {"message": LONG, "type": LONG}}).encode(), None),
-        (json.dumps({"detail": LONG}).encode(), None),
-        (LONG.encode(), None),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_an_error_has_the_form_of_its_api_and_an_end(body, message):
-    for anthropic in (False, True):
-        found = error_body(body, 404, anthropic=anthropic)
-        said = json.loads(found)
-        assert len(found) <= MAX_BYTES
-        assert set(said) == ({"type", "error"} if anthropic else {"error"})
-        assert set(said["error"]) >= {"type", "message"}
-        told = said["error"]["message"]
-        assert told == message if message is not None else told.endswith("... (cut)")
-    same = error_body(json.dumps(OPENAI).encode(), 400, anthropic=False)
-    assert same == json.dumps(OPENAI).encode()
-    assert error_body(b'{"ready":false}', 503, anthropic=False) == b'{"ready":false}'
