@@ -52,7 +52,7 @@ class Reply:
             others = [pair for pair in message.get("headers", ()) if pair[0].lower() != _HEADER]
             message = {**message, "headers": [*others, (_HEADER, self._name)]}
             if message["status"] >= HTTPStatus.BAD_REQUEST:
-                self._error = message
+                self._error, self._body = message, b""
                 return
         elif self._error is not None:
             self._body += message.get("body", b"")

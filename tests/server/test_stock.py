@@ -19,7 +19,7 @@ from tests.server.asking import (
     picture,
     responses_body,
 )
-from tests.server.attacker import Pair
+from tests.server.attacker import MAX_BODY, Pair
 
 pytest_plugins = ["tests.server.guarded"]
 OFF = {"era": {"level": "off"}}
@@ -67,3 +67,18 @@ def kinds(reply: httpx.Response) -> dict[str, str]:
     """Return the headers that say what an answer is."""
     volatile = {"date", "content-length", "x-request-id"}
     return {name: value for name, value in reply.headers.items() if name not in volatile}
+
+
+def test_refusals_have_the_form_of_their_api_and_an_id(pair: Pair) -> None:
+    asked = messages_body(fresh(0, 799))
+    large = {**asked, "system": "x" * MAX_BODY}
+    for path in (MESSAGES, CHAT):
+        for headers, body, status in (
+            ({"Authorization": "Bearer nobody's"}, asked, 401),
+            ({}, large, 413),
+        ):
+            reply = pair.ours.post(path, json=body, headers={**headers, "X-Request-Id": "mine"})
+            said = reply.json()
+            assert (reply.status_code, reply.headers["x-request-id"]) == (status, "mine")
+            assert said["error"]["message"] and (said.get("type") == "error") == (path == MESSAGES)
+            assert ("code" in said["error"]) == (path == CHAT)
