@@ -49,14 +49,14 @@ class EraRenderer(HfRenderer):
         """Do what vLLM does, and keep each image's ``detail``, which vLLM drops."""
         messages = _with_lists(messages)
         conversation, prompt = super().render_messages(messages, params)
-        prompt[_DETAILS] = image_details(messages)
+        prompt[_DETAILS] = _details(messages)
         return conversation, prompt
 
     async def render_messages_async(self, messages, params):  # noqa: ANN001, ANN201
         """Do the same for a server."""
         messages = _with_lists(messages)
         conversation, prompt = await super().render_messages_async(messages, params)
-        prompt[_DETAILS] = image_details(messages)
+        prompt[_DETAILS] = _details(messages)
         return conversation, prompt
 
     def _apply_prompt_extras(
@@ -116,9 +116,11 @@ class EraRenderer(HfRenderer):
 
     async def process_for_engine_async(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
         """Do the same for a server."""
+        request = current()
+        if request is not None and request.only_counted:
+            kwargs["skip_mm_cache"] = True
         inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
         self._report(prompt, inputs, **kwargs)
-        request = current()
         known = None in inputs.get("mm_kwargs", {}).get("image", ())
         if known and request is not None and request.pixels <= _MOST_PIXELS:
             inputs[RENDER] = partial(self._process_again, prompt, *args, **kwargs)
@@ -147,6 +149,13 @@ class EraRenderer(HfRenderer):
             return
         after = [place.length for place in inputs["mm_placeholders"]["image"]]
         request.report(reports(prompt[_RATES], before, after, self.era))
+
+
+def _details(messages: Iterable[object]) -> Sequence[object]:
+    """Return each image's ``detail``: as the route has read it, or from the messages."""
+    request = current()
+    given = request.details if request is not None else None
+    return image_details(messages) if given is None else given
 
 
 def _with_lists(messages: Iterable[object]) -> list[object]:

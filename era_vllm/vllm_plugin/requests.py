@@ -68,6 +68,10 @@ class Scope:
 
     asked: float | None = None
     """The rate that the ``era`` field asks for."""
+    details: Sequence[object] | None = None
+    """``detail`` of each image, where vLLM's messages do not say; None = they do."""
+    only_counted: bool = False
+    """Its prompt is not for the engine, whose caches must not be thought to know its pictures."""
     pixels: int = 0
     """Of its pictures so far, decoded or about to be."""
     refused: bool = False

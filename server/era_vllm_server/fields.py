@@ -2,8 +2,8 @@
 
 A route would ignore ``era`` where it has no meaning, and what only looks like it; and a name of a
 picture (``uuid``, rendered ``features``) would reach another client's, since vLLM's caches answer
-it before anybody looks at pixels. Leaves out how bodies are read (``bodies``), and what ``era``
-and the pictures of a chat say (``routes``).
+it before anybody looks at pixels. Leaves out how bodies are read (``middleware.body``), and what
+``era`` and the pictures of a chat say (``routes``).
 """
 
 import hashlib
@@ -36,9 +36,6 @@ _NEAR_NAME: Final = re.compile(_NEAR)
 _WRAPPER: Final = "extra_body"
 """An argument of openai-python, which puts what it holds at the top level."""
 _KEY: Final = rf'(?=[^"]{{2,60}}"\s*:)(?:{_NEAR}|uuid|mm_hashes|level|{_WRAPPER})'
-WORDS: Final = re.compile(rf'"(?:{_KEY}|{_OFFLINE})"'.encode())
-"""A body with none of them needs no check. To search a picture takes a tenth of the time that to
-parse it would, and no memory."""
 _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
 _PART: Final = frozenset({"type", "role", "image_url"})

@@ -1,25 +1,23 @@
-"""vLLM's three chat routes with a field ``era``: its own handlers, and a word on what was done.
+"""vLLM's routes for chats, with a field ``era``: its own handlers, and a word on what was done.
 
 The field goes to the renderer in the request's scope, and the report comes back in it
 (``era_vllm/vllm_plugin/requests.py``). Leaves out every other route: ``fields`` refuses the field
 there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
-from typing import Annotated, Final
+from inspect import signature
+from typing import Annotated, Any, Final, Union, get_args
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from pydantic import WithJsonSchema
+from pydantic import WithJsonSchema, create_model
 from vllm.entrypoints.anthropic import api_router as messages_api
-from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.openai.chat_completion import api_router as chat_api
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.responses import api_router as responses_api
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.tokenize import api_router as tokenize_api
 from vllm.exceptions import VLLMValidationError
 
 from era_vllm.config import EraConfig
@@ -38,8 +36,22 @@ from era_vllm_server.metrics import REJECTED
 from era_vllm_server.middleware.body import Body
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
-router = APIRouter()
-EraField = Annotated[
+_MESSAGES: Final = "/v1/messages"
+_ROUTES: Final[Mapping[str, tuple[APIRouter, Place | None]]] = {
+    "/v1/chat/completions": (chat_api.router, in_chat),
+    "/v1/responses": (responses_api.router, in_responses),
+    _MESSAGES: (messages_api.router, in_messages),
+    f"{_MESSAGES}/count_tokens": (messages_api.router, None),
+    "/tokenize": (tokenize_api.router, None),
+}
+"""vLLM's router of each, and where an answer says what was done; None = tokens are only counted."""
+_SOURCES: Final = {"base64": "data", "url": "url"}
+"""Types of an image block's source, and the field that holds the picture or its address."""
+_SOURCE: Final = (
+    '{"type": "base64", "media_type": "image/png", "data": ...} or {"type": "url", "url": ...}; '
+    "send the picture itself, no files are kept here"
+)
+_EraField = Annotated[
     object,
     WithJsonSchema(
         {
@@ -62,123 +74,105 @@ EraField = Annotated[
 ]
 
 
-class EraChatRequest(ChatCompletionRequest):
-    """vLLM's request, with the field."""
-
-    era: EraField = None
-
-
-class EraResponsesRequest(ResponsesRequest):
-    """vLLM's request, with the field."""
-
-    era: EraField = None
-
-
-class EraMessagesRequest(AnthropicMessagesRequest):
-    """vLLM's request, with the field."""
-
-    era: EraField = None
-
-
-def _route(stock: APIRouter, path: str) -> APIRoute:
-    return next(
-        route for route in stock.routes if isinstance(route, APIRoute) and route.path == path
-    )
-
-
-_CHAT: Final = _route(chat_api.router, "/v1/chat/completions")
-_RESPONSES: Final = _route(responses_api.router, "/v1/responses")
-_MESSAGES: Final = _route(messages_api.router, "/v1/messages")
-
-
-@router.post(_CHAT.path, dependencies=_CHAT.dependencies, responses=_CHAT.responses)
-async def chat(request: EraChatRequest, raw_request: Request) -> Response:
-    """Create a chat completion."""
-    return await _answer(_CHAT, request, raw_request, in_chat)
-
-
-@router.post(_RESPONSES.path, dependencies=_RESPONSES.dependencies, responses=_RESPONSES.responses)
-async def responses(request: EraResponsesRequest, raw_request: Request) -> Response:
-    """Create a response."""
-    return await _answer(_RESPONSES, request, raw_request, in_responses)
-
-
-@router.post(_MESSAGES.path, dependencies=_MESSAGES.dependencies, responses=_MESSAGES.responses)
-async def messages(request: EraMessagesRequest, raw_request: Request) -> Response:
-    """Create a message."""
-    try:
-        return await _answer(_MESSAGES, request, raw_request, in_messages)
-    except VLLMValidationError as error:
-        return messages_api.translate_error_response(create_error_response(error))
-
-
 def attach(app: FastAPI) -> None:
     """Add the routes, and the layer that reads every body; inside of vLLM's authentication."""
-    app.include_router(router)
+    for path, (router, place) in _ROUTES.items():
+        routes = [route for route in router.routes if isinstance(route, APIRoute)]
+        stock = next(route for route in routes if route.path == path)
+        options = {"dependencies": stock.dependencies, "responses": stock.responses}
+        app.post(path, name=stock.name, **options)(_handler(stock, place))
     app.add_middleware(
         Body,
-        take_era=frozenset({_CHAT.path, _RESPONSES.path, _MESSAGES.path}),
+        take_era=frozenset(_ROUTES),
         policy=app.state.era_config.policy,
         allow_image_uuid=app.state.era_settings.allow_image_uuid,
     )
 
 
-async def _answer(
-    stock: APIRoute,
-    request: EraChatRequest | EraResponsesRequest | EraMessagesRequest,
-    raw_request: Request,
-    place: Place,
-) -> Response:
-    """Let vLLM answer; then say what was done.
+def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Response | None]]:
+    """Return vLLM's handler, whose request has the field and whose answer says what was done."""
+    taken = signature(stock.endpoint).parameters["request"].annotation
+    models = tuple(
+        create_model(f"Era{model.__name__}", __base__=model, era=(_EraField, None))
+        for model in get_args(taken) or (taken,)
+    )
+
+    async def handler(request: Union[models], raw_request: Request) -> Response:  # noqa: UP007
+        config: EraConfig = raw_request.app.state.era_config
+        scope = current()
+        assert scope is not None, "Body opens one for every request"
+        body: dict[str, Any] = await raw_request.json()  # which FastAPI has parsed
+        unseen = list[ImageReport]()
+        try:
+            scope.asked, scope.only_counted = asked_rate(body.get(FIELD), config), place is None
+            details = image_details([{"content": _pictures(stock.path, body)}])
+            if stock.path.startswith(_MESSAGES):  # in whose conversion they get lost
+                scope.details = details
+            if config.max_pruning_rate == 0:  # and the renderer is vLLM's own
+                unknown = [None] * len(details)
+                rates = image_rates(details, scope.asked, config)
+                unseen = reports(rates, unknown, unknown, config)
+        except FieldError as error:
+            REJECTED.labels(FIELD).inc()
+            raise VLLMValidationError(str(error), parameter=error.field) from error
+        response: Response | None = await stock.endpoint(request, raw_request)
+        if response is None or place is None:  # the client has gone; or there is nothing to say
+            return response
+        if unseen and response.status_code == HTTPStatus.OK:
+            scope.report(unseen)
+        images = [image.as_dict() for image in scope.images]
+        policy = config.policy if config.max_pruning_rate else None
+        return with_era(response, {"policy": policy, "images": images}, place)
+
+    handler.__doc__ = stock.endpoint.__doc__
+    return handler
+
+
+def _pictures(path: str, body: dict[str, Any]) -> list[dict[str, object]]:
+    """Return the parts of a chat that are images, in the prompt's order and in OpenAI's form.
+
+    Args:
+        path: Of its route.
+        body: What the route has validated.
 
     Raises:
-        VLLMValidationError: the field is malformed or out of bounds; a 400.
+        FieldError: one that vLLM leaves out, or refuses without a word on what is allowed.
+
+    Upstream: vllm/entrypoints/anthropic/serving.py:406 ``_convert_messages`` (0.32.0) takes images
+    of messages only, those of the user's tool results before the message's own.
     """
-    config: EraConfig = raw_request.app.state.era_config
-    scope = current()
-    assert scope is not None, "Body opens one for every request"
-    unseen = list[ImageReport]()
-    try:
-        scope.asked = asked_rate(request.era, config)
-        if config.max_pruning_rate == 0:
-            unseen = _seen_by_nobody(await raw_request.json(), scope.asked, config)
-    except FieldError as error:
-        REJECTED.labels(FIELD).inc()
-        raise VLLMValidationError(str(error), parameter=error.field) from error
-    response: Response | None = await stock.endpoint(request, raw_request)
-    if response is None:  # the client has gone
-        return response
-    if unseen and response.status_code == HTTPStatus.OK:
-        scope.report(unseen)
-    images = [image.as_dict() for image in scope.images]
-    policy = config.policy if config.max_pruning_rate else None
-    return with_era(response, {"policy": policy, "images": images}, place)
+    if not path.startswith(_MESSAGES):
+        said = body.get("messages") or body.get("input")
+        items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
+        contents = [item.get(name) for item in items for name in ("content", "output")]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        found = [part for part in parts if is_image(part)]
+        if any(not part.get("image_url") for part in found):
+            raise FieldError("image_url", None, "data:image/...;base64,... or https://...")
+        return found
+    found, lost = list[dict[str, Any]](), _blocks(body.get("system"), "image")
+    for message in body["messages"]:
+        content, role = message["content"], message["role"]
+        results = [result.get("content") for result in _blocks(content, "tool_result")]
+        within = [block for result in results for block in _blocks(result, "image")]
+        (found if role == "user" else lost).extend(within)
+        (lost if role == "system" else found).extend(_blocks(content, "image"))
+    if lost:
+        raise FieldError("image", lost[0], "in a message of the user")
+    return [_part(block) for block in found]
 
 
-def _pictures(said: object) -> Iterator[dict[str, object]]:
-    """Yield the parts of a body's messages that are images, those in a tool's answer too.
-
-    Anthropic's parts of type ``image`` come out as what vLLM makes of them.
-    """
-    if isinstance(said, list):
-        for one in said:
-            yield from _pictures(one)
-    elif isinstance(said, dict):
-        if is_image(said):
-            yield said
-        elif said.get("type") == "image" and "source" in said:
-            yield {"type": "image_url", "image_url": {}}
-        else:
-            for name in ("content", "output"):
-                yield from _pictures(said.get(name))
+def _blocks(content: object, kind: str) -> list[dict[str, Any]]:
+    """Return Anthropic's blocks of a type."""
+    blocks = content if isinstance(content, list) else []
+    return [block for block in blocks if isinstance(block, dict) and block.get("type") == kind]
 
 
-def _seen_by_nobody(
-    body: dict[str, object], asked: float | None, config: EraConfig
-) -> list[ImageReport]:
-    """Return what is known of a request's images where the renderer is vLLM's own."""
-    details = image_details(
-        [{"content": list(_pictures(body.get("messages") or body.get("input")))}]
-    )
-    unknown = [None] * len(details)
-    return reports(image_rates(details, asked, config), unknown, unknown, config)
+def _part(block: dict[str, Any]) -> dict[str, object]:
+    """Return what vLLM makes of an image block, with its ``detail``."""
+    source = block.get("source")
+    kind = source.get("type", "base64") if isinstance(source, dict) else None
+    given = source.get(_SOURCES.get(kind)) if isinstance(kind, str) else None
+    if not isinstance(given, str) or not given:
+        raise FieldError("source", source, _SOURCE)
+    return {"type": "image_url", "image_url": source, "detail": block.get("detail")}

@@ -91,6 +91,47 @@ def test_era_that_is_null_or_further_in_is_not_ours():
         assert send(body)[0] is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["ERA", "Era", "eras", "erra", "_era", "ear", "rea", "era_level", "era-pruning-rate"]
+    + ["eraLevel", "ERA_PRUNING_RATE", "x-era", "era.level", "pruning_rate", "pruningRate"]
+    + ["prune_rate", "image_pruning_rate"],
+)
+def test_what_is_nearly_era_is_refused_with_the_right_spelling(name):
+    for path in (TAKES, "/anything", "/v1/era/inspect"):
+        (status, said), _ = send({**chat(IMAGE), name: {"level": "strong"}}, path)
+        assert status == 400
+        assert said.startswith(f"{name}: no such field, needed 'era'; put")
+        (status, said), _ = send({**chat(IMAGE), "extra_body": {name: 1}}, path)
+        assert status == 400 and "top level of the body" in said
+        assert send({**chat(IMAGE), name: None}, path)[0] is None
+        assert send({**chat(IMAGE), "metadata": {name: 1}, "extra_body": name}, path)[0] is None
+
+
+def test_era_in_an_extra_body_or_a_level_by_itself_is_refused():
+    for body in ({"extra_body": {"era": {"level": "off"}}}, {"extra_body": {"a": 1, "ERA": 0}}):
+        (status, said), _ = send(body, TAKES)
+        assert status == 400
+        assert 'put {"era": {"level": "strong"}} at the top level of the body' in said
+    assert send({"level": "strong"}, TAKES)[0] is not None
+
+
+def test_no_field_of_vllms_and_no_other_extra_is_taken_for_era():
+    """Every name that a body of any route may have, and what clients add that vLLM ignores."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-scale-out", "x"])
+    schemas = build_app(arguments, ("generate", "embed")).openapi()["components"]["schemas"]
+    names = {name for schema in schemas.values() for name in schema.get("properties", ())}
+    assert names >= {"messages", "temperature", "input", "max_tokens", "stop"} and len(names) > 300
+    extras = {"erase", "eraser", "opera", "camera", "area", "extra", "level", "extra_body", "are"}
+    for value in (1, "debug", {"a": 1}, ["strong"]):
+        body = dict.fromkeys(names | extras, value) | {"messages": [], "features": None}
+        assert send(body, TAKES)[0] is None
+
+
 PARTS = [
     {**IMAGE, "uuid": "cat"},
     {"image_url": "data:,", "uuid": "cat"},

@@ -5,6 +5,7 @@ import json
 import re
 import time
 
+import anthropic
 import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
@@ -32,6 +33,7 @@ from tests.server.asking import (
 from tests.server.conftest import ERA_VLLM, LIMITS, started
 
 A, B, C = (fresh(sample, 2000 + sample) for sample in (3, 4, 5))
+COUNT = f"{MESSAGES}/count_tokens"
 KEYS = ("key-of-one-client", "key-of-another")
 LEVELS = {"off": (0.0, 144), "light": (0.5, 72), "medium": (0.778, 32)} | {
     "strong": (0.889, 16),
@@ -129,16 +131,23 @@ def test_on_every_other_route_the_field_is_a_400(servers):
         re.sub(r"\{[^}]*\}", "x", route.path)
         for route in build_app(arguments, ("generate",)).routes
         if getattr(route, "methods", None) and route.methods & {"POST", "PUT", "PATCH"}
-    } - {CHAT, RESPONSES, MESSAGES}
+    } - {CHAT, RESPONSES, MESSAGES, COUNT, "/tokenize"}
     assert taking >= {
-        *("/v1/completions", "/v1/chat/completions/batch", "/tokenize", "/invocations"),
-        *("/v1/messages/count_tokens", "/inference/v1/generate"),
+        *("/v1/completions", "/v1/chat/completions/batch", "/detokenize", "/invocations"),
+        "/inference/v1/generate",
     }
     for path in taking:
         body = chat_body(picture(A), prompt="?", era={"level": "off"})
         reply = post(servers[0], path, body)
         assert reply.status_code == 400, path
         assert f"era: got it for {path}" in reply.json()["error"]["message"]
+    for path in taking | {CHAT, RESPONSES, MESSAGES, COUNT, "/tokenize", "/v1/era/inspect"}:
+        for wrong in ({"extra_body": {"era": {"level": "off"}}}, {"ERA": 0}, {"level": "off"}):
+            reply = post(servers[0], path, chat_body(picture(A), prompt="?", **wrong))
+            assert reply.status_code == 400, path
+            said = reply.json()["error"]["message"]
+            assert 'put {"era": {"level": "strong"}} at the top level of the body' in said
+    assert post(servers[0], CHAT, chat_body(text="?", extra_body={"top_k": 1})).status_code == 200
 
 
 def test_details_count_where_prompts_are_only_counted(servers):
@@ -147,6 +156,31 @@ def test_details_count_where_prompts_are_only_counted(servers):
         for detail in ("high", "low")
     ]
     assert counts[0] - counts[1] == 144 - 16
+
+
+@pytest.mark.parametrize("era", [None, {"level": "off"}, {"level": "strong"}], ids=str)
+def test_a_count_is_the_prompts_at_the_same_level_and_nothing_is_kept_of_it(servers, era):
+    image = fresh(2, 2200 + len(str(era)))
+    chosen = {} if era is None else {"era": era}
+    names = ("era:images_total", "era:reduced_images_total", "vllm:mm_cache_queries_total")
+    before = settled(servers[0], *names)
+    body = messages_body(image, **chosen)
+    body["messages"][0]["content"].append({**body["messages"][0]["content"][0], "detail": "low"})
+    only = {
+        name: value for name, value in body.items() if name not in ("max_tokens", "temperature")
+    }
+    counted = post(servers[0], COUNT, only).json()
+    parts = picture(image, "high"), picture(image)
+    tokens = post(servers[0], "/tokenize", chat_body(*parts, **chosen)).json()
+    assert settled(servers[0], *names) == before
+    usage = post(servers[0], MESSAGES, body).json()["usage"]
+    assert counted["input_tokens"] == usage["input_tokens"]
+    usage = chat(servers[0], *parts, **chosen)["usage"]
+    assert tokens["count"] == len(tokens["tokens"]) == usage["prompt_tokens"]
+    for path, asked in ((COUNT, only), ("/tokenize", chat_body(*parts))):
+        reply = post(servers[0], path, asked | {"era": {"level": "max"}})
+        assert (reply.status_code, "era.level: got 'max'" in reply.text) == (400, True)
+    assert post(servers[0], "/tokenize", {"prompt": "what", **chosen}).json()["count"]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +245,7 @@ def test_the_rest_of_an_answer_is_vllms_byte_for_byte(servers, more):
     assert '"era":' not in theirs.text
     assert without_era(ours.text) == without_era(theirs.text)
     assert ours.text.count('"era":') == (2 if "stream_options" in more else 1)
-    volatile = {"date", "content-length"}
+    volatile = {"date", "content-length", "x-request-id"}
     headers = [
         {k: v for k, v in reply.headers.items() if k not in volatile} for reply in (ours, theirs)
     ]
@@ -248,6 +282,83 @@ def test_messages_say_it_too(servers):
     holders = [event for event in events if '"era":' in event]
     assert len(holders) == 1
     assert rates(json.loads(holders[0].partition("data: ")[2])["message"]) == rates(whole)
+
+
+def block(image, **more):
+    """A picture as messages hold it."""
+    return {**messages_body(image)["messages"][0]["content"][0], **more}
+
+
+def test_messages_have_a_detail_for_each_picture_in_the_prompts_order(servers, stock):
+    """In which those of a tool's result come before the others of its message."""
+    use = {"type": "tool_use", "id": "1", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [block(C, detail="high")]}
+    said = [
+        {"role": "user", "content": [block(A, detail="low"), {"type": "text", "text": "see"}]},
+        {"role": "assistant", "content": [block(B, detail="auto"), use]},
+        {"role": "user", "content": [block(A, detail="original"), result, block(B)]},
+    ]
+    body = {"model": MODEL, "max_tokens": 4, "messages": said}
+    details = ["strong", "medium", "off", "off", "medium"]
+    sources = ["detail", "default", "detail", "detail", "default"]
+    tokens = [16, 32, 144, 144, 32]
+    create = anthropic.Anthropic(base_url=servers[0].url, api_key="none", max_retries=0).messages
+    answer = create.create(**body)
+    found = [(one[1], one[2], one[3]) for one in rates({"era": answer.era})]
+    assert found == list(zip(details, sources, tokens, strict=True))
+    count = {name: value for name, value in body.items() if name != "max_tokens"}
+    assert create.count_tokens(**count).input_tokens == answer.usage.input_tokens
+    with create.stream(**body) as stream:
+        assert stream.get_final_message().era == answer.era
+    chosen = create.create(**body, extra_body={"era": {"level": "light"}})
+    assert {one[1:] for one in rates({"era": chosen.era})} == {("light", "era", 72)}
+    clamped = [one["clamped"] for one in post(stock, MESSAGES, body).json()["era"]["images"]]
+    assert clamped == [True, False, False, False, False]
+
+
+TYPES = r'allowed: {"type": "base64", .*} or {"type": "url", .*}; send the picture itself'
+TEXT = {"type": "text", "text": QUESTION}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([{"type": "image"}], r"source: got None, " + TYPES),
+        ([{"type": "image", "source": {}}], r"source: got {}, " + TYPES),
+        ([{"type": "image", "source": {"type": "file", "file_id": "f"}}], r"got .*file.*" + TYPES),
+        ([{"type": "image", "source": {"type": "url"}}], r"source: got .*url.*" + TYPES),
+        ([{"type": "image", "source": {"type": ["odd"], "data": "x"}}], TYPES),
+        ([block(A, detail="odd")], r"detail: got 'odd', allowed: high, original, low, auto"),
+        ([{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "image"}]}], TYPES),
+    ],
+    ids=str,
+)
+def test_an_image_block_that_cannot_be_used_is_a_400_that_says_what_can(servers, content, said):
+    for path in (MESSAGES, COUNT):
+        body = messages_body(A)
+        body["messages"][0]["content"] = [*content, TEXT]
+        reply = post(servers[0], path, body)
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["type"] == "error"
+        assert re.search(said, reply.json()["error"]["message"])
+
+
+def test_pictures_where_vllm_looks_for_none_are_refused(servers):
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [block(A)]}
+    user = {"role": "user", "content": "?"}
+    for more in (
+        {"system": [block(A)]},
+        {"messages": [{"role": "system", "content": [block(A), TEXT]}, user]},
+        {"messages": [user, {"role": "assistant", "content": [result]}, user]},
+    ):
+        reply = post(servers[0], MESSAGES, messages_body(A) | more)
+        assert reply.status_code == 400, reply.text
+        assert "allowed: in a message of the user" in reply.json()["error"]["message"]
+    for part in ({"type": "input_image", "file_id": "f"}, {"type": "input_image"}):
+        said = [{"role": "user", "content": [part, {"type": "input_text", "text": "?"}]}]
+        reply = post(servers[0], RESPONSES, {"model": MODEL, "input": said})
+        assert reply.status_code == 400
+        assert "image_url: got None, allowed: data:image/" in reply.json()["error"]["message"]
 
 
 OPTIONS = {

@@ -3,6 +3,7 @@
 Pruning off, so that both engines have the same tokens to say the same about.
 """
 
+import json
 import re
 
 import httpx
@@ -18,7 +19,7 @@ from tests.server.asking import (
     picture,
     responses_body,
 )
-from tests.server.attacker import Pair
+from tests.server.attacker import MAX_BODY, Pair
 
 pytest_plugins = ["tests.server.guarded"]
 OFF = {"era": {"level": "off"}}
@@ -52,7 +53,11 @@ def test_the_answer_is_stocks_byte_for_byte(pair: Pair, name: str) -> None:
 
     stock = pair.stock.post(path, json=asked)
     ours = pair.ours.post(path, json={**asked, **OFF})
-    assert (ours.status_code, masked(ours.text)) == (stock.status_code, masked(stock.text))
+    said = masked(stock.text)
+    if name == "messages, refused":  # in OpenAI's form, which Anthropic's clients do not read
+        error = {name: stock.json()["error"][name] for name in ("message", "type")}
+        said = json.dumps({"type": "error", "error": error})
+    assert (ours.status_code, masked(ours.text)) == (stock.status_code, said)
     assert (stock.status_code == 200) != ("refused" in name)
     assert bool(OBJECT.search(ours.text)) == (stock.status_code == 200)
     assert kinds(ours) == kinds(stock)
@@ -60,5 +65,20 @@ def test_the_answer_is_stocks_byte_for_byte(pair: Pair, name: str) -> None:
 
 def kinds(reply: httpx.Response) -> dict[str, str]:
     """Return the headers that say what an answer is."""
-    volatile = {"date", "content-length"}
+    volatile = {"date", "content-length", "x-request-id"}
     return {name: value for name, value in reply.headers.items() if name not in volatile}
+
+
+def test_refusals_have_the_form_of_their_api_and_an_id(pair: Pair) -> None:
+    asked = messages_body(fresh(0, 799))
+    large = {**asked, "system": "x" * MAX_BODY}
+    for path in (MESSAGES, CHAT):
+        for headers, body, status in (
+            ({"Authorization": "Bearer nobody's"}, asked, 401),
+            ({}, large, 413),
+        ):
+            reply = pair.ours.post(path, json=body, headers={**headers, "X-Request-Id": "mine"})
+            said = reply.json()
+            assert (reply.status_code, reply.headers["x-request-id"]) == (status, "mine")
+            assert said["error"]["message"] and (said.get("type") == "error") == (path == MESSAGES)
+            assert ("code" in said["error"]) == (path == CHAT)

@@ -1,6 +1,7 @@
 """READ FIRST of what stands before the application (``--middleware``): the layers, outermost first.
 
     log        names each request, counts what it was told, writes its line
+    errors     an error in the form of its API, and not too long
     cors       our own refusals, for browsers
     drain      no newcomers after SIGTERM
     auth       API keys
@@ -24,6 +25,7 @@ from era_vllm_server.middleware.auth import Auth, Keys, keys_of
 from era_vllm_server.middleware.cors import Cors, layers
 from era_vllm_server.middleware.deadline import Deadline
 from era_vllm_server.middleware.drain import Drain
+from era_vllm_server.middleware.errors import ErrorForm
 from era_vllm_server.middleware.limits import BodyLimits
 from era_vllm_server.middleware.log import RequestLog
 from era_vllm_server.refusals import Header
@@ -65,7 +67,7 @@ class Stack:
         auth = Auth(deadline, keys, metrics_keys)
         self.drain = Drain(auth, settings.drain_timeout_s, deadline.in_flight, retry)
         self._lifespan = app
-        self._http = RequestLog(Cors(self.drain, app), lines=settings.log_json)
+        self._http = RequestLog(ErrorForm(Cors(self.drain, app)), lines=settings.log_json)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""

@@ -125,7 +125,8 @@ class Exchange:
         if message["type"] == "http.response.start":
             # not before: until a client reads that did not so far, another answer can be given
             self._started = True
-            kinds = [value for name, value in message["headers"] if name == b"content-type"]
+            headers = message.get("headers", ())
+            kinds = [value for name, value in headers if name == b"content-type"]
             self._stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
 
 
