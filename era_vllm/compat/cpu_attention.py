@@ -1,6 +1,6 @@
 """Which of vLLM's CPU kernels reads an fp8 KV cache, and which of them lose its smallest numbers.
 
-Upstream (0.32.0): ``_get_attn_isa`` (v1/attention/backends/cpu_attn.py:522) names the kernel by
+Upstream (0.32.0): ``_get_attn_isa`` (v1/attention/backends/cpu_attn.py:520) names the kernel by
 instruction set and dtype. The AMX one (csrc/cpu/cpu_attn_amx.hpp) reads e4m3 as bfloat16 with the
 exponent left 120 too low (cpu_types_x86.hpp:230), which puts e4m3's least normal number, 2^-6, at
 float32's, 2^-126; and TDPBF16PS takes every operand, and every sum on its way, below that for 0.
