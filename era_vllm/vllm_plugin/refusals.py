@@ -104,7 +104,7 @@ REFUSALS: Final = (
         "an fp8 KV cache with bias store value_column on a CPU with AMX (--kv-cache-dtype fp8)",
         "vLLM's AMX kernel takes sums below 1/64 of the value scale for 0, and that scale is wide "
         "enough for masses of 500: text alone would be answered wrongly",
-        "use --era-bias-store key_columns, or --kv-cache-dtype auto",
+        "use --era-bias-store key_columns, or a cache that is not fp8",
         lambda config: (
             config.cache_config.cache_dtype.startswith("fp8")
             and not STORES[config.model_config.hf_config.era["bias_store"]].limits.flushed

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from vllm.v1.attention.backends import cpu_attn
 
 from era_vllm.attention.layer import RectifiedAttention, swap
 from era_vllm.compat import attention_impl
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
+from tests.engine.conftest import STOCK_FACTOR
 
 KEY_SCALE, VALUE_SCALE, QUERY_SCALE = 0.022, 0.0167, 0.0231  # largest of each / 448
 
@@ -88,7 +90,7 @@ def test_what_the_amx_kernel_flushes_is_refused_at_start(
     """Whether the cache's number format comes from the arguments or from the checkpoint."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     llm = {"model": calibrated} if scaled else {"kv_cache_dtype": "fp8"}
-    with pytest.raises(Exception, match="AMX.*use --era-bias-store key_columns, or"):
+    with pytest.raises(Exception, match="AMX.*key_columns, or a cache that is not fp8"):
         engine(setup(bias_store="value_column", llm={"dtype": "bfloat16", **llm}))
 
 
@@ -98,7 +100,7 @@ CAP = 3.0
 
 @pytest.fixture(scope="module")
 def layer():
-    """``layer(store, **how)``: a rectified layer of its own and the buffer of its biases."""
+    """``layer(store, **how)``: a layer of its own, the buffer of its biases; None = stock's."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention import Attention
@@ -118,7 +120,7 @@ def layer():
                 prefix=next(names),
                 **how,
             )
-            buffer = swap(owner, config, EraConfig(bias_store=store))
+            buffer = store and swap(owner, config, EraConfig(bias_store=store))
         return owner.attn, buffer, config
 
     return build
@@ -150,7 +152,8 @@ def attend(layer, buffer, config, query, key, value, bias):
         spec = layer.get_kv_cache_spec(config)
         build = layer.attn_backend.get_builder_cls()(spec, [name], config, torch.device("cpu"))
         metadata = {name: build.build(0, common)}
-    buffer.write(bias != 0, bias[bias != 0])
+    if buffer is not None:
+        buffer.write(bias != 0, bias[bias != 0])
     with set_forward_context(metadata, config, slot_mapping={name: slots}):
         return layer(query.flatten(1), key.flatten(1), value.flatten(1))
 
@@ -176,7 +179,7 @@ def expected(query, key, value, bias, cap=None, sinks=None):
         ("value_column", None, {}, ""),
     ],
 )
-def test_layers_with_a_cap_or_sinks(layer, right, wrong, how, why):
+def test_layers_with_a_cap_or_sinks(layer, right, wrong, how, why, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         3 * torch.randn(TOKENS, heads, SIZE, generator=generator)
@@ -184,12 +187,17 @@ def test_layers_with_a_cap_or_sinks(layer, right, wrong, how, why):
     )
     bias = torch.zeros(TOKENS)
     bias[5:20] = torch.rand(15, generator=generator) + 1
-    found = attend(*layer(right, **how), query, key, value, bias)
+    rectified, *rest = layer(right, **how)
+    found = attend(rectified, *rest, query, key, value, bias)
     cap, sinks = how.get("logits_soft_cap"), how.get("sinks")
     exact = expected(query, key, value, bias, cap, sinks)
-    assert (found - exact).abs().max() < 1e-5
+    unbiased = expected(query, key, value, torch.zeros(TOKENS), cap, sinks)
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *_: rectified.isa)
+    stock = attend(*layer(None, **how), query, key, value, bias)
+    assert (found - exact).abs().mean() <= STOCK_FACTOR * (stock - unbiased).abs().mean()
+    assert (found - exact).abs().max() < 1e-4
     for other in (
-        expected(query, key, value, torch.zeros(TOKENS), cap, sinks),
+        unbiased,
         expected(query, key, value, bias) if how else exact + 1,
     ):
         assert (found - other).abs().max() > 1e-2
