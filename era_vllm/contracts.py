@@ -102,6 +102,8 @@ class StoreLimits:
     """Works with attention sinks."""
     soft_cap: bool
     """Works with a soft cap on attention scores."""
+    flushed: bool
+    """Works where sums over an fp8 cache are 0 below 1/64 of its scale (``cpu_attention``)."""
 
 
 @runtime_checkable

@@ -42,10 +42,13 @@ _HEADROOM: Final = 500.0
 _UNCALIBRATED: Final = 8.0
 """Value scale where none was calibrated: values of 7 with a mass of 500 fit (8 x 448), and values
 down to 1/8 keep fp8's relative precision."""
-_FINEST_KEY_SCALE: Final = 2.0**-7
-"""Columns of up to 448/128 fit: for heads of 64 a bias of 28, for heads of 256 one of 14."""
-_FINEST_QUERY_SCALE: Final = 0.25
-"""The query constant 64 is divided by the query's scale and must stay below 448."""
+_FP8_CONSTANT: Final = 8.0
+"""What fp8 queries hold: for heads of 64 a column of an uncalibrated cache (scale 1) is then the
+bias itself, whose remainder stays above 1/64, which some kernels take for 0 (``cpu_attention``)."""
+_FINEST_KEY_SCALE: Final = 2.0**-4
+"""Columns of up to 448/16 fit: for heads of 64 a bias of 28, for heads of 256 one of 14."""
+_FINEST_QUERY_SCALE: Final = 2.0**-5
+"""The query constant is divided by the query's scale and must stay below 448."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class KeyColumns:
         kv_dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, _FP8}),
         sinks=True,
         soft_cap=False,
+        flushed=True,
     )
     scaled: ClassVar[Literal["k", "v"]] = "k"
 
@@ -75,8 +79,8 @@ class KeyColumns:
 
     @property
     def query_constant(self) -> float:
-        """What the query holds in the columns; 64 keeps fp8 (at most 448) in range."""
-        return 64.0 if self.kv_dtype == _FP8 else 1.0
+        """What the query holds in the columns."""
+        return _FP8_CONSTANT if self.kv_dtype == _FP8 else 1.0
 
     def columns(
         self, bias: Float32[Tensor, "*r"], width: int, scale: float, dtype: torch.dtype
@@ -144,6 +148,7 @@ class ValueColumn:
         kv_dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, _FP8}),
         sinks=False,
         soft_cap=True,
+        flushed=False,  # a mass of 1 is stored as 1/16 so that one of 500 fits
     )
     scaled: ClassVar[Literal["k", "v"]] = "v"
 

@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from era_vllm.attention.bias_buffer import BiasBuffer
 from era_vllm.attention.bias_store import make_store
-from era_vllm.compat import attention_impl, static_forward_context
+from era_vllm.compat import attention_impl, cpu_attention, static_forward_context
 from era_vllm.config import EraConfig
 from era_vllm.contracts import BiasStore
 from era_vllm.errors import UnsupportedError
@@ -215,6 +215,15 @@ def _check(stock: Attention, first: Attention, store: BiasStore) -> None:
         raise UnsupportedError(
             f"{name}: KV cache of {stock.kv_cache_torch_dtype}, the first layer's is "
             f"{first.kv_cache_torch_dtype}; one dtype is needed (kv_cache_dtype_skip_layers)"
+        )
+    if (
+        stored_dtype(stock) == torch.float8_e4m3fn
+        and not store.limits.flushed
+        and cpu_attention.fp8_kernel(torch.get_default_dtype()) in cpu_attention.FLUSHING
+    ):  # of a checkpoint's kv_cache_scheme: ``refusals`` sees only what the config says
+        raise UnsupportedError(
+            f"{name}: an fp8 KV cache on a CPU with AMX, whose kernel takes small sums for 0 that "
+            "this bias store needs; choose bias_store key_columns, or a cache that is not fp8"
         )
     if attention_impl.soft_cap_of(stock) is not None and not store.limits.soft_cap:
         raise UnsupportedError(

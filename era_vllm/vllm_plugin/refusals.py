@@ -1,13 +1,16 @@
 """What an engine may not do while it prunes: one row a feature, which is also its documentation.
 
-Read by ``resolve`` while vLLM builds its config. Leaves out what only the model knows, such as its
-attention (``attention/layer.py``) or its rotary table (``positions.py``). Names no vLLM at import.
+Read by ``resolve`` while vLLM builds its config, once our settings are in it. Leaves out what only
+the model knows, such as its attention (``attention/layer.py``) or its rotary table
+(``positions.py``). Names no vLLM at import.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.attention.bias_store import STORES
+from era_vllm.compat import cpu_attention
 from era_vllm.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -96,6 +99,17 @@ REFUSALS: Final = (
         "the columns of the bias are rounded for float32, bfloat16, float16 and fp8 (e4m3)",
         "use auto or fp8",
         lambda config: config.cache_config.cache_dtype not in KV_CACHE_DTYPES,
+    ),
+    Refusal(
+        "an fp8 KV cache with bias store value_column on a CPU with AMX (--kv-cache-dtype fp8)",
+        "vLLM's AMX kernel takes sums below 1/64 of the value scale for 0, and that scale is wide "
+        "enough for masses of 500: text alone would be answered wrongly",
+        "use --era-bias-store key_columns, or a cache that is not fp8",
+        lambda config: (
+            config.cache_config.cache_dtype.startswith("fp8")
+            and not STORES[config.model_config.hf_config.era["bias_store"]].limits.flushed
+            and cpu_attention.fp8_kernel(config.model_config.dtype) in cpu_attention.FLUSHING
+        ),
     ),
     Refusal(
         "an encoder without its language model (--mm-encoder-only, an encoder-cache producer)",

@@ -28,12 +28,12 @@ def resolve(vllm_config: VllmConfig) -> None:
     raw = vllm_config.additional_config
     config = EraConfig.parse((raw.get("era") if isinstance(raw, dict) else None) or {})
     make_policy(config)
+    hf_config = vllm_config.model_config.hf_config
+    hf_config.era = config.as_dict()
     refuse(vllm_config)
     _refuse_rate(vllm_config)
-    hf_config = vllm_config.model_config.hf_config
     if config.positions == "original":
         carry_positions(hf_config)
-    hf_config.era = config.as_dict()
     if not vllm_config.parallel_config.worker_extension_cls:  # a user's own keeps its place
         vllm_config.parallel_config.worker_extension_cls = WORKER
 

@@ -22,6 +22,7 @@ every_cache = pytest.mark.parametrize(
 )
 SCALES = st.floats(1e-4, 0.125)  # of keys of .05 to 56, as calibrations give them
 LARGEST = 500.0
+STOCK_FACTOR = 1.5
 
 
 def stored(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -103,7 +104,7 @@ def test_bias_comes_back(name: str, dtype: torch.dtype, scale: float) -> None:
 def test_fp8_holds_clusters_of_500_at_any_calibrated_scale(
     name: str, seed: int, key: float, value: float
 ) -> None:
-    """Nothing saturates, and the output is about as close as for the same tokens without bias."""
+    """Nothing saturates, and the output is about as close as a stock cache's, given the bias."""
     store = make_store(name, None, FP8)
     q, k, v = tokens(seed, key=448 * key, value=448 * value)
     q = q / q.abs().max() / k.abs().max() * SIZE**0.5  # scores of a few units, whatever the keys
@@ -118,7 +119,9 @@ def test_fp8_holds_clusters_of_500_at_any_calibrated_scale(
     assert wide_v.abs().max() <= 448 * scales[1]
     found = attend(store, q, k, v, bias, scales)
     expected = rectified_attention(q, k, v, bias, SCALE, causal=False)
-    assert (found - expected).abs().max() < 0.1 * v.abs().max()
+    stock_k, stock_v = stored(k, FP8, key), stored(v, FP8, value)
+    stock = rectified_attention(q, stock_k, stock_v, bias, SCALE, causal=False)
+    assert (found - expected).abs().mean() <= STOCK_FACTOR * (stock - expected).abs().mean()
 
 
 @every_store

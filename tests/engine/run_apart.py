@@ -3,7 +3,7 @@
 Usage: run_apart.py CHECKPOINT ARGUMENTS OUT, where ARGUMENTS is JSON of ``LLM``'s own plus
 
     questions  [text, picture or null] each, asked in one batch
-    settings   ours
+    settings   ours, or null for stock vLLM
     steps      tokens to answer, 9 by default
     rounds     how often to ask, once by default; the last answers are saved
 """
@@ -17,16 +17,16 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.attention import Attention
 
 import era_vllm
-from era_vllm.attention.layer import RectifiedAttention
 from era_vllm.lab.samples import load_samples
 
 
 def listen(worker):
     """Keep what this rank prunes."""
     model = worker.get_model()
-    model.seen = []
+    model.seen = []  # stays empty in stock vLLM
     model.on_prune = lambda tokens, result: model.seen.append((tokens, result))
 
 
@@ -41,10 +41,12 @@ def collect(worker):
 
 def describe(worker):
     """Return what this rank runs."""
-    layers = [m for m in worker.get_model().modules() if isinstance(m, RectifiedAttention)]
+    layer = next(m for m in worker.get_model().modules() if isinstance(m, Attention))
+    backend = layer.attn_backend.get_name()
     return {
-        "backend": layers[0].attn_backend.get_name(),
-        "head_size": layers[0].head_size,
+        "backend": backend,
+        "kernel": getattr(layer, "isa", backend),  # a CPU has several in one backend
+        "head_size": layer.head_size,
         "runner": type(worker.model_runner).__module__,
     }
 
@@ -62,7 +64,8 @@ def main():
     steps, rounds = arguments.pop("steps", 9), arguments.pop("rounds", 1)
     llm = LLM(
         **{
-            **era_vllm.engine_args(checkpoint, **settings),
+            "model": checkpoint,
+            **({} if settings is None else era_vllm.engine_args(checkpoint, **settings)),
             "dtype": "float32",
             "max_model_len": 512,
             "enforce_eager": True,

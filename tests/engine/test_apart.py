@@ -50,7 +50,7 @@ def check(measured):
             error = compare_with(oracle, ids, segments, found, config)
             print(f"difference {error.exact:.1e}, without bias {error.without_bias:.1e}: {text!r}")
             control = None if picture is None else error.without_bias
-            measured(config, error.exact, control, TOLERANCE)
+            measured(config, saved["kernel"], error.exact, control, TOLERANCE)
             assert error.exact < TOLERANCE
             assert control is None or control > CONTROL_FACTOR * TOLERANCE
 

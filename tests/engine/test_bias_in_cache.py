@@ -34,8 +34,10 @@ def rectified_layers(engine):
     ],
 )
 def test_anchors_hold_their_bias_and_text_holds_0(
-    engine, setup, ask, images, oracle, store, dtype, cache, error
+    engine, setup, ask, images, oracle, needs_fp8, store, dtype, cache, error
 ):
+    if cache == "fp8":
+        needs_fp8(store)
     live = engine(setup(bias_store=store, llm={"dtype": dtype, "kv_cache_dtype": cache}))
     (answer,) = live.ask([ask("what shape is red?", images[0])])
     _, result, row = live.pruned[live._key(images[0], 0.778, oracle)]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from vllm.exceptions import VLLMClientError
 
 import era_vllm
@@ -156,17 +157,22 @@ def test_without_vllm_the_way_to_install_it_is_told(monkeypatch):
 
 
 WANTED = {
-    "pipeline parallelism": ("parallel_config.pipeline_parallel_size", 2),
-    "prefill context parallelism": ("parallel_config.prefill_context_parallel_size", 2),
-    "decode context parallelism": ("parallel_config.decode_context_parallel_size", 2),
-    "micro-batches": ("parallel_config.ubatch_size", 2),
-    "speculative decoding": ("speculative_config", SimpleNamespace(method="eagle")),
-    "encoder CUDA graphs": ("compilation_config.cudagraph_mm_encoder", True),
-    "given embeddings": ("model_config.multimodal_config.enable_mm_embeds", True),
-    "prompt embeddings": ("model_config.enable_prompt_embeds", True),
-    "LoRA adapters of": ("lora_config", SimpleNamespace(enable_tower_connector_lora=True)),
-    "other numbers in": ("cache_config.cache_dtype", "fp8_e5m2"),
-    "an encoder without": ("model_config.multimodal_config.mm_encoder_only", True),
+    "pipeline parallelism": {"parallel_config.pipeline_parallel_size": 2},
+    "prefill context parallelism": {"parallel_config.prefill_context_parallel_size": 2},
+    "decode context parallelism": {"parallel_config.decode_context_parallel_size": 2},
+    "micro-batches": {"parallel_config.ubatch_size": 2},
+    "speculative decoding": {"speculative_config": SimpleNamespace(method="eagle")},
+    "encoder CUDA graphs": {"compilation_config.cudagraph_mm_encoder": True},
+    "given embeddings": {"model_config.multimodal_config.enable_mm_embeds": True},
+    "prompt embeddings": {"model_config.enable_prompt_embeds": True},
+    "LoRA adapters of": {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)},
+    "an fp8 KV cache with": {
+        "cache_config.cache_dtype": "fp8",
+        "model_config.dtype": torch.bfloat16,
+        "model_config.hf_config.era": EraConfig(bias_store="value_column").as_dict(),
+    },
+    "other numbers in": {"cache_config.cache_dtype": "fp8_e5m2"},
+    "an encoder without": {"model_config.multimodal_config.mm_encoder_only": True},
 }
 
 
@@ -177,14 +183,13 @@ def pruning_config():
 
 
 @pytest.mark.parametrize("row", REFUSALS, ids=lambda row: row.feature)
-def test_each_refusal_is_told_with_what_works(pruning_config, row):
-    (path, value), *more = (
-        change for name, change in WANTED.items() if row.feature.startswith(name)
-    )
+def test_each_refusal_is_told_with_what_works(pruning_config, row, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    values, *more = (change for name, change in WANTED.items() if row.feature.startswith(name))
     assert not more
     refuse(pruning_config)
     with pytest.raises(UnsupportedError) as refused:
-        refuse(changed(pruning_config, {path: value}))
+        refuse(changed(pruning_config, values))
     assert (
         str(refused.value) == f"era_vllm cannot prune with {row.feature}: {row.why}; {row.instead}"
     )
@@ -196,9 +201,11 @@ def test_doctor_refuses_an_encoder_layer_before_the_engine_does(pruning_config):
         models_findings(pruning_config, EraConfig(attention_layer=5))
 
 
-def test_all_refusals_are_told_at_once(pruning_config):
+def test_all_refusals_are_told_at_once(pruning_config, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    wanted = {path: value for values in WANTED.values() for path, value in values.items()}
     with pytest.raises(UnsupportedError) as refused:
-        refuse(changed(pruning_config, dict(WANTED.values())))
+        refuse(changed(pruning_config, wanted))
     assert all(f"{row.feature}: {row.why}" in str(refused.value) for row in REFUSALS)
 
 

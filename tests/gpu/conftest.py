@@ -8,7 +8,6 @@ from tests.engine.conftest import (  # noqa: F401 - fixtures
     apart,
     measured,
     oracle,
-    oracle_bf16,
 )
 
 

@@ -48,15 +48,18 @@ def test_every_mark_is_a_situation() -> None:
 
 
 def test_a_test_that_fails_or_is_skipped_is_not_shown_as_exact() -> None:
-    number = (Measured("original", "key_columns", 1e-5, 2.0, 1e-4),)
+    number = (Measured("original", "key_columns", 1e-5, 2.0, 1e-4, "vec16"),)
     results = {
-        "tests/engine/test_a.py::test_good[x]": Result("bf16", "passed", "", number, ("3 drafts",)),
+        "tests/engine/test_a.py::test_good[x]": Result(
+            "bf16", "passed", "", number, ("3 drafts",), "29832b7", "Some CPU (AVX2)"
+        ),
         "tests/engine/test_a.py::test_bad": Result("preemption", "failed", "", number),
         "tests/gpu/test_a.py::test_gpu": Result("prefix hit", "skipped", "needs a GPU", ()),
     }
     page = render(results, {"everything": "no reason"})
     exact, _, rest = page.partition("## Refused")
     assert "| bf16 (3 drafts) | original | key_columns | `engine/test_a.py::test_good` |" in exact
+    assert "| Some CPU (AVX2), vec16, 29832b7 |" in exact
     assert "test_bad" not in page
     assert "| preemption | **fails**: 1 of 1 tests |" in rest
     assert "| prefix hit | needs a GPU |" in rest
