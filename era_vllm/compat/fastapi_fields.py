@@ -10,13 +10,13 @@ Upstream: fastapi/_compat/v2.py ``ModelField._type_adapter`` (0.136), pydantic's
 ``FailFast()`` themselves.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic_core import SchemaValidator
-from starlette.routing import BaseRoute
+
+from era_vllm.compat.starlette_path import flat_routes
 
 _SEQUENCES = frozenset({"list", "tuple", "set", "frozenset"})
 
@@ -29,23 +29,13 @@ def stop_at_first_error(app: FastAPI) -> int:
 
     Mutates: app, its routes' fields.
     """
-    fields = {
-        id(field): field for route in _routes(app.routes) for field in route.dependant.body_params
-    }
+    routes = [route for route in flat_routes(app.routes) if isinstance(route, APIRoute)]
+    fields = {id(field): field for route in routes for field in route.dependant.body_params}
     for field in fields.values():
         adapter = field._type_adapter
         schema = _fail_fast(adapter.core_schema)
         adapter.validator = SchemaValidator(schema, _use_prebuilt=False)
     return len(fields)
-
-
-def _routes(routes: Iterable[BaseRoute]) -> Iterator[APIRoute]:
-    """Yield all; from FastAPI 0.137 on those of an included router are its candidates."""
-    for route in routes:
-        if isinstance(route, APIRoute):
-            yield route
-        else:
-            yield from _routes(getattr(route, "effective_candidates", list)())
 
 
 def _fail_fast(schema: Any) -> Any:

@@ -12,10 +12,13 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 
-from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from era_vllm.compat.vllm_entrypoints import H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT, cli_env_setup
+from era_vllm.compat.vllm_entrypoints import (
+    H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT,
+    ServeSubcommand,
+    cli_env_setup,
+)
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import Launch
 from era_vllm_server.front import Asked

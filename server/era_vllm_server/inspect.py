@@ -25,12 +25,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from vllm import envs
 from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+from era_vllm.compat.vllm_entrypoints import (
+    create_error_response,
+    validate_json_request,
+    with_cancellation,
+)
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.picture import draw, seen

@@ -13,8 +13,8 @@ from typing import Final
 
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
+from era_vllm.compat.vllm_entrypoints import create_error_response
 from era_vllm_server.refusals import last_events
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ def with_era(response: Response, era: Mapping[str, object], place: Place) -> Res
         return closing
     else:
         body = bytes(response.body)
+        if not body:  # vLLM 0.33's answer to a client that has gone
+            return response
         at = body.rindex(b"}")
         response.body = b"".join((body[:at], b",", member.encode(), body[at:]))
         response.headers["content-length"] = str(len(response.body))

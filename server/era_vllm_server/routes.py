@@ -14,12 +14,9 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import WithJsonSchema, create_model
-from vllm.entrypoints.anthropic import api_router as messages_api
-from vllm.entrypoints.openai.chat_completion import api_router as chat_api
-from vllm.entrypoints.openai.responses import api_router as responses_api
-from vllm.entrypoints.serve.tokenize import api_router as tokenize_api
 from vllm.exceptions import VLLMValidationError
 
+from era_vllm.compat.vllm_entrypoints import chat_api, messages_api, responses_api, tokenize_api
 from era_vllm.config import EraConfig
 from era_vllm.vllm_plugin.requests import (
     FIELD,

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from vllm import envs
 from vllm.exceptions import GenerationError
 
@@ -310,6 +310,7 @@ def test_the_object_goes_into_a_json_body_and_nothing_else_changes():
     assert after.headers["content-length"] == str(len(after.body))
     refused = JSONResponse({"error": {}}, 400)
     assert with_era(refused, ERA, in_chat).body == JSONResponse({"error": {}}).body
+    assert with_era(Response(), ERA, in_chat).body == b""  # to a client that has gone, vLLM 0.33
 
 
 CHUNKS = [

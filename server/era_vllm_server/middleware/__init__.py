@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from era_vllm.compat.fastapi_fields import stop_at_first_error
 from era_vllm.compat.uvicorn_h11 import use_bounded_h11
+from era_vllm.compat.versions import check_server_versions
 from era_vllm_server.metrics import REJECTED, RESPONSES
 from era_vllm_server.middleware.auth import Auth, Keys, keys_of
 from era_vllm_server.middleware.cors import Cors, layers
@@ -55,9 +56,11 @@ class Stack:
 
     Raises:
         ConfigError: a setting or a keys file that cannot be used.
+        UnsupportedError: a package of vLLM's server of a version that was not tested.
     """
 
     def __init__(self, app: ASGIApp) -> None:
+        check_server_versions()
         refuse_unknown_variables()
         settings = ServerSettings.parse()
         retry: Header = (b"retry-after", str(settings.retry_after_s).encode())

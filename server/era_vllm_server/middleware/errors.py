@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from era_vllm.compat.starlette_path import get_route_path
+from era_vllm.compat.vllm_entrypoints import create_error_response
 
 MAX_BYTES: Final = 2**14
 """Of an error's body."""

@@ -14,15 +14,13 @@ import logging
 import re
 import sys
 import uuid
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Final
 
-from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from era_vllm.compat.starlette_path import get_route_path
+from era_vllm.compat.starlette_path import get_route_path, matched_path
 from era_vllm_server.metrics import RESPONSES
 from era_vllm_server.refusals import STATUS
 
@@ -128,19 +126,4 @@ def _named(scope: Scope) -> tuple[bytes, Scope]:
 
 def _route(scope: Scope) -> str:
     """Return the path of the application's own route, which holds nothing of a client's."""
-    return _path(getattr(scope.get("app"), "routes", ()), scope) or "other"
-
-
-def _path(routes: Iterable[BaseRoute], scope: Scope) -> str | None:
-    """Return the path of the first route that takes a request.
-
-    From FastAPI 0.137 on a router that was included stands among the routes itself, without a path;
-    its own routes, with the prefixes of all routers around them, are its candidates.
-    """
-    for route in routes:
-        if route.matches(scope)[0] == Match.NONE:
-            continue
-        if path := getattr(route, "path", None):
-            return path
-        return _path(getattr(route, "effective_candidates", list)(), scope)
-    return None
+    return matched_path(getattr(scope.get("app"), "routes", ()), scope) or "other"
