@@ -1,5 +1,6 @@
 """Every answer says which request it is of, and every error has the form of its API and an end."""
 
+import asyncio
 import json
 
 import anthropic
@@ -7,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from era_vllm_server.middleware.errors import MAX_BYTES, error_body
+from era_vllm_server.middleware.errors import MAX_BYTES, Reply, error_body
 from tests.server.asking import (
     CHAT,
     MESSAGES,
@@ -160,3 +161,24 @@ def test_an_error_has_the_form_of_its_api_and_an_end(body, message):
     same = error_body(json.dumps(OPENAI).encode(), 400, anthropic=False)
     assert same == json.dumps(OPENAI).encode()
     assert error_body(b'{"ready":false}', 503, anthropic=False) == b'{"ready":false}'
+
+
+def test_an_error_that_breaks_off_is_followed_by_one_that_is_whole():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def go():
+        reply = Reply(send, anthropic=False)
+        for status, part, more in ((404, b'{"detail":', True), (500, b"broken", False)):
+            await reply({"type": "http.response.start", "status": status, "headers": []})
+            assert not reply.started and not sent
+            await reply({"type": "http.response.body", "body": part, "more_body": more})
+        assert reply.started
+
+    asyncio.run(go())
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == 500
+    assert json.loads(sent[1]["body"])["error"]["message"] == "broken"
+    assert dict(sent[0]["headers"])[b"content-length"] == b"%d" % len(sent[1]["body"])

@@ -36,7 +36,7 @@ class ErrorForm:
             await self.app(scope, receive, send)
             return
         anthropic = f"{get_route_path(scope)}/".startswith(f"{_ANTHROPIC}/")
-        reply = _Reply(send, anthropic=anthropic)
+        reply = Reply(send, anthropic=anthropic)
         try:
             await self.app(scope, receive, reply)
         except Exception as error:  # starlette's own answer to it would pass beside this layer
@@ -46,7 +46,7 @@ class ErrorForm:
             raise
 
 
-class _Reply:
+class Reply:
     """What ``send`` is for one request."""
 
     def __init__(self, send: Send, *, anthropic: bool) -> None:
