@@ -42,7 +42,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "serve",
         usage="era-vllm serve [MODEL] [--era-* ...] [any flag of vllm serve]",
-        help="run the OpenAI server with pruning on",
         description=DESCRIPTION,
         epilog="All other flags go to vLLM: `era-vllm serve --help=all` lists them,\n"
         "`era-vllm serve --help=WORD` those with that word in their names.",
@@ -81,6 +80,9 @@ class _Help(argparse.Action):
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped, or print the command."""
     check_vllm_version()
+    from vllm.envs import VLLM_CACHE_ROOT
+
+    from era_vllm.cli.preflight import check_address, check_folders
     from era_vllm.vllm_plugin.launch import plan
     from era_vllm_server.app import asked, complete, print_help, serve
     from era_vllm_server.front import with_front
@@ -112,6 +114,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.print_command:
         print(launch.command(words))
         return 0
+    check_folders(VLLM_CACHE_ROOT)
+    if user.address is not None:
+        check_address(*user.address)
     for name in era_variables() & os.environ.keys():
         del os.environ[name]  # said by flags now; the server's processes refuse them as unknown
     return serve(launch, words)

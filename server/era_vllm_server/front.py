@@ -60,6 +60,8 @@ class Asked:
     api_key: Sequence[str | None] | None = None
     grpc: bool = False
     grpc_port: int | None = None
+    address: tuple[str | None, int, str | None] | None = None
+    """Host, port and socket's path; None where there is no API server."""
 
 
 def with_front(
