@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from itertools import zip_longest
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,9 @@ from era_vllm_server.settings import (
 DEFAULT_KV_CACHE: Final = "1G"
 """Of the sample model: about a hundred of its longest requests. vLLM would take most of the memory
 for a model of 8 MB, and not start where a neighbour uses some of it."""
+_WHY_PLUGINS: Final = """\
+# VLLM_PLUGINS: vLLM serves routes of plugins only where it names them, and then loads no others.
+# So it names era, and beside it what vLLM loads here by itself."""
 
 DESCRIPTION = """Run vLLM's own OpenAI server with visual tokens pruned.
 
@@ -113,6 +117,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     words = complete(launch, rest)
     if arguments.print_command:
         print(launch.command(words))
+        if "VLLM_PLUGINS" in launch.environment:
+            print(_WHY_PLUGINS, file=sys.stderr)
         return 0
     check_folders(VLLM_CACHE_ROOT)
     if user.address is not None:

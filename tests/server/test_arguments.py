@@ -144,6 +144,14 @@ def test_a_server_without_our_layer_refuses_also_on_paper(typed, capsys, monkeyp
     assert "needed vLLM's HTTP server in Python" in capsys.readouterr().err
 
 
+def test_the_printed_line_is_alone_on_standard_output_and_says_why_plugins_are_named(capsys):
+    assert main(["serve", "--print-command"]) == 0
+    said = capsys.readouterr()
+    (line,) = said.out.splitlines()
+    assert "VLLM_PLUGINS=era" in line.replace("'", "")
+    assert "# VLLM_PLUGINS: vLLM serves routes of plugins only where it names them" in said.err
+
+
 def test_at_a_maximum_of_0_the_front_is_told_and_the_engine_is_not(capsys):
     assert main(["serve", "--print-command", "--era-max-pruning-rate", "0"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
@@ -177,8 +185,8 @@ def test_a_port_that_is_taken_is_found_before_the_model(servers, capsys, nothing
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         typed = ["--host", "127.0.0.1", "--port", port, "--api-server-count", servers]
+        assert main(["serve", *typed, "--print-command"]) == 0  # perhaps for another machine
         assert main(["serve", *typed]) == 2
-        assert main(["serve", *typed, "--print-command"]) == 0  # somebody else's machine
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use)" in error
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,6 @@ from tests.engine.random_llava import save_random_llava
 from tests.server.asking import CHAT, MODEL, chat_body
 from tests.server.conftest import ERA_VLLM, LIMITS, started
 
-MARK = "MARK_OF_A_TEST"
 GONE_S = 10.0
 SILENT_S = 3
 """Of --era-engine-timeout-s."""
@@ -31,29 +29,29 @@ RANKS = ["--data-parallel-size", "2", "--api-server-count", "2"]
 
 
 @contextmanager
-def server_of(folder: Path, *flags: str) -> Iterator[tuple[Server, str]]:
-    """A server whose processes all have a mark, with requests under way at its end."""
-    mark = uuid.uuid4().hex
+def server_of(folder: Path, *flags: str) -> Iterator[Server]:
+    """A server of two heads and more, which notices soon that its engine is silent."""
     save_random_llava(folder / "model")  # two ranks need an even number of heads
     own = ["--served-model-name", MODEL, "--era-engine-timeout-s", str(SILENT_S)]
     command = [ERA_VLLM, "serve", str(folder / "model"), *own, *LIMITS, *flags]
-    try:
-        with started(folder, {"killed": (command, {MARK: mark})}) as (server,):
+    with started(folder, {"killed": (command, {})}) as (server,):
+        try:
             _wait(lambda: httpx.get(f"{server.url}/ready").status_code == 200, 60)
-            yield server, mark
-    finally:
-        for process in alive(mark):
-            os.kill(process, signal.SIGKILL)
+            yield server
+        finally:
+            for process in alive(server):
+                os.kill(process, signal.SIGKILL)
 
 
-def alive(mark: str) -> dict[int, str]:
-    """Processes with the mark that have not ended, by their titles."""
+def alive(server: Server) -> dict[int, str]:
+    """Processes of a server's session that have not ended, by their command lines."""
     found: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # ended meanwhile
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z" and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                found[int(folder.name)] = (folder / "comm").read_text().strip()
+            state, *numbers = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            line = (folder / "cmdline").read_text().replace("\0", " ")
+            if state != "Z" and int(numbers[2]) == server.pid and " -I -S -c " not in line:
+                found[int(folder.name)] = line  # the last: of the test's own guard
     return found
 
 
@@ -75,9 +73,9 @@ def _wait(happens, limit_s: float) -> float:
     return time.monotonic() - started_s
 
 
-def kill(server: Server, mark: str, who: str) -> None:
+def kill(server: Server, who: str) -> None:
     """Kill one process while a long answer is under way, and look at what is left."""
-    before = alive(mark)
+    before = alive(server)
     title = NAMES.get(who, who)
     (victim, *_) = (
         [server.pid]
@@ -91,7 +89,7 @@ def kill(server: Server, mark: str, who: str) -> None:
     os.kill(victim, signal.SIGKILL)
     killed_s = time.monotonic()
     code = server.wait(60)
-    _wait(lambda: not alive(mark), 60)
+    _wait(lambda: not alive(server), 60)
     gone_s = time.monotonic() - killed_s
     left = resident_bytes(before)
     ask.join()
@@ -109,8 +107,8 @@ def _post(server: Server, body: dict[str, object]) -> None:
 
 def test_an_engine_that_hangs_is_not_ready_and_dies_with_its_server(tmp_path: Path) -> None:
     """Stopped, it runs nothing, not even what would end it."""
-    with server_of(tmp_path) as (server, mark):
-        (engine,) = [process for process, name in alive(mark).items() if "EngineCore" in name]
+    with server_of(tmp_path) as server:
+        (engine,) = [process for process, name in alive(server).items() if "EngineCore" in name]
 
         def ready() -> httpx.Response:
             return httpx.get(f"{server.url}/ready", timeout=5)
@@ -124,12 +122,12 @@ def test_an_engine_that_hangs_is_not_ready_and_dies_with_its_server(tmp_path: Pa
         os.kill(engine, signal.SIGCONT)
         _wait(lambda: ready().status_code == 200, 10)
         os.kill(engine, signal.SIGSTOP)
-        kill(server, mark, "main")
+        kill(server, "main")
 
 
 def test_a_server_ends_with_its_engine(tmp_path: Path) -> None:
-    with server_of(tmp_path) as (server, mark):
-        kill(server, mark, "engine")
+    with server_of(tmp_path) as server:
+        kill(server, "engine")
 
 
 @pytest.mark.slow
@@ -148,5 +146,5 @@ def test_a_server_ends_with_its_engine(tmp_path: Path) -> None:
     ids=str,
 )
 def test_nothing_is_left(flags: list[str], who: str, tmp_path: Path) -> None:
-    with server_of(tmp_path, *flags) as (server, mark):
-        kill(server, mark, who)
+    with server_of(tmp_path, *flags) as server:
+        kill(server, who)
