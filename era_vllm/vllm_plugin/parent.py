@@ -15,7 +15,7 @@ import signal
 from multiprocessing import connection, parent_process
 from typing import Final
 
-from era_vllm.compat import dp_coordinator
+from era_vllm.compat import process_targets
 
 _F_SETSIG: Final = 10
 """Of Linux's fcntl.h; Python has no name for it."""
@@ -33,7 +33,13 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_coordinator(*arguments: object, **named: object) -> None:
-    """Run vLLM's coordinator of data-parallel engines, which loads no plugin, in its process."""
+def run_engine(*arguments: object, **named: object) -> None:
+    """Run vLLM's engine in its process."""
     end_with_parent()
-    dp_coordinator.ORIGINAL(*arguments, **named)
+    process_targets.ENGINE(*arguments, **named)
+
+
+def run_coordinator(*arguments: object, **named: object) -> None:
+    """Run vLLM's coordinator of data-parallel engines in its process."""
+    end_with_parent()
+    process_targets.COORDINATOR(*arguments, **named)

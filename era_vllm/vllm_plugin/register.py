@@ -57,9 +57,9 @@ def _register() -> None:
 
 
 def _end_together() -> None:
-    """Have this process end with its parent, and a coordinator that it may start end with it."""
-    from era_vllm.compat import dp_coordinator
+    """Have this process end with its parent, and those that it starts end with it."""
+    from era_vllm.compat import process_targets
     from era_vllm.vllm_plugin import parent
 
-    dp_coordinator.replace(parent.run_coordinator)
+    process_targets.replace(parent.run_engine, parent.run_coordinator)
     parent.end_with_parent()

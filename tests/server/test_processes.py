@@ -1,4 +1,4 @@
-"""Processes of a demo and a plugin's, a command line in somebody's folder: none left, none caught."""
+"""Processes of a demo and of a plugin, a command line in a folder: none is left, none is caught."""
 
 import os
 import signal
