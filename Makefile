@@ -29,7 +29,7 @@ check:  ## ruff, pyright, import-linter and the tests that need no vLLM (under a
 	$(BIN)/lint-imports --no-logo ; \
 	$(PYTEST) $(QUICK) -m "$(APART) and not slow"
 
-test:  ## check, then everything else that runs on a CPU (some 16 minutes)
+test:  ## check, then the other tests that a CPU runs in time (some 16 minutes)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
 	$(PYTEST) tests $(QUICK:%=--ignore=%) -m "$(APART) and not slow"
 

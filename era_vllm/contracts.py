@@ -83,8 +83,8 @@ class ModelAdapter(Protocol):
     def encoder_layer(self, hf_config: object, layer: int | None) -> int:
         """The encoder layer to read, from 1, given it as the model's feature layer is counted.
 
-        None = that one. Refuses, before anything is loaded, a layer that features do not come
-        through.
+        None = that one. Refuses a layer that features do not come through; asked while the model
+        is built, before its weights are read.
         """
         ...
 

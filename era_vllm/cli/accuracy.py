@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from era_vllm.cli.options import DEFAULT_MODEL
-from era_vllm.cli.provenance import provenance
 from era_vllm.cli.quiet import QUIET, muted, progress
 from era_vllm.errors import ConfigError
-from era_vllm.lab.accuracy import Accuracy, table
-from era_vllm.lab.data import LEARNED_FAMILIES, Example, generate
-from era_vllm.lab.progress import bar
 from era_vllm.policies import policy_names
+
+if TYPE_CHECKING:
+    from era_vllm.lab.accuracy import Accuracy
+    from era_vllm.lab.data import Example
 
 DESCRIPTION = """Ask held-out questions about generated pictures in the real vLLM engine.
 
@@ -37,7 +38,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "accuracy",
-        help="measure accuracy under pruning in the engine",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -70,6 +70,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Measure and print a Markdown table."""
     del rest
+    from era_vllm.lab.accuracy import table
+    from era_vllm.lab.data import LEARNED_FAMILIES, generate
+    from era_vllm.lab.progress import bar
+
     if arguments.pictures < 1:
         raise ConfigError(f"--pictures: got {arguments.pictures}, allowed: 1 or more")
     os.environ.update(QUIET)
@@ -85,6 +89,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
                 shown.update()
     print(table(rows))
     if arguments.json:
+        from era_vllm.cli.provenance import provenance
+
         figures = [{**asdict(row), "interval": row.interval} for row in rows]
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({**provenance(), "rows": figures}, indent=1) + "\n")
@@ -92,10 +98,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _measure(
-    model: str, examples: Sequence[Example], policy: str, positions: str, rates: Sequence[float]
-) -> list[Accuracy]:
+    model: str, examples: "Sequence[Example]", policy: str, positions: str, rates: Sequence[float]
+) -> "list[Accuracy]":
     """Ask everything at every rate in one engine."""
     import era_vllm
+    from era_vllm.lab.accuracy import Accuracy
 
     settings = era_vllm.engine_args(
         model, policy=policy, positions=positions, max_pruning_rate=max(*rates, 0.95)

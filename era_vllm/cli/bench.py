@@ -37,7 +37,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand and its own three."""
     parser = commands.add_parser(
         "bench",
-        help="measure what pruning costs and saves",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

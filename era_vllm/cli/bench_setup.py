@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from era_vllm.cli.findings import core_count
 from era_vllm.cli.options import era_settings
 from era_vllm.cli.quiet import QUIET
 from era_vllm.errors import ConfigError
@@ -31,6 +30,8 @@ class EngineOptions:
 
 def set_environment(*, eager: bool) -> None:
     """Make engines live in this process and say little; call before vLLM is imported."""
+    from era_vllm.cli.findings import core_count
+
     own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(core_count())}
     if eager:
         own["TORCH_COMPILE_DISABLE"] = "1"

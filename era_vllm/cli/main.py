@@ -1,11 +1,15 @@
-"""``era-vllm``: the subcommands. Errors of ours end in one line, not a traceback."""
+"""``era-vllm``: the subcommands. Errors of ours end in one line, not a traceback.
+
+A subcommand's file is imported where it is the one that is run: a help waits for no torch or vLLM.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
 
 from era_vllm import __version__
-from era_vllm.cli import accuracy, bench, demo, doctor, inspect, serve
 from era_vllm.errors import EraError
 
 DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their visual tokens.
@@ -17,10 +21,20 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm accuracy                      right answers of the engine, policies against rates
   era-vllm bench serve                   time against stock vLLM, and where it goes
 """
+COMMANDS: Final = {
+    "serve": "run the OpenAI server with pruning on",
+    "inspect": "draw the tokens that are kept of an image",
+    "doctor": "check versions, plugin, model, and one live answer",
+    "demo": "show answers with and without pruning, and the speed",
+    "accuracy": "measure accuracy under pruning in the engine",
+    "bench": "measure what pruning costs and saves",
+}
+"""A file of this folder each, and what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="era-vllm",
         description=DESCRIPTION,
@@ -29,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"era-vllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (serve, inspect, doctor, demo, accuracy, bench):
-        module.add_parser(commands)
+    for name, summary in COMMANDS.items():
+        if name == next(iter(argv), None):
+            import_module(f"era_vllm.cli.{name}").add_parser(commands)
+        else:
+            commands.add_parser(name, help=summary)
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from itertools import zip_longest
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,9 @@ from era_vllm_server.settings import (
 DEFAULT_KV_CACHE: Final = "1G"
 """Of the sample model: about a hundred of its longest requests. vLLM would take most of the memory
 for a model of 8 MB, and not start where a neighbour uses some of it."""
+_WHY_PLUGINS: Final = """\
+# VLLM_PLUGINS: vLLM serves routes of plugins only where it names them, and then loads no others.
+# So it names era, and beside it what vLLM loads here by itself."""
 
 DESCRIPTION = """Run vLLM's own OpenAI server with visual tokens pruned.
 
@@ -42,7 +46,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "serve",
         usage="era-vllm serve [MODEL] [--era-* ...] [any flag of vllm serve]",
-        help="run the OpenAI server with pruning on",
         description=DESCRIPTION,
         epilog="All other flags go to vLLM: `era-vllm serve --help=all` lists them,\n"
         "`era-vllm serve --help=WORD` those with that word in their names.",
@@ -81,6 +84,9 @@ class _Help(argparse.Action):
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped, or print the command."""
     check_vllm_version()
+    from vllm.envs import VLLM_CACHE_ROOT
+
+    from era_vllm.cli.preflight import check_address, check_folders
     from era_vllm.vllm_plugin.launch import plan
     from era_vllm_server.app import asked, complete, print_help, serve
     from era_vllm_server.front import with_front
@@ -111,7 +117,12 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     words = complete(launch, rest)
     if arguments.print_command:
         print(launch.command(words))
+        if "VLLM_PLUGINS" in launch.environment:
+            print(_WHY_PLUGINS, file=sys.stderr)
         return 0
+    check_folders(VLLM_CACHE_ROOT)
+    if user.address is not None:
+        check_address(*user.address)
     for name in era_variables() & os.environ.keys():
         del os.environ[name]  # said by flags now; the server's processes refuse them as unknown
     return serve(launch, words)

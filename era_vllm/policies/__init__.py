@@ -4,11 +4,13 @@ import importlib
 from dataclasses import fields
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Final, Literal, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Final, Literal, cast, get_args, get_origin, get_type_hints
 
 from era_vllm.config import EraConfig, OptionValue
-from era_vllm.contracts import PruningPolicy
 from era_vllm.errors import ConfigError, UnsupportedError, unknown_name
+
+if TYPE_CHECKING:  # torch, which a help that lists the policies does not wait for
+    from era_vllm.contracts import PruningPolicy
 
 _CONTRACT: Final = (
     "__dataclass_fields__",
@@ -25,7 +27,7 @@ def policy_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in iter_modules(__path__)))
 
 
-def policy_class(name: str) -> type[PruningPolicy]:
+def policy_class(name: str) -> "type[PruningPolicy]":
     """Return the class behind a policy name: a file of this folder or ``"package.module:Class"``.
 
     Raises:
@@ -47,10 +49,10 @@ def policy_class(name: str) -> type[PruningPolicy]:
             f"policy {name!r} depends on the prompt, which would make cached images wrong; "
             f"choose one of: {', '.join(policy_names())}"
         )
-    return cast(type[PruningPolicy], found)
+    return cast("type[PruningPolicy]", found)
 
 
-def make_policy(config: EraConfig) -> PruningPolicy:
+def make_policy(config: EraConfig) -> "PruningPolicy":
     """Build the configured policy.
 
     Raises:

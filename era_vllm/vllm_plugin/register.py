@@ -1,9 +1,12 @@
 """The entry point: tells vLLM our names. Called in every process, perhaps twice; imports no model.
 
-Nothing happens until an engine is started with our architecture and renderer (``launch.py``).
+Nothing happens until an engine is started with our architecture and renderer (``launch.py``), or
+in a server with our front, whose processes end together (``parent.py``).
 """
 
 import logging
+import os
+from typing import Final
 
 from era_vllm.vllm_plugin.families import FAMILIES, PREFIX
 from era_vllm.vllm_plugin.version import TESTED, installed_version
@@ -12,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_MODE = "era"
 """Value of ``--tokenizer-mode`` that selects our renderer."""
+_OUR_SERVER: Final = ("VLLM_MEDIA_CONNECTOR", "era")
+"""A variable of every process of a server with our front, and of no other."""
 
 
 def register() -> None:
@@ -44,6 +49,17 @@ def _register() -> None:
         return
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "era_vllm.vllm_plugin.renderer", "EraRenderer")
+    if _OUR_SERVER in os.environ.items():
+        _end_together()
     for architecture, target in FAMILIES.items():
         models_config_map.add(PREFIX + architecture, architecture, resolve)
         ModelRegistry.register_model(PREFIX + architecture, target)
+
+
+def _end_together() -> None:
+    """Have this process end with its parent, and those that it starts end with it."""
+    from era_vllm.compat import process_targets
+    from era_vllm.vllm_plugin import parent
+
+    process_targets.replace(parent.run_engine, parent.run_coordinator)
+    parent.end_with_parent()

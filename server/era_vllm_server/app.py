@@ -11,6 +11,8 @@ does the same three steps (0.32.0). Remove when ``vllm serve`` starts on every w
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
 
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -80,6 +82,7 @@ def asked(arguments: Sequence[str]) -> Asked:
         ),
         grpc=parsed.grpc,
         grpc_port=parsed.grpc_port,
+        address=None if parsed.headless else (parsed.host, parsed.port, parsed.uds),
     )
 
 
@@ -113,7 +116,16 @@ def complete(launch: Launch, rest: Sequence[str]) -> list[str]:
 def _parsed(arguments: Sequence[str], **defaults: object) -> tuple[ServeSubcommand, Namespace]:
     parser = FlexibleArgumentParser(prog="era-vllm")
     command = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers(dest="subparser")).set_defaults(**defaults)
+    serve = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve.set_defaults(**defaults)
+
+    def refuse(message: str) -> NoReturn:  # argparse prints the usage and exits
+        word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        near = get_close_matches(word, serve._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise ConfigError(f"{message}{hint} `era-vllm serve --help=WORD` lists vLLM's flags")
+
+    parser.error = serve.error = refuse
     try:
         return command, parser.parse_args([command.name, *arguments])
     except (ValueError, IndexError, OSError) as error:  # what it lets through from its own steps

@@ -55,6 +55,7 @@ class EraEndpoints:
         if workers.answer(engine_client):
             state.era_worker_metrics = WorkerMetrics(engine_client)
         state.era_inspecting = asyncio.Lock()
+        state.era_pulse = ready.Pulse(engine_client)
         started = perf_counter()
         await ready.warm_up(engine_client, config)
         state.era_warm = True

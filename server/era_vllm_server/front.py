@@ -14,7 +14,7 @@ from typing import Final
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
 from era_vllm_server.addresses import allowed_hosts
-from era_vllm_server.middleware.auth import Keys, keys_of
+from era_vllm_server.keys import Keys, keys_of
 from era_vllm_server.settings import ServerSettings
 
 MIDDLEWARE: Final = "era_vllm_server.middleware.Front"
@@ -63,6 +63,8 @@ class Asked:
     """None = vLLM's default."""
     grpc: bool = False
     grpc_port: int | None = None
+    address: tuple[str | None, int, str | None] | None = None
+    """Host, port and socket's path; None where there is no API server."""
 
 
 def with_front(

@@ -1,9 +1,12 @@
 """``/ready``: whether requests should be sent here. ``/health`` is vLLM's: whether it is alive.
 
 Ready = one request with a pruned image went through renderer, engine and back in this API server
-(which its socket waits for), and the engine lives. While it drains, ``guard`` answers 503 itself.
+(which its socket waits for), the engine lives, and its workers answer. While it drains, ``drain``
+answers 503 itself.
 """
 
+import asyncio
+import time
 import uuid
 
 from fastapi import APIRouter, Request
@@ -13,7 +16,7 @@ from vllm.engine.protocol import EngineClient
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm_server import probe
+from era_vllm_server import probe, workers
 
 _SIDE = 64  # pixels of the warm-up picture
 
@@ -24,14 +27,36 @@ router = APIRouter()
 async def ready(raw_request: Request) -> JSONResponse:
     """Whether this server takes requests: 200, or 503 with the reason."""
     state = raw_request.app.state
+    limit_s = state.era_settings.engine_timeout_s
     if state.engine_client.errored:
         reason = "the engine has ended"
     elif not getattr(state, "era_warm", False):
         reason = "not warm yet"
+    elif 0 < limit_s < (silent_s := state.era_pulse.silent_s()):
+        reason = f"the engine has not answered for {silent_s:.0f} s (allowed: {limit_s:g} s)"
     else:
         return JSONResponse({"ready": True})
     retry = str(state.era_settings.retry_after_s)
     return JSONResponse({"ready": False, "reason": reason}, 503, {"Retry-After": retry})
+
+
+class Pulse:
+    """A question to every worker, one at a time; they answer between two steps, idle ones too."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        """Ask nothing yet."""
+        self._engine = engine
+        self._question: asyncio.Task[object] | None = None
+        self._since_s = 0.0
+
+    def silent_s(self) -> float:
+        """Return for how long no answer has come; ask, where no question waits for one."""
+        last, now = self._question, time.monotonic()
+        if last is None or last.done():
+            if last is None or last.exception() is None:
+                self._since_s = now
+            self._question = asyncio.create_task(workers.ask_workers(self._engine, "check_health"))
+        return now - self._since_s
 
 
 async def warm_up(engine: EngineClient, config: EraConfig) -> None:

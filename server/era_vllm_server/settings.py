@@ -80,6 +80,13 @@ class ServerSettings(BaseSettings):
         allow_inf_nan=False,
         description="how long accepted requests may go on after SIGTERM",
     )
+    engine_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="/ready is a 503 once the engine has not answered for so long; more than its "
+        "longest step; 0 = whatever it does",
+    )
     allow_image_uuid: bool = Field(
         False, description="let clients name pictures by uuid, apart by API key"
     )

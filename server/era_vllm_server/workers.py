@@ -26,7 +26,7 @@ async def ask_workers(engine: EngineClient, method: str, *arguments: object) -> 
 
     Args:
         engine: The API server's client.
-        method: Of ``EraWorker``.
+        method: Of ``EraWorker``, or of any worker.
         arguments: Plain values.
 
     Raises:

@@ -24,6 +24,8 @@ import pytest
 import yaml
 
 from era_vllm.lab.servers import Server, free_port, wait_for
+from era_vllm_server import front
+from era_vllm_server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -83,6 +85,13 @@ def test_services_can_do_little(name: str) -> None:
     for mount in service.get("volumes", ()):
         source, _, options = mount.partition(":")
         assert source in COMPOSE["volumes"] or options.endswith(":ro"), mount
+
+
+def test_the_grace_period_covers_the_drain_and_the_engines_end() -> None:
+    """vLLM takes as long as --shutdown-timeout, once we have drained; behind it it kills."""
+    drain_s = ServerSettings.model_fields["drain_timeout_s"].default
+    needed_s = drain_s + (drain_s + front._MARGIN_S) + 15  # last words, connections, the kill
+    assert int(COMPOSE["services"]["era-vllm"]["stop_grace_period"].removesuffix("s")) >= needed_s
 
 
 def test_paths_that_compose_mounts_exist() -> None:

@@ -1,12 +1,15 @@
 """What vLLM's own parser reads from the user's flags and ours together. Starts no server."""
 
 import json
+import resource
 import shlex
+import socket
 
 import pytest
 
 from era_vllm.cli.main import main
 from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
+from era_vllm.cli.preflight import check_address, check_folders
 from era_vllm.cli.serve import with_model
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import plan
@@ -141,9 +144,91 @@ def test_a_server_without_our_layer_refuses_also_on_paper(typed, capsys, monkeyp
     assert "needed vLLM's HTTP server in Python" in capsys.readouterr().err
 
 
+def test_the_printed_line_is_alone_on_standard_output_and_says_why_plugins_are_named(capsys):
+    assert main(["serve", "--print-command"]) == 0
+    said = capsys.readouterr()
+    (line,) = said.out.splitlines()
+    assert "VLLM_PLUGINS=era" in line.replace("'", "")
+    assert "# VLLM_PLUGINS: vLLM serves routes of plugins only where it names them" in said.err
+
+
 def test_at_a_maximum_of_0_the_front_is_told_and_the_engine_is_not(capsys):
     assert main(["serve", "--print-command", "--era-max-pruning-rate", "0"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert "--tokenizer-mode" not in words and "--hf-overrides" not in words
     assert json.loads(words[words.index("--additional-config") + 1])["era"]["max_pruning_rate"] == 0
     assert "era_vllm_server.middleware.Front" in words
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--max-modle-len", "5"], "--max-modle-len 5; did you mean '--max-model-len'?"),
+        (["--dtype=foo"], "invalid choice: 'foo'"),
+    ],
+    ids=str,
+)
+def test_a_flag_that_vllm_does_not_know_is_one_line(typed, said, capsys):
+    assert main(["serve", *typed]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "usage:" not in error
+    assert len(error.splitlines()[-1]) < 400
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    monkeypatch.setattr("era_vllm_server.app.serve", lambda launch, words: pytest.fail("started"))
+
+
+@pytest.mark.parametrize("servers", ["1", "2"])
+def test_a_port_that_is_taken_is_found_before_the_model(servers, capsys, nothing_starts):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        typed = ["--host", "127.0.0.1", "--port", port, "--api-server-count", servers]
+        assert main(["serve", *typed, "--print-command"]) == 0  # perhaps for another machine
+        assert main(["serve", *typed]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use)" in error
+
+
+def test_a_socket_that_is_there_is_found_before_the_model(capsys, nothing_starts, tmp_path):
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "s"))
+        assert main(["serve", "--uds", str(tmp_path / "s")]) == 2
+    assert "remove the file if no server uses it" in capsys.readouterr().err
+    check_address(None, 8000, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_connection_of_before_does_not_keep_the_port(tmp_path):
+    """As after a restart: the closed ones linger for a minute."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()
+    check_address("127.0.0.1", port, None)
+
+
+@pytest.mark.parametrize("folder", ["/dev/full", "/proc/cache"])
+def test_a_cache_folder_that_cannot_be_written_is_found_before_the_model(
+    folder, capsys, nothing_starts, monkeypatch
+):
+    monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", folder, raising=False)
+    assert main(["serve"]) == 2
+    assert (
+        f"VLLM_CACHE_ROOT: {folder} cannot take 8 MiB" in capsys.readouterr().err.splitlines()[-1]
+    )
+
+
+def test_a_full_cache_folder_is_said(monkeypatch, tmp_path):
+    """A file that takes no more than its process may write stands for a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        with pytest.raises(ConfigError, match="File too large"):
+            check_folders(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_folders(str(tmp_path))
+    assert not list((tmp_path / "inductor").iterdir())

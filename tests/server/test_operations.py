@@ -193,13 +193,22 @@ def test_ready_and_warm_before_the_socket_is_served(servers):
 
 
 @pytest.mark.parametrize(
-    ("errored", "warm", "status"), [(False, True, 200), (True, True, 503), (False, False, 503)]
+    ("errored", "warm", "silent_s", "status"),
+    [
+        (False, True, 29, 200),
+        (True, True, 0, 503),
+        (False, False, 0, 503),
+        (False, True, 31, 503),
+    ],
 )
-def test_not_ready_without_an_engine_or_a_first_answer(errored, warm, status):
+def test_not_ready_without_an_engine_a_first_answer_or_further_ones(
+    errored, warm, silent_s, status
+):
     app = FastAPI()
     app.include_router(ready.router)
     app.state.engine_client = SimpleNamespace(errored=errored)
     app.state.era_settings, app.state.era_warm = ServerSettings(), warm
+    app.state.era_pulse = SimpleNamespace(silent_s=lambda: silent_s)
     reply = TestClient(app).get("/ready")
     assert reply.status_code == status and reply.json()["ready"] == (status == 200)
     assert ("retry-after" in reply.headers) == (status == 503)

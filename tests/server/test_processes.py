@@ -1,5 +1,6 @@
-"""Processes of a demo, and a command line in somebody's folder: nothing is left or caught."""
+"""Processes of a demo and of a plugin, a command line in a folder: none is left, none is caught."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -34,6 +35,67 @@ sys.exit(main(["demo", "--fast"]))
 """
 """``era-vllm demo`` with servers whose engines sleep and ignore SIGTERM, as vLLM's may; prints the
 servers' process ids, which are those of their groups."""
+
+
+FAMILY = """
+import multiprocessing, os, signal, sys, time
+
+def child():
+    from era_vllm import register
+    register()
+    print(os.getpid(), flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+if __name__ == "__main__":
+    multiprocessing.get_context(sys.argv[1]).Process(target=child).start()
+    time.sleep(100)
+"""
+"""A process and its child, which loads our plugin, says its process id, and stops."""
+
+
+@pytest.mark.parametrize(
+    ("connector", "method"),
+    [
+        ("era", "spawn"),
+        ("http", "spawn"),
+        pytest.param("era", "fork", marks=pytest.mark.slow),
+        pytest.param("era", "forkserver", marks=pytest.mark.slow),
+    ],
+)
+def test_a_child_ends_with_its_parent_in_a_server_of_ours(
+    connector: str, method: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "family.py"
+    file.write_text(FAMILY)
+    parent = subprocess.Popen(
+        [sys.executable, str(file), method],
+        env={**os.environ, "VLLM_MEDIA_CONNECTOR": connector},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        _wait(lambda: _state(child) == "T")
+        parent.kill()
+        parent.wait()
+        try:
+            if connector == "era":
+                _wait(lambda: _state(child) in (None, "Z"))
+            else:  # stock: as vLLM does
+                time.sleep(1)
+                assert _state(child) == "T"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+
+
+def _state(process: int) -> str | None:
+    """What a process does, by its letter in /proc."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

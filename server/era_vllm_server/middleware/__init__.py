@@ -21,8 +21,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from era_vllm.compat.fastapi_fields import stop_at_first_error
 from era_vllm.compat.uvicorn_h11 import use_bounded_h11
 from era_vllm.compat.versions import check_server_versions
+from era_vllm_server.keys import Keys, keys_of
 from era_vllm_server.metrics import REJECTED, RESPONSES
-from era_vllm_server.middleware.auth import Auth, Keys, keys_of
+from era_vllm_server.middleware.auth import Auth
 from era_vllm_server.middleware.cors import Cors, layers
 from era_vllm_server.middleware.deadline import Deadline
 from era_vllm_server.middleware.drain import Drain

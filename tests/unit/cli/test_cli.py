@@ -1,5 +1,6 @@
 """The command line: helps, one-line refusals, and ``inspect`` end to end. Starts no engine."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from era_vllm.cli import findings
 from era_vllm.cli.doctor import page
 from era_vllm.cli.findings import Finding
-from era_vllm.cli.main import main
+from era_vllm.cli.main import COMMANDS, main
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.check import Check
@@ -35,6 +36,33 @@ def test_help_shows_an_example_or_what_is_written(
     text = capsys.readouterr().out
     assert f"era-vllm {command}" in text
     assert "out/demo.json" in text or f"  era-vllm {command} " in text
+
+
+@pytest.mark.parametrize(
+    "words", ["--version", "--help", *(f"{name} --help" for name in COMMANDS), "bench serve --help"]
+)
+def test_a_help_waits_for_nothing_heavy(words: str) -> None:
+    """Modules are counted, since seconds depend on the machine."""
+    code = "import sys; from era_vllm.cli.main import main; main(sys.argv[1:])"
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code, *words.split()],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert "era_vllm.cli.main" in loaded and "era-vllm" in ended.stdout
+    heavy = {"torch", "transformers", "vllm", "fastapi", "PIL", "numpy"} & loaded
+    assert not heavy
+    assert "pydantic_settings" not in loaded or words == "serve --help"  # its flags are made of it
+    assert len(loaded) < (600 if words == "serve --help" else 300)
+
+
+def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text and summary in text for name, summary in COMMANDS.items())
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from era_vllm.errors import ConfigError
-from era_vllm_server.middleware.auth import Keys, as_bearer, presented
+from era_vllm_server.keys import Keys, as_bearer, presented
 
 
 def keys(tmp_path, text):

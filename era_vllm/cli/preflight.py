@@ -1,0 +1,68 @@
+"""What `era-vllm serve` tries before anything is loaded: its address, and folders it writes to.
+
+vLLM meets a port that is taken, or a full disk, when the model is there or half compiled, in a
+traceback. The plain `vllm serve` line that is printed goes without.
+"""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from era_vllm.errors import ConfigError
+
+_NEEDED_BYTES: Final = 8 << 20
+"""Written for a try: what vLLM compiles for a small model."""
+_FOLDERS: Final = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+def check_address(host: str | None, port: int, uds: str | None) -> None:
+    """Listen where the server will, for a moment.
+
+    Raises:
+        ConfigError: that cannot be done.
+    """
+    kind = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
+    flag, next_step = f"--port {port}", "stop what listens there, or choose another --port"
+    if host:
+        flag = f"--host {host} {flag}"
+    if uds:
+        kind, flag = socket.AF_UNIX, f"--uds {uds}"
+        next_step = "choose another path, or remove the file if no server uses it"
+    with socket.socket(kind) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM: past connections
+        try:
+            tried.bind(uds or (host or "", port))
+            tried.listen()
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{flag}: cannot listen there ({why}); {next_step}") from error
+        if uds:
+            os.unlink(uds)
+
+
+def check_folders(cache: str) -> None:
+    """Write a few megabytes to each folder that vLLM keeps something in, and remove them.
+
+    Args:
+        cache: vLLM's own.
+
+    Raises:
+        ConfigError: one is read-only or full.
+    """
+    named = {name: os.environ[name] for name in _FOLDERS if name in os.environ}
+    try:
+        folders = {"VLLM_CACHE_ROOT": cache, "TMPDIR": tempfile.gettempdir(), **named}
+    except OSError as error:
+        raise ConfigError(f"TMPDIR: {error.strerror}; name a folder that can be written") from error
+    for name, folder in folders.items():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as tried:
+                tried.write(bytes(_NEEDED_BYTES))
+        except OSError as error:
+            raise ConfigError(
+                f"{name}: {folder} cannot take {_NEEDED_BYTES >> 20} MiB ({error.strerror}); make "
+                f"room there, or set {name} to a folder that can be written"
+            ) from error
