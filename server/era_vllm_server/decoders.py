@@ -28,6 +28,8 @@ _START_S: Final = 60.0
 """For a process to start, which takes 0.2 s."""
 _KEPT: Final = 2**26
 """Bytes of memory that are kept for the next picture: pages that are new cost more than copying."""
+Empty = Callable[[str, tuple[int, int]], Image]
+"""Of a mode and a size."""
 _log = logging.getLogger(__name__)
 
 
@@ -45,18 +47,14 @@ class Decoders:
             self._free.put_nowait(None)
 
     async def decode(
-        self,
-        data: bytes,
-        wanted: Wanted,
-        empty: Callable[[str, tuple[int, int]], Image],
-        limit_s: float,
+        self, data: bytes, wanted: Wanted, empty: Empty, limit_s: float
     ) -> tuple[Image, bool]:
         """Return a picture, and whether its mode was changed.
 
         Args:
             data: The file.
             wanted: What it may be.
-            empty: Makes the picture, of a mode and size, that takes the pixels; may raise.
+            empty: Makes the picture that takes the pixels; may raise.
             limit_s: How long it may wait for others, and then be decoded.
 
         Raises:
@@ -68,32 +66,29 @@ class Decoders:
                 process = await self._free.get()
         except TimeoutError:
             raise busy(f"the picture waited {limit_s:g} s for others to be decoded") from None
-        ready = process is not None
+        started = process is not None
         try:
             if process is None:
                 process = _Process()
                 async with asyncio.timeout(_START_S):
                     await process.answer()
-            ready = True
+            started = True
             async with asyncio.timeout(limit_s):
                 answer = await process.ask(data, wanted)
             picture = empty(answer["mode"], tuple(answer["size"]))
             process.fill(picture, answer["length"])
             return picture, answer["changed"]
         except OSError as error:  # TimeoutError is one
-            if not ready:
-                _log.error("no process for pictures can be started: %s", type(error).__name__)
+            if not started:
+                _log.exception("no process for pictures could be started")
                 raise busy("no process could be started that decodes the picture") from None
-            late = isinstance(error, TimeoutError)
-            raise RefusedError(
-                f"it takes too long to decode, allowed are {limit_s:g} s"
-                if late
-                else "decoding it ended the process; is it damaged?"
-            ) from None
+            why = "decoding it ended the process; is it damaged?"
+            if isinstance(error, TimeoutError):
+                why = f"it takes too long to decode, allowed are {limit_s:g} s"
+            raise RefusedError(why) from None
         finally:
             if process is not None and process.working:
-                process.end()
-                process = None
+                process = process.end()
             self._free.put_nowait(process)
 
 
@@ -102,9 +97,8 @@ class _Process:
 
     def __init__(self) -> None:
         self._memory = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        fcntl.fcntl(
-            self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK
-        )  # else it could be, mapped
+        seals = fcntl.F_SEAL_SHRINK  # else reading a mapped page could end us
+        fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, seals)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         shared = theirs.fileno(), self._memory

@@ -42,9 +42,6 @@ _BAND: Final = 64  # rows
 _PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 _NAMES: Final = {
     rb"\x89PNG": "PNG",
-    rb"\xff\xd8": "JPEG",
-    rb"GIF8": "GIF",
-    rb"BM": "BMP",
     rb"RIFF....WEBP": "WEBP",
     rb"....ftypavi[fs]": "AVIF",
     rb"....ftyp(hei|hev|mif|msf)": "HEIF (HEIC), which many phones write",
@@ -90,13 +87,18 @@ def decode(data: bytes, wanted: Wanted) -> tuple[Image.Image, bool]:
                 name = picture.format or name
                 _check(name, picture.size, wanted)
                 picture.load()
-                return _shown(picture, wanted)
+                break
         except (RefusedError, MemoryError):
             raise
         except Exception:  # decoders raise anything, struct.error and SyntaxError included
             continue
-    _check(name, (1, 1), wanted)
-    raise RefusedError(f"its {len(data)} bytes are no whole {name}: truncated, or damaged")
+    else:
+        _check(name, (1, 1), wanted)
+        raise RefusedError(f"its {len(data)} bytes are no whole {name}: truncated, or damaged")
+    try:
+        return _shown(picture, wanted)
+    except ValueError:
+        raise RefusedError(f"the colours of its mode {picture.mode} cannot be shown") from None
 
 
 def _count_parts(data: bytes) -> None:
@@ -164,7 +166,7 @@ def _shown(picture: Image.Image, wanted: Wanted) -> tuple[Image.Image, bool]:
         return picture, False
     if mode != "RGB" or not picture.has_transparency_data:
         return picture.convert(mode), True
-    over, shown = picture.convert("RGBA"), Image.new("RGB", picture.size, wanted.background)
+    over, shown = picture.convert("RGBA"), Image.new("RGB", picture.size, tuple(wanted.background))
     shown.paste(over, mask=over.getchannel("A"))
     return shown, True
 
