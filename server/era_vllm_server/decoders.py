@@ -24,10 +24,12 @@ from vllm.exceptions import GracefulHTTPError
 from era_vllm_server.pictures import RefusedError, Wanted
 
 _COMMAND: Final = (sys.executable, "-P", "-W", "ignore", "-m", "era_vllm_server.pictures")
+_ENVIRONMENT: Final = {"PILLOW_BLOCKS_MAX": "4"}
+"""Of Pillow's memory 64 MB are kept for the next picture, as ``_KEPT`` is: new pages cost much."""
 _START_S: Final = 60.0
 """For a process to start, which takes 0.2 s."""
 _KEPT: Final = 2**26
-"""Bytes of memory that are kept for the next picture: pages that are new cost more than copying."""
+"""Bytes of the memory that both have."""
 Empty = Callable[[str, tuple[int, int]], Image]
 """Of a mode and a size."""
 _log = logging.getLogger(__name__)
@@ -103,7 +105,9 @@ class _Process:
         self._control.setblocking(False)
         shared = theirs.fileno(), self._memory
         with theirs:
-            self._popen = subprocess.Popen((*_COMMAND, *map(str, shared)), pass_fds=shared)
+            self._popen = subprocess.Popen(
+                (*_COMMAND, *map(str, shared)), pass_fds=shared, env=os.environ | _ENVIRONMENT
+            )
         self.working = True
 
     async def ask(self, data: bytes, wanted: Wanted) -> dict[str, Any]:
