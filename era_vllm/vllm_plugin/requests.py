@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, unknown_name
@@ -76,6 +76,8 @@ class Scope:
     """Of its pictures so far, decoded or about to be."""
     refused: bool = False
     """One of its pictures was, and counted."""
+    loads: set[Any] = field(default_factory=set)
+    """Tasks that load its pictures."""
     images: Sequence[ImageReport] = ()
     """Of the last prompt, which is a chat's only one."""
     all_images: list[ImageReport] = field(default_factory=list)

@@ -1,10 +1,10 @@
 """vLLM's media connector, chosen by ``VLLM_MEDIA_CONNECTOR``: what a client's URL may make us do.
 
 A picture comes in the request (``data:``), from one of ``--allowed-media-domains`` at a public
-address, or from below ``--allowed-local-media-path``; its size is checked before it is decoded, and
-so is that of all of a request's pictures, and of all requests': vLLM decodes before it admits.
-Whatever else it is, the answer is a 400 with a text of ours: what PIL, the resolver or the file
-system say may hold addresses, names and paths. Leaves out who may ask at all (``guard``).
+address, or from below ``--allowed-local-media-path``. Whatever else comes is a 400 with a text of
+ours: what PIL, the resolver or the file system say may hold addresses, names and paths. Pixels are
+counted, of a request and of all, since vLLM decodes before it admits. Leaves out who may ask at all
+(``guard``), what a picture may be (``pictures``), and where it is decoded (``decoders``).
 
 Upstream: vllm/multimodal/media/connector.py ``MediaConnector``, whose two ways to load a URL are
 replaced (0.32.0). Its cache of downloads (``VLLM_MEDIA_CACHE``) is not used.
@@ -13,45 +13,49 @@ replaced (0.32.0). Its cache of downloads (``VLLM_MEDIA_CACHE``) is not used.
 import asyncio
 import logging
 import os
+import re
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import copy_context
+from concurrent.futures import Future
 from functools import lru_cache
-from http import HTTPStatus
-from io import BytesIO
 from pathlib import Path
-from threading import Lock
-from typing import Final, TypeVar
+from threading import Thread
+from typing import Final, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
 import pybase64
 import vllm.envs as envs
 import yarl
-from PIL.Image import DecompressionBombError
-from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMValidationError
-from vllm.multimodal.image import open_image
+from PIL.Image import Image, new
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
-from vllm.multimodal.media.base import MediaIO
-from vllm.multimodal.media.connector import global_thread_pool
+from vllm.multimodal.media.audio import AudioMediaIO
+from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
 
 from era_vllm.vllm_plugin.requests import Scope, current
 from era_vllm_server.addresses import allowed_hosts, public_socket
+from era_vllm_server.decoders import Decoders, busy
 from era_vllm_server.front import CONNECTOR
 from era_vllm_server.metrics import REJECTED
+from era_vllm_server.pictures import RefusedError, Wanted
 from era_vllm_server.settings import PREFIX, ServerSettings
 
 _M = TypeVar("_M")
-_MAX_ASPECT: Final = 200
-"""Width by height or the other way round. Processors scale the short side up, and what they make of
-30000 x 1 pixels does not fit into memory. Source: the bound of Qwen2-VL's own processor."""
 _CHUNK: Final = 2**16
 _REQUESTS: Final = 8
 """So many of the largest requests may hold their pictures at once. Pillow takes 4 bytes a pixel."""
+_OF_URLS: Final = " (the alphabet of URLs: send + for - and / for _)"
+_NOT_BASE64: Final = {
+    "%": " (percent-encoded: undo that)",
+    "-": _OF_URLS,
+    "_": _OF_URLS,
+    "'": " (Python's b'...': send what is between the quotes)",
+}
+_OTHERS: Final = {VideoMediaIO: "video", AudioMediaIO: "audio"}
 _log = logging.getLogger(__name__)
 
 
@@ -63,28 +67,54 @@ class GuardedConnector(MediaConnector):
         super().__init__(*args, **options)  # type: ignore[arg-type]
         variables = tuple((name, value) for name, value in os.environ.items() if PREFIX in name)
         self.settings = _settings(variables)
-        self.held = _held()
-        self.formats = {name.strip().upper() for name in self.settings.image_formats.split(",")}
 
     def load_from_url(
         self, url: str, media_io: MediaIO[_M], *, fetch_timeout: int | None = None
     ) -> _M:
         """Load for a caller without a loop, by the same steps."""
-        load = self.load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
-        with ThreadPoolExecutor(1) as apart:  # the caller's thread may run a loop
-            return apart.submit(copy_context().run, asyncio.run, load).result()
+        return self._begin(url, media_io, fetch_timeout).result()
 
     async def load_from_url_async(
         self, url: str, media_io: MediaIO[_M], *, fetch_timeout: int | None = None
     ) -> _M:
-        """Load for the server; files and decoding in vLLM's pool of threads."""
-        run = asyncio.get_running_loop().run_in_executor
-        request = current() or Scope()  # threads of the pool do not see it
-        with _refusing(request):
+        """Load for the server; ends where the caller is cancelled."""
+        return await asyncio.wrap_future(self._begin(url, media_io, fetch_timeout))
+
+    def _begin(self, url: str, media_io: MediaIO[_M], timeout_s: float | None) -> Future[_M]:
+        load = self._load(url, media_io, timeout_s)
+        return asyncio.run_coroutine_threadsafe(load, _loop())  # hands the context on
+
+    async def _load(self, url: str, media_io: MediaIO[_M], timeout_s: float | None) -> _M:
+        """Load, or refuse with a text that says nothing of us.
+
+        The first refusal answers a request: its other pictures are let go of, and not counted.
+        """
+        request, this = current() or Scope(), asyncio.current_task()
+        request.loads.add(this)
+        what = _OTHERS.get(type(media_io), "picture")
+        try:
+            if not isinstance(media_io, ImageMediaIO):
+                raise RefusedError("this server takes pictures and text only")
             if (remote := self._remote(url)) is None:
-                return await run(global_thread_pool, self._local, url, media_io, request)
-            data = await self._fetch(remote, fetch_timeout)
-            return await run(global_thread_pool, self._decode, data, media_io, request)
+                data = await asyncio.to_thread(self._local, url)
+            else:
+                data = await self._fetch(remote, timeout_s)
+            return cast(_M, await self._decode(data, media_io, request))
+        except Exception as error:  # parsers raise anything, MemoryError included
+            for other in request.loads - {this}:
+                other.cancel()
+            if isinstance(error, GracefulHTTPError):  # which the guard counts
+                raise
+            REJECTED.labels("media").inc(not request.refused)
+            request.refused = True
+            _log.debug("loading failed: %s", type(error).__name__)
+            why = str(error) if isinstance(error, RefusedError) else "it could not be read"
+            raise VLLMValidationError(
+                f"the {what} is refused: {why}",
+                parameter="image_url" if what == "picture" else f"{what}_url",
+            ) from None
+        finally:
+            request.loads.discard(this)
 
     def _remote(self, url: str) -> yarl.URL | None:
         """Return a web address that may be fetched; None for ``data:`` and ``file:``.
@@ -96,45 +126,48 @@ class GuardedConnector(MediaConnector):
         if scheme in ("data:", "file:"):
             return None
         if not scheme.startswith("http"):
-            raise refused("its URL is neither data:, http: or https:, nor file:")
+            raise RefusedError("its URL is neither data:, http: or https:, nor file:")
         if not self.allowed_media_domains:
-            raise refused(
+            raise RefusedError(
                 "this server fetches no URL (--allowed-media-domains is not set); send it as "
                 "data:image/...;base64,..."
             )
         if "\\" in url or any(ord(char) <= 32 or ord(char) >= 127 for char in url):
-            raise refused("its URL holds characters that have to be percent-encoded")
+            raise RefusedError("its URL holds characters that have to be percent-encoded")
         remote = yarl.URL(url)
         allowed = allowed_hosts(self.allowed_media_domains)
         if remote.user is not None or remote.raw_host not in allowed:
-            raise refused("its URL is not of a domain that this server fetches from")
+            raise RefusedError("its URL is not of a domain that this server fetches from")
         return remote
 
-    def _local(self, url: str, media_io: MediaIO[_M], request: Scope) -> _M:
+    def _local(self, url: str) -> bytes:
+        """Return a file, or what a ``data:`` URL holds, whatever it says that this is."""
         if url[:5].lower() == "file:":
-            return self._decode(self._file(url), media_io, request)
+            return self._file(url)
         limit = self.settings.max_data_url_bytes
         if len(url) > limit:
-            raise refused(f"its data URL is {len(url)} bytes long, allowed are {limit}")
-        header, comma, data = url[5:].partition(",")
-        kind, *parameters = header.lower().split(";")
-        if not comma or not parameters or parameters[-1] != "base64":
-            raise refused("its data URL is not of the form data:TYPE;base64,DATA")
-        if not isinstance(media_io, ImageMediaIO):
-            return media_io.load_base64(kind, data)
-        if not kind.startswith("image/"):
-            raise refused("its data URL does not say image/...")
-        return self._decode(pybase64.b64decode(data, validate=True), media_io, request)
+            raise RefusedError(f"its data URL is {len(url)} bytes long, allowed are {limit}")
+        header, comma, text = url[5:].partition(",")
+        if not comma or header.lower().rpartition(";")[2].strip() != "base64":
+            raise RefusedError("its data URL is not of the form data:TYPE;base64,DATA")
+        text = "".join(text.split())  # line breaks are common
+        try:
+            return pybase64.b64decode(text, validate=True)
+        except ValueError:
+            why = f"it has {len(text)} characters, needed a multiple of 4, filled up with ="
+            if wrong := re.search("[^A-Za-z0-9+/=]", text):
+                why = f"it holds {wrong[0]!a}{_NOT_BASE64.get(wrong[0], '')}"
+            raise RefusedError(f"what follows ;base64, is not base64: {why}") from None
 
     def _file(self, url: str) -> bytes:
         root, parts = self.allowed_local_media_path, urlsplit(url)
         if root is None:
-            raise refused("this server reads no files (--allowed-local-media-path is not set)")
+            raise RefusedError("this server reads no files (--allowed-local-media-path is not set)")
         path = Path(unquote(parts.path)).resolve()
         if parts.netloc not in ("", "localhost") or root not in path.parents or not path.is_file():
-            raise refused("no such file below --allowed-local-media-path")
+            raise RefusedError("no such file below --allowed-local-media-path")
         if path.stat().st_size > _download_limit():
-            raise refused(f"its file is longer than {_download_limit()} bytes")
+            raise RefusedError(f"its file is longer than {_download_limit()} bytes")
         return path.read_bytes()
 
     async def _fetch(self, url: yarl.URL, timeout_s: float | None) -> bytes:
@@ -153,92 +186,88 @@ class GuardedConnector(MediaConnector):
                 session.get(url, allow_redirects=False) as response,
             ):
                 if response.status != 200:
-                    raise refused(f"its URL answers {response.status}, needed 200")
+                    raise RefusedError(f"its URL answers {response.status}, needed 200")
                 async for part in response.content.iter_chunked(_CHUNK):
                     received += len(part)
                     if received > limit:
-                        raise refused(f"its URL gives more than {limit} bytes")
+                        raise RefusedError(f"its URL gives more than {limit} bytes")
                     parts.append(part)
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is one
             _log.debug("fetching failed: %s", type(error).__name__)
-            raise refused("its URL could not be fetched from a public address in time") from None
+            why = "its URL could not be fetched from a public address in time"
+            raise RefusedError(why) from None
         return b"".join(parts)
 
-    def _decode(self, data: bytes, media_io: MediaIO[_M], request: Scope) -> _M:
-        if not isinstance(media_io, ImageMediaIO):
-            return media_io.load_bytes(data)
-        pixels, held = self._pixels(data), self.held
-        held.take(request, pixels, self.settings.max_request_pixels)
-        try:
-            loaded = media_io.load_bytes(data)
-        except BaseException:
-            held.give_back(pixels)
-            raise
-        weakref.finalize(loaded.media, held.give_back, pixels).atexit = False
-        return loaded
+    async def _decode(
+        self, data: bytes, media_io: ImageMediaIO, request: Scope
+    ) -> MediaWithBytes[Image]:
+        """Return what ``media_io.load_bytes`` would."""
+        settings, mode, behind = self.settings, media_io.image_mode, media_io.rgba_background_color
 
-    def _pixels(self, data: bytes) -> int:
-        """Return how many a picture has, of one that may be decoded."""
-        try:
-            with open_image(BytesIO(data)) as picture:  # reads the header only
-                kind, (width, height) = picture.format, picture.size
-        except DecompressionBombError:
-            raise refused("it has more pixels than Pillow opens") from None
-        most = self.settings.max_image_pixels
-        if kind not in self.formats:
-            raise refused(f"its format is {kind}, allowed are {self.settings.image_formats}")
-        if width * height > most:
-            raise refused(f"it has {width} x {height} pixels, allowed are {most} in all")
-        if max(width, height) > _MAX_ASPECT * min(width, height):
-            raise refused(f"it has {width} x {height} pixels, allowed is 1 : {_MAX_ASPECT}")
-        return width * height
+        def empty(mode: str, size: tuple[int, int]) -> Image:
+            picture = new(mode, size, None)  # its memory is not touched yet
+            _held().take(picture, request, settings.max_request_pixels)
+            return picture
+
+        formats, most = settings.image_formats, settings.max_image_pixels
+        wanted = Wanted(formats, ALLOWED_IMAGE_FORMATS, most, mode, behind)
+        decoded = _decoders().decode(data, wanted, empty, settings.decode_timeout_s)
+        picture, changed = await decoded
+        made = {"image_mode": mode, "rgba_background_color": behind} if changed else None
+        return MediaWithBytes(picture, data, made)
 
 
 class Held:
-    """Counts the pixels of all pictures that are decoded, from before until nobody holds them.
+    """Counts the pixels of all pictures that are decoded, until nobody holds them.
 
     Pictures are let go of in any thread, also while ``take`` runs: hence the queue.
     """
 
     def __init__(self) -> None:
-        self._lock = Lock()
         self._pixels = 0
         self._given_back = deque[int]()
 
-    def take(self, request: Scope, pixels: int, most: int) -> None:
-        """Count a picture that is to be decoded.
+    def take(self, picture: Image, request: Scope, most: int) -> None:
+        """Count a picture, before it takes memory.
 
         Raises:
-            VLLMValidationError: with it the request's pictures have more than ``most``.
+            RefusedError: with it the request's pictures have more than ``most``.
             GracefulHTTPError: all requests' have more than ``_REQUESTS`` times as many; a 503.
 
         Mutates: request, whose further pictures are refused with it.
         """
-        with self._lock:
-            while self._given_back:
-                self._pixels -= self._given_back.popleft()
-            request.pixels += pixels
-            if request.pixels > most:
-                raise refused(
-                    f"with it the request's pictures have {request.pixels} pixels, allowed are "
-                    f"{most} in all; send fewer or smaller ones"
-                )
-            if self._pixels + pixels > _REQUESTS * most:
-                raise GracefulHTTPError(
-                    "the pictures of the requests under way fill the memory that they may have; "
-                    "send the request again",
-                    HTTPStatus.SERVICE_UNAVAILABLE,
-                )
-            self._pixels += pixels
+        while self._given_back:
+            self._pixels -= self._given_back.popleft()
+        pixels = picture.width * picture.height
+        request.pixels += pixels
+        if request.pixels > most:
+            raise RefusedError(
+                f"with it the request's pictures have {request.pixels} pixels, allowed are "
+                f"{most} in all; send fewer or smaller ones"
+            )
+        if self._pixels + pixels > _REQUESTS * most:
+            raise busy("the pictures of the requests under way fill the memory that they may have")
+        self._pixels += pixels
+        weakref.finalize(picture, self._given_back.append, pixels).atexit = False
 
-    def give_back(self, pixels: int) -> None:
-        """Count a picture that is gone."""
-        self._given_back.append(pixels)
+
+@lru_cache(1)
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the loop of media, in a thread of its own; callers have others, or none."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="media", daemon=True).start()
+    return loop
+
+
+@lru_cache(1)
+def _decoders() -> Decoders:
+    """Return those of this process, as many as vLLM takes threads for it."""
+    return Decoders(envs.VLLM_MEDIA_LOADING_THREAD_COUNT)
 
 
 @lru_cache(1)
 def _held() -> Held:
-    """Return the one of this process, which has one pool of threads too."""
+    """Return the one of this process."""
     return Held()
 
 
@@ -246,35 +275,6 @@ def _held() -> Held:
 def _settings(variables: tuple[tuple[str, str], ...]) -> ServerSettings:
     """Parse them once, not for each message that vLLM makes a connector for: that takes 1 ms."""
     return ServerSettings.parse()
-
-
-def refused(why: str) -> VLLMValidationError:
-    """Return the error of a picture that is not served."""
-    return VLLMValidationError(f"the picture is refused: {why}", parameter="image_url")
-
-
-@contextmanager
-def _refusing(request: Scope) -> Iterator[None]:
-    """Turn whatever a decoder or parser raises into a refusal that says nothing of us.
-
-    A request is counted once, however many of its pictures are refused.
-    """
-    try:
-        yield
-    except GracefulHTTPError:  # which the guard counts
-        raise
-    except VLLMError:
-        _count(request)
-        raise
-    except Exception as error:  # decoders raise anything, MemoryError and struct.error included
-        _log.debug("loading failed: %s", type(error).__name__)
-        _count(request)
-        raise refused("it could not be read; is it damaged, or not a picture?") from None
-
-
-def _count(request: Scope) -> None:
-    REJECTED.labels("media").inc(not request.refused)
-    request.refused = True
 
 
 def _download_limit() -> int:

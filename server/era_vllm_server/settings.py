@@ -63,9 +63,15 @@ class ServerSettings(BaseSettings):
         "more is a 400; all requests together may hold eight times as many, more is a 503",
     )
     image_formats: str = Field(
-        "PNG,JPEG,MPO,WEBP,GIF,BMP",
+        "PNG,JPEG,MPO,WEBP,GIF,BMP,AVIF",
         min_length=1,
         description="picture formats served, by Pillow's names (MPO: JPEG of many phones)",
+    )
+    decode_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long a picture is decoded, more is a 400, and waits to be, more is a 503",
     )
     request_timeout_s: float = Field(
         600.0,

@@ -110,11 +110,12 @@ SERVED = frozenset(
     {
         *("1x1", "1x1 grey with alpha", "200 x 1", "palette", "one bit", "16 bit", "CMYK JPEG"),
         *("animated GIF", "animated WEBP", "animated PNG", "EXIF of nonsense"),
-        "iCCP of nonsense",
-        *("upper case", "type with a parameter"),
+        *("iCCP of nonsense", "text of 20 MB in a PNG"),
+        *("upper case", "type with a parameter", "text/html", "application/octet-stream"),
+        *("no type", "base64 with a line break"),
     }
 )
-"""Those that are pictures; the first frame where there are several."""
+"""Those that are pictures, whatever is said of them; the first frame where there are several."""
 
 
 def inside(port: int) -> Mapping[str, str]:

@@ -1,0 +1,148 @@
+"""The processes in which pictures are decoded, so that a decoding can be ended.
+
+One is killed where its picture takes too long, or the task that waits for it is cancelled: the
+client left, or the request's deadline came. They end with their parent. Pixels come back through
+memory that both have, and nothing that a process says is run. What it does is in ``pictures``.
+"""
+
+import asyncio
+import fcntl
+import json
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Final
+
+from PIL.Image import Image
+from vllm.exceptions import GracefulHTTPError
+
+from era_vllm_server.pictures import RefusedError, Wanted
+
+_COMMAND: Final = (sys.executable, "-P", "-W", "ignore", "-m", "era_vllm_server.pictures")
+_ENVIRONMENT: Final = {"PILLOW_BLOCKS_MAX": "4"}
+"""Of Pillow's memory 64 MB are kept for the next picture, as ``_KEPT`` is: new pages cost much."""
+_START_S: Final = 60.0
+"""For a process to start, which takes 0.2 s."""
+_KEPT: Final = 2**26
+"""Bytes of the memory that both have."""
+Empty = Callable[[str, tuple[int, int]], Image]
+"""Of a mode and a size."""
+_log = logging.getLogger(__name__)
+
+
+def busy(why: str) -> GracefulHTTPError:
+    """Return the error of a picture that may be served later; a 503."""
+    return GracefulHTTPError(f"{why}; send the request again", HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+class Decoders:
+    """All of them; one is started when a picture would have to wait for the others."""
+
+    def __init__(self, count: int) -> None:
+        self._free = asyncio.LifoQueue[_Process | None]()
+        for _ in range(count):
+            self._free.put_nowait(None)
+
+    async def decode(
+        self, data: bytes, wanted: Wanted, empty: Empty, limit_s: float
+    ) -> tuple[Image, bool]:
+        """Return a picture, and whether its mode was changed.
+
+        Args:
+            data: The file.
+            wanted: What it may be.
+            empty: Makes the picture that takes the pixels; may raise.
+            limit_s: How long it may wait for others, and then be decoded.
+
+        Raises:
+            RefusedError: it is not served.
+            GracefulHTTPError: no process was free in time, or none could be started; a 503.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                process = await self._free.get()
+        except TimeoutError:
+            raise busy(f"the picture waited {limit_s:g} s for others to be decoded") from None
+        started = process is not None
+        try:
+            if process is None:
+                process = _Process()
+                async with asyncio.timeout(_START_S):
+                    await process.answer()
+            started = True
+            async with asyncio.timeout(limit_s):
+                answer = await process.ask(data, wanted)
+            picture = empty(answer["mode"], tuple(answer["size"]))
+            process.fill(picture, answer["length"])
+            return picture, answer["changed"]
+        except OSError as error:  # TimeoutError is one
+            if not started:
+                _log.exception("no process for pictures could be started")
+                raise busy("no process could be started that decodes the picture") from None
+            why = "decoding it ended the process; is it damaged?"
+            if isinstance(error, TimeoutError):
+                why = f"it takes too long to decode, allowed are {limit_s:g} s"
+            raise RefusedError(why) from None
+        finally:
+            if process is not None and process.working:
+                process = process.end()
+            self._free.put_nowait(process)
+
+
+class _Process:
+    """One process, and the memory that both have."""
+
+    def __init__(self) -> None:
+        self._memory = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        seals = fcntl.F_SEAL_SHRINK  # else reading a mapped page could end us
+        fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, seals)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        shared = theirs.fileno(), self._memory
+        with theirs:
+            self._popen = subprocess.Popen(
+                (*_COMMAND, *map(str, shared)), pass_fds=shared, env=os.environ | _ENVIRONMENT
+            )
+        self.working = True
+
+    async def ask(self, data: bytes, wanted: Wanted) -> dict[str, Any]:
+        """Have a picture decoded; return its mode, its size, and whether the mode was changed."""
+        self.working = True
+        os.pwrite(self._memory, data, 0)
+        message = json.dumps((len(data), wanted)).encode()
+        await asyncio.get_running_loop().sock_sendall(self._control, message)
+        return await self.answer()
+
+    async def answer(self) -> dict[str, Any]:
+        """Return what it says.
+
+        Raises:
+            RefusedError: it does not serve the picture.
+            ConnectionResetError: it has ended.
+        """
+        if not (message := await asyncio.get_running_loop().sock_recv(self._control, 2**16)):
+            raise ConnectionResetError
+        self.working = False
+        answer = json.loads(message)
+        if "refused" in answer:
+            raise RefusedError(answer["refused"])
+        return answer
+
+    def fill(self, picture: Image, length: int) -> None:
+        """Put the pixels into a picture."""
+        with mmap.mmap(self._memory, length) as pixels:
+            picture.frombytes(pixels)
+            if length > _KEPT:
+                pixels.madvise(mmap.MADV_REMOVE)
+
+    def end(self) -> None:
+        """Kill it."""
+        self._popen.kill()
+        self._popen.wait()
+        self._control.close()
+        os.close(self._memory)
