@@ -214,6 +214,28 @@ def test_not_ready_without_an_engine_a_first_answer_or_further_ones(
     assert ("retry-after" in reply.headers) == (status == 503)
 
 
+def test_a_question_that_fails_is_no_answer(monkeypatch):
+    """Silence is counted from the first one that got none; the next answer ends it."""
+    outcomes = [RuntimeError("a worker has failed"), None, None]
+
+    async def ask_workers(engine, method):
+        assert method == "check_health"
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+
+    async def run():
+        pulse, seen = ready.Pulse(None), []
+        for now in (100, 140, 150, 160):
+            monkeypatch.setattr(ready.time, "monotonic", lambda now=now: now)
+            seen.append(pulse.silent_s())
+            if now != 150:  # then the question is still waiting
+                await asyncio.wait([pulse._question])
+        return seen
+
+    monkeypatch.setattr(ready.workers, "ask_workers", ask_workers)
+    assert asyncio.run(run()) == [0, 40, 0, 10]
+
+
 def test_info_says_what_can_be_asked_for(servers):
     said = httpx.get(f"{servers[0].url}/v1/era").json()
     assert said["model"] == MODEL and said["prunes"] and said["policy"] == "era"

@@ -82,6 +82,7 @@ class Stack:
         try:
             use_bounded_h11(state.server.config, _count)
             stop_at_first_error(scope["app"])
+            scope["app"].openapi()  # now, not while others wait: it takes a second, and no key
             self.drain.take_over(state.server.config)
         except Exception as error:  # without drain and bounds nothing is served
             await _fail(f"{type(error).__name__}: {error}", scope, receive, send)
