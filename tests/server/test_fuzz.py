@@ -1,4 +1,4 @@
-"""Requests that nobody would write: no 500, no hang, and the server alive after each.
+"""Requests that nobody would write: no 500, no hang, no memory kept, and /health all the while.
 
 ``schemathesis`` makes bodies from the server's own OpenAPI description; for the chat route ours
 are put over them, pictures and ``era`` fields among them. The suite runs for about a minute;
@@ -7,10 +7,13 @@ are put over them, pictures and ``era`` fields among them. The suite runs for ab
     FUZZ=2000 .venv/bin/python -m pytest tests/server/test_fuzz.py --timeout 0
 """
 
+import importlib
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +22,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from era_vllm_server.middleware import body as bounds
 from tests.server.attacker import DEADLINE_S, KEYS, Pair
 from tests.server.attacks import pictures
 
@@ -35,6 +39,8 @@ ROUTES = {
     "era": ("get", "/v1/era"),
     "ready": ("get", "/ready"),
 }
+LOADTEST = Path(__file__).parents[2] / "deploy" / "loadtest"
+GAP_S, MEMORY_MIB = 5.0, 700
 EXAMPLES = int(os.environ.get("FUZZ", "25"))
 NOT_OURS = frozenset({501, 503})
 """5xx that are no fault: a feature that vLLM does not have, and admission."""
@@ -108,6 +114,31 @@ batches = st.fixed_dictionaries(
 def schema(pair: Pair) -> Any:
     """The server's own description of its routes."""
     return schemathesis.openapi.from_dict(pair.ours.get("/openapi.json").json())
+
+
+@pytest.fixture(scope="module")
+def loadtest() -> Iterator[Any]:
+    """``loadtest(name)``: a module of the load tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(LOADTEST)
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def watched(pair: Pair, loadtest: Any) -> Iterator[None]:
+    """The oracle beside "no 500": whatever is sent, /health answers, and memory stays.
+
+    Wide bounds, for a machine that does other things; ``deploy/loadtest/bodies.py`` measures.
+    """
+    assert pair.alive()
+    probe = loadtest("probe").Probe(pair.server.port, pair.server.pid, 6000)
+    try:
+        with probe.watching() as sample:
+            yield
+    finally:
+        probe.close()
+    print(f"longest gap in /health {sample.gap_s:.2f} s, {sample.mib:.0f} MiB over the base")
+    assert not sample.ended and sample.gap_s < GAP_S and sample.mib < MEMORY_MIB
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +217,58 @@ def test_bodies_by_the_description(pair: Pair, schema: Any, answers: Any, name: 
     assert pair.alive()
 
 
+def test_every_other_route_by_the_description(pair: Pair, schema: Any, answers: Any) -> None:
+    """So that a route which is new is tried too."""
+    known = {path for _, path in ROUTES.values()}
+    described = json.loads(pair.ours.get("/openapi.json").text)["paths"]
+    others = [(path, how) for path, how in described.items() if "{" not in path]
+    tried = [
+        path for path, how in others if path not in known and "requestBody" in how.get("post", {})
+    ]
+    assert tried
+    for path in tried:
+        operation = schema[path]["post"]
+
+        def send(case: Any, path: str = path) -> None:
+            check(pair, answers, "post", path, short(case.body, "chat"))
+
+        run(operation.as_strategy(), send, max(EXAMPLES // 5, 5))
+    assert pair.alive()
+
+
+def test_bodies_that_grow_are_within_the_bounds_or_refused(pair: Pair, loadtest: Any) -> None:
+    """A seed of ``deploy/loadtest/bodies.py``: what passes holds no more than the bounds say."""
+    openapi = json.loads(pair.ours.get("/openapi.json").text)
+    grown = list(loadtest("growth").bodies(openapi, [300_000]))
+    assert len(grown) > 1000
+    layer = bounds.Body(lambda *_: None, frozenset(), "era", False)
+    refused = 0
+    for body in random.Random(0).sample(grown, 300):
+        asgi = {"type": "http", "path": body.path, "headers": []}
+        data = body.encode()
+        found = layer._check(asgi, data)
+        refused += found is not None
+        if found is None:
+            lists = [value for _, value in walk("", json.loads(data)) if isinstance(value, list)]
+            objects = [value for _, value in walk("", json.loads(data)) if isinstance(value, dict)]
+            assert len(objects) <= bounds.MOST_OBJECTS, body
+            assert all(len(value) <= bounds.MOST_MEMBERS for value in objects), body
+            assert all(
+                len(value) <= bounds.MOST_MEMBERS or {type(item) for item in value} == {int}
+                for value in lists
+            ), body
+    assert 100 < refused < 300
+
+
+def walk(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield every value of a body."""
+    yield name, value
+    inner = value.items() if isinstance(value, dict) else ()
+    inner = ((name, item) for item in value) if isinstance(value, list) else inner
+    for at, item in inner:
+        yield from walk(at, item)
+
+
 def test_chats_with_pictures(pair: Pair, schema: Any, answers: Any) -> None:
     """Ours alone, and over what the description allows in all other fields."""
     method, path = ROUTES["chat"]
@@ -229,7 +312,9 @@ def test_faults_of_vllm_itself(pair: Pair, text: str) -> None:
     ids=lambda body: f"{body[:12]!r} of {len(body)}",
 )
 def test_bodies_that_no_client_would_write(pair: Pair, body: bytes) -> None:
-    for method, path in ROUTES.values():
+    described = json.loads(pair.ours.get("/openapi.json").text)["paths"]
+    posts = {("post", path) for path, how in described.items() if "post" in how and "{" not in path}
+    for method, path in sorted(posts | set(ROUTES.values())):
         for kind in ("application/json", "text/plain", "multipart/form-data", ""):
             headers = {"Content-Type": kind, "Authorization": f"Bearer {KEYS[1]}"}
             reply = pair.ours.request(method, path, content=body, headers=headers)
