@@ -11,7 +11,7 @@ QUICK := tests/unit tests/contracts
 APART := not gpu and not bench
 
 .DEFAULT_GOAL := help
-.PHONY: help env check test test-all test-gpu demo bench loadtest soak serve clean
+.PHONY: help env check test test-all test-gpu demo bench loadtest soak bodies serve clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: env  ## what pruning costs and saves here; figures in out/ (ARGS="--round
 
 loadtest: env  ## a server at every level, under growing load; plot in out/ (ARGS="--model 0.9b ...")
 	@$(TIMED) $(BIN)/python deploy/loadtest/run.py $(ARGS)
+
+bodies: env  ## what one body can do: gaps of /health, memory; report in out/ (ARGS="--cases 300 ...")
+	@$(TIMED) $(BIN)/python deploy/loadtest/bodies.py $(ARGS)
 
 soak: env  ## ten minutes above capacity, then kill -9; report in out/ (ARGS="--seconds 60 ...")
 	@$(TIMED) $(BIN)/python deploy/loadtest/soak.py $(ARGS)

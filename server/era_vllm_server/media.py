@@ -4,7 +4,7 @@ A picture comes in the request (``data:``), from one of ``--allowed-media-domain
 address, or from below ``--allowed-local-media-path``. Whatever else comes is a 400 with a text of
 ours: what PIL, the resolver or the file system say may hold addresses, names and paths. Pixels are
 counted, of a request and of all, since vLLM decodes before it admits. Leaves out who may ask at all
-(``guard``), what a picture may be (``pictures``), and where it is decoded (``decoders``).
+(``middleware``), what a picture may be (``pictures``), and where it is decoded (``decoders``).
 
 Upstream: vllm/multimodal/media/connector.py ``MediaConnector``, whose two ways to load a URL are
 replaced (0.32.0). Its cache of downloads (``VLLM_MEDIA_CACHE``) is not used.
@@ -103,7 +103,7 @@ class GuardedConnector(MediaConnector):
         except Exception as error:  # parsers raise anything, MemoryError included
             for other in request.loads - {this}:
                 other.cancel()
-            if isinstance(error, GracefulHTTPError):  # which the guard counts
+            if isinstance(error, GracefulHTTPError):  # counted as ``busy``
                 raise
             REJECTED.labels("media").inc(not request.refused)
             request.refused = True
