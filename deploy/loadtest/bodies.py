@@ -38,6 +38,8 @@ _FLAGS: Final = (
     *("--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"),
     *("--served-model-name", "m"),
 )
+SIZES: Final = [16_000, 50_000, 150_000, 1_000_000, 30_000_000]
+"""Below each bound of a kind, beyond it, and what is refused at once."""
 _LIMIT_S: Final = 60.0
 _KILL_MIB: Final = 6000
 _REPEAT: Final = 2
@@ -185,7 +187,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="PATH", help="bodies of one route")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[16_000, 1_000_000, 30_000_000], help="in bytes"
+        "--sizes", type=int, nargs="+", default=SIZES, help=f"in bytes (default {SIZES})"
     )
     parser.add_argument("--gap-s", type=float, default=0.5)
     parser.add_argument("--memory-mib", type=float, default=200)

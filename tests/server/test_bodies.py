@@ -214,7 +214,7 @@ TOO_MUCH = {
     "100 levels ": b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}",
     "4194304 characters": b'{"a":"' + b"x" * 2**22 + b'"}',
     "4194304 characters ": b'{"prompt":["' + b'x","' * 9 + b"x" * 2**22 + b'"]}',
-    "16384 objects": b'{"a":[' + b",".join([many("b", b"{}", 4000)] * 5) + b"]}",
+    "8192 objects": b'{"a":[' + b",".join([many("b", b"{}", 4000)] * 3) + b"]}",
     "4096 members in logit_bias": b'{"logit_bias":{'
     + b",".join(b'"%d":1' % at for at in range(4097))
     + b"}}",

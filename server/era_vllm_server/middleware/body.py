@@ -30,7 +30,7 @@ MOST_COMMAS: Final = 2**19
 """Of the body's bytes, in its texts too: what is parsed at all takes a tenth of a second."""
 MOST_CHARACTERS: Final = 2**22
 """Of all texts that are no picture's, names among them."""
-MOST_OBJECTS: Final = 2**14
+MOST_OBJECTS: Final = 2**13
 MOST_DEEP: Final = 100
 MOST_MEMBERS: Final = 2**12
 """Of an object, and items of a list, where it does not say otherwise below."""
