@@ -30,6 +30,7 @@ _START_S: Final = 60.0
 """For a process to start, which takes 0.2 s."""
 _KEPT: Final = 2**26
 """Bytes of the memory that both have."""
+Count = Callable[[int], object]
 Empty = Callable[[str, tuple[int, int]], Image]
 """Of a mode and a size."""
 _log = logging.getLogger(__name__)
@@ -49,13 +50,14 @@ class Decoders:
             self._free.put_nowait(None)
 
     async def decode(
-        self, data: bytes, wanted: Wanted, empty: Empty, limit_s: float
+        self, data: bytes, wanted: Wanted, count: Count, empty: Empty, limit_s: float
     ) -> tuple[Image, bool]:
         """Return a picture, and whether its mode was changed.
 
         Args:
             data: The file.
             wanted: What it may be.
+            count: Is told the number of pixels before they are decoded; may raise.
             empty: Makes the picture that takes the pixels; may raise.
             limit_s: How long it may wait for others, and then be decoded.
 
@@ -76,7 +78,7 @@ class Decoders:
                     await process.answer()
             started = True
             async with asyncio.timeout(limit_s):
-                answer = await process.ask(data, wanted)
+                answer = await process.ask(data, wanted, count)
             picture = empty(answer["mode"], tuple(answer["size"]))
             process.fill(picture, answer["length"])
             return picture, answer["changed"]
@@ -110,13 +112,18 @@ class _Process:
             )
         self.working = True
 
-    async def ask(self, data: bytes, wanted: Wanted) -> dict[str, Any]:
+    async def ask(self, data: bytes, wanted: Wanted, count: Count) -> dict[str, Any]:
         """Have a picture decoded; return its mode, its size, and whether the mode was changed."""
         self.working = True
         os.pwrite(self._memory, data, 0)
         message = json.dumps((len(data), wanted)).encode()
         await asyncio.get_running_loop().sock_sendall(self._control, message)
-        return await self.answer()
+        if "pixels" in (answer := await self.answer()):
+            self.working = True
+            count(answer["pixels"])
+            await asyncio.get_running_loop().sock_sendall(self._control, b"1")
+            answer = await self.answer()
+        return answer
 
     async def answer(self) -> dict[str, Any]:
         """Return what it says.

@@ -204,14 +204,22 @@ class GuardedConnector(MediaConnector):
         """Return what ``media_io.load_bytes`` would."""
         settings, mode, behind = self.settings, media_io.image_mode, media_io.rgba_background_color
 
+        def count(pixels: int) -> None:
+            request.pixels += pixels
+            if request.pixels > settings.max_request_pixels:
+                raise RefusedError(
+                    f"with it the request's pictures have {request.pixels} pixels, allowed are "
+                    f"{settings.max_request_pixels} in all; send fewer or smaller ones"
+                )
+
         def empty(mode: str, size: tuple[int, int]) -> Image:
             picture = new(mode, size, None)  # its memory is not touched yet
-            _held().take(picture, request, settings.max_request_pixels)
+            _held().take(picture, _REQUESTS * settings.max_request_pixels)
             return picture
 
         formats, most = settings.image_formats, settings.max_image_pixels
         wanted = Wanted(formats, ALLOWED_IMAGE_FORMATS, most, mode, behind)
-        decoded = _decoders().decode(data, wanted, empty, settings.decode_timeout_s)
+        decoded = _decoders().decode(data, wanted, count, empty, settings.decode_timeout_s)
         picture, changed = await decoded
         made = {"image_mode": mode, "rgba_background_color": behind} if changed else None
         return MediaWithBytes(picture, data, made)
@@ -227,25 +235,16 @@ class Held:
         self._pixels = 0
         self._given_back = deque[int]()
 
-    def take(self, picture: Image, request: Scope, most: int) -> None:
+    def take(self, picture: Image, most: int) -> None:
         """Count a picture, before it takes memory.
 
         Raises:
-            RefusedError: with it the request's pictures have more than ``most``.
-            GracefulHTTPError: all requests' have more than ``_REQUESTS`` times as many; a 503.
-
-        Mutates: request, whose further pictures are refused with it.
+            GracefulHTTPError: with it all have more than ``most``; a 503.
         """
         while self._given_back:
             self._pixels -= self._given_back.popleft()
         pixels = picture.width * picture.height
-        request.pixels += pixels
-        if request.pixels > most:
-            raise RefusedError(
-                f"with it the request's pictures have {request.pixels} pixels, allowed are "
-                f"{most} in all; send fewer or smaller ones"
-            )
-        if self._pixels + pixels > _REQUESTS * most:
+        if self._pixels + pixels > most:
             raise busy("the pictures of the requests under way fill the memory that they may have")
         self._pixels += pixels
         weakref.finalize(picture, self._given_back.append, pixels).atexit = False

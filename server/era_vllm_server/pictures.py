@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from itertools import islice
@@ -72,8 +72,15 @@ class Wanted(NamedTuple):
     """Behind what is transparent."""
 
 
-def decode(data: bytes, wanted: Wanted) -> tuple[Image.Image, bool]:
+def decode(
+    data: bytes, wanted: Wanted, count: Callable[[int], object] = abs
+) -> tuple[Image.Image, bool]:
     """Return a picture's pixels, and whether its mode was changed for them.
+
+    Args:
+        data: The file.
+        wanted: What it may be.
+        count: Is told the number of pixels before they are decoded.
 
     Raises:
         RefusedError: it is not allowed, or no whole picture.
@@ -86,6 +93,8 @@ def decode(data: bytes, wanted: Wanted) -> tuple[Image.Image, bool]:
             with Image.open(BytesIO(version), formats=wanted.known) as picture:  # the header only
                 name = picture.format or name
                 _check(name, picture.size, wanted)
+                if version is data:
+                    count(picture.width * picture.height)
                 picture.load()
                 break
         except (RefusedError, MemoryError):
@@ -183,7 +192,8 @@ def serve(control: int, memory: int) -> None:
     """Decode what the parent asks for, until it is gone.
 
     Args:
-        control: Socket: a length and ``Wanted`` in, and out what was made or why nothing is.
+        control: Socket: a length and ``Wanted`` in, the number of pixels out, a byte in if it is
+            not too many, and out what was made or why nothing is.
         memory: File: the picture's bytes in, so many, and its pixels out.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -197,14 +207,18 @@ def serve(control: int, memory: int) -> None:
         parent.send(b"{}")
         while message := parent.recv(2**16):
             length, wanted = json.loads(message)
-            parent.send(json.dumps(_made(length, Wanted(*wanted), memory)).encode())
+            parent.send(json.dumps(_made(length, Wanted(*wanted), memory, parent)).encode())
 
 
-def _made(length: int, wanted: Wanted, memory: int) -> dict[str, object]:
+def _made(length: int, wanted: Wanted, memory: int, parent: socket.socket) -> dict[str, object]:
+    def count(pixels: int) -> None:
+        parent.send(json.dumps({"pixels": pixels}).encode())
+        parent.recv(1)  # or it kills us
+
     most = _MEMORY[0] + _MEMORY[1] * wanted.max_pixels
     resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
     try:
-        picture, changed = decode(os.pread(memory, length, 0), wanted)
+        picture, changed = decode(os.pread(memory, length, 0), wanted, count)
         length = 0
         for top in range(0, picture.height, _BAND):  # its bytes are a copy
             band = picture.crop((0, top, picture.width, min(top + _BAND, picture.height)))

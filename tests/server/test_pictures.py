@@ -115,7 +115,7 @@ def ask(pool, data, limit_s=60.0, **options):
     def empty(mode, size):
         return Image.new(mode, size, None)
 
-    return pool.decode(data, wanted(**options), empty, limit_s)
+    return pool.decode(data, wanted(**options), abs, empty, limit_s)
 
 
 def children(pid):
@@ -144,8 +144,9 @@ def wait_until(true, seconds=30):
 
 @contextmanager
 def none_left():
+    """Give what says which processes a test has; it is to have none at its end."""
     before = children(os.getpid())
-    yield
+    yield lambda: children(os.getpid()) - before
     assert children(os.getpid()) == before
 
 
@@ -160,15 +161,15 @@ def test_a_picture_that_takes_too_long_is_ended_and_the_next_one_served():
     async def run():
         pool = decoders.Decoders(1)
         await ask(pool, png(picture()))
-        (first,) = children(os.getpid())
+        (first,) = now()
         with pytest.raises(RefusedError, match="it takes too long to decode, allowed are 0.5 s"):
             await ask(pool, BOMB, 0.5)
-        assert not children(os.getpid()) and not Path(f"/proc/{first}").exists()
+        assert not now() and not Path(f"/proc/{first}").exists()
         found, changed = await ask(pool, png(picture(mode="L")))
         assert (found.size, found.mode, changed) == ((64, 48), "RGB", True)
         await closed(pool)
 
-    with none_left():
+    with none_left() as now:
         asyncio.run(run())
 
 
@@ -176,16 +177,16 @@ def test_a_picture_whose_request_ends_is_ended():
     async def run():
         pool = decoders.Decoders(2)
         task = asyncio.create_task(ask(pool, BOMB))
-        while not children(os.getpid()):
+        while not now():
             await asyncio.sleep(0.05)
         await asyncio.sleep(1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not children(os.getpid())
+        assert not now()
         assert pool._free.qsize() == 2
 
-    with none_left():
+    with none_left() as now:
         asyncio.run(run())
 
 
@@ -207,18 +208,17 @@ def test_who_waits_too_long_for_others_is_to_come_again():
 def test_a_process_that_dies_or_does_not_start_is_said(monkeypatch):
     async def run():
         pool = decoders.Decoders(1)
+        await ask(pool, png(picture()))
         task = asyncio.create_task(ask(pool, BOMB))
-        while not (found := children(os.getpid())):
-            await asyncio.sleep(0.05)
         await asyncio.sleep(1)
-        os.kill(*found, signal.SIGSEGV)
+        os.kill(*now(), signal.SIGSEGV)
         with pytest.raises(RefusedError, match="decoding it ended the process"):
             await task
         monkeypatch.setattr(decoders, "_COMMAND", (sys.executable, "-c", "import missing"))
         with pytest.raises(GracefulHTTPError, match="no process could be started"):
             await ask(pool, png(picture()))
 
-    with none_left():
+    with none_left() as now:
         asyncio.run(run())
 
 
@@ -230,13 +230,13 @@ def test_memory_is_bounded_also_before_the_pixels_are_known():
         pool = decoders.Decoders(1)
         with pytest.raises(RefusedError):
             await ask(pool, data, max_pixels=2**20)
-        (child,) = children(os.getpid())
+        (child,) = now()
         peak = Path(f"/proc/{child}/status").read_text().split("VmPeak:")[1].split()[0]
         assert int(peak) < 500_000  # and 750,000 without
         assert (await ask(pool, png(picture())))[0].size == (64, 48)
         await closed(pool)
 
-    with none_left():
+    with none_left() as now:
         asyncio.run(run())
 
 
@@ -252,6 +252,8 @@ def test_they_end_with_their_parent():
         data, message = open(sys.argv[1], "rb").read().split(b"|", 1)[::-1]
         os.pwrite(memory, data, 0)
         ours.send(message)
+        ours.recv(99)
+        ours.send(b"1")
         print(process.pid, flush=True)
         ours.recv(9)
     """
