@@ -131,15 +131,6 @@ def test_a_server_ends_with_its_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_engine_that_still_starts_does_not_wait_for_a_dead_server(tmp_path: Path) -> None:
-    """vLLM's would for 5 minutes. It is importing, so it takes more than 10 s on a busy machine."""
-    with Server("early", [ERA_VLLM, "serve", *LIMITS], {}, tmp_path / "log") as server:
-        _wait(lambda: any("spawn_main" in line for line in alive(server).values()), 120)
-        os.kill(server.pid, signal.SIGKILL)
-        print(f"killed at its start: gone after {_wait(lambda: not alive(server), 90):.1f} s")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "who"),
     [
