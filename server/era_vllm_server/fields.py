@@ -40,6 +40,17 @@ _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
 _PART: Final = frozenset({"type", "role", "image_url"})
 """Of these one is in every message and part of a message."""
+_FOREIGN: Final = frozenset(
+    {*(name for name in _MEDIA if name.startswith(("video", "audio"))), "input_audio"}
+    | {"input_video", "video", "audio"}
+)
+"""What no family takes yet; else each route would refuse it in words of its own."""
+_SPOKEN: Final = ("messages", "input", "system", "content_parts")
+"""Fields whose parts a model is given."""
+_PICTURES_ALONE: Final = (
+    "got it in a message, but this model takes text and pictures only (allowed: image_url, "
+    "input_image); leave it out"
+)
 _TOP: Final = f'put {{"{FIELD}": {{"level": "strong"}}}} at the top level of the body'
 _WHOLE: Final = (
     "it is a field of the whole request; for one picture alone send detail: high, low or auto"
@@ -81,6 +92,10 @@ def check(
     parts = list(_parts(fields))
     if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
         return refused("image_pil", _PIL)
+    for part in _parts({name: fields.get(name) for name in _SPOKEN}):
+        kinds = [part["type"]] if "type" in part else list(_MEDIA & part.keys())
+        if any(isinstance(kind, str) and kind in _FOREIGN for kind in kinds):
+            return refused("media", f"{kinds[0]}: {_PICTURES_ALONE}")
     named = [part for part in parts if part.get("uuid") is not None and _is_media(part)]
     if named and owner is None:
         return refused("image_uuid", _UUID)

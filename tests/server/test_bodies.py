@@ -137,7 +137,6 @@ PARTS = [
     {"image_url": "data:,", "uuid": "cat"},
     {"type": "text", "text": "?", "image_url": "data:,", "uuid": "3"},
     {"type": "input_image", "image_url": "data:,", "uuid": ""},
-    {"type": "video_url", "video_url": {"url": "data:,"}, "uuid": "cat"},
     {"type": ["odd"], "image_url": "data:,", "uuid": "cat"},
 ]
 
@@ -287,6 +286,30 @@ def test_what_only_looks_like_a_name_passes():
         chat({**IMAGE, "uuid": None}),
     ):
         assert send(body, TAKES)[0] is None
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": "data:,"}, "uuid": "cat"},
+        {"audio_url": {"url": "data:,"}},
+        {"type": "input_audio", "input_audio": {"data": ""}},
+        {"type": "video", "source": {"type": "url", "url": "x"}},
+    ],
+    ids=str,
+)
+def test_video_and_audio_are_one_clear_refusal(part):
+    for body in (
+        chat(part),
+        {"input": [{"role": "user", "content": [part]}]},
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [part]}]}]},
+        {"messages": [[{"role": "user", "content": [part]}]]},
+    ):
+        (status, said), _ = send(body, TAKES, allow=True, key="a")
+        assert (status, "text and pictures only" in said) == (400, True)
+    others = {"documents": [part], "metadata": {"a": [part]}}
+    assert send({**chat(IMAGE), **({} if "uuid" in part else others)}, TAKES)[0] is None
+    assert send({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, TAKES)[0] is None
 
 
 def test_rendered_features_are_not_taken():
