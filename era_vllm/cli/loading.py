@@ -8,10 +8,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
 from era_vllm.errors import ConfigError
+from era_vllm.pictures import RefusedError, shown
 from era_vllm.vllm_plugin.families import era_architecture
 from era_vllm.vllm_plugin.launch import architectures
 from era_vllm.vllm_plugin.launch import model_config as read_config
@@ -25,7 +26,7 @@ _OVERHEAD_BYTES: Final = 2 << 30  # activations, KV cache, the libraries themsel
 
 
 def open_image(path: Path) -> Image.Image:
-    """Read a picture as vLLM does: turned as its EXIF says, transparent parts on white, RGB.
+    """Read a picture as the server does: upright, of 8 bits, transparent parts on white, RGB.
 
     Raises:
         ConfigError: no such file, not a picture, or a damaged or far too large one.
@@ -36,12 +37,10 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings(), Image.open(path) as opened:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            turned = ImageOps.exif_transpose(opened)
-            if not turned.has_transparency_data:
-                return turned.convert("RGB")
-            layer = turned.convert("RGBA")
-            white = Image.new("RGBA", layer.size, "white")
-            return Image.alpha_composite(white, layer).convert("RGB")
+            opened.load()
+            return shown(opened)[0]
+    except RefusedError as error:
+        raise ConfigError(f"image {str(path)!r} cannot be shown: {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ConfigError(
             f"image {str(path)!r} has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller"

@@ -21,9 +21,9 @@ from typing import Any, Final
 from PIL.Image import Image
 from vllm.exceptions import GracefulHTTPError
 
-from era_vllm_server.pictures import RefusedError, Wanted
+from era_vllm.pictures import RefusedError, Wanted
 
-_COMMAND: Final = (sys.executable, "-P", "-W", "ignore", "-m", "era_vllm_server.pictures")
+_COMMAND: Final = (sys.executable, "-P", "-W", "ignore", "-m", "era_vllm.pictures")
 _ENVIRONMENT: Final = {"PILLOW_BLOCKS_MAX": "4"}
 """Of Pillow's memory 64 MB are kept for the next picture, as ``_KEPT`` is: new pages cost much."""
 _START_S: Final = 60.0

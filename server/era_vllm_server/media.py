@@ -36,12 +36,12 @@ from vllm.multimodal.media.base import MediaIO, MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
+from era_vllm.pictures import RefusedError, Wanted
 from era_vllm.vllm_plugin.requests import Scope, current
 from era_vllm_server.addresses import allowed_hosts, public_socket
 from era_vllm_server.decoders import Decoders, busy
 from era_vllm_server.front import CONNECTOR
 from era_vllm_server.metrics import REJECTED
-from era_vllm_server.pictures import RefusedError, Wanted
 from era_vllm_server.settings import PREFIX, ServerSettings
 
 _M = TypeVar("_M")

@@ -27,8 +27,9 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from vllm.multimodal.media.image import ImageMediaIO
 
-from era_vllm_server import decoders, pictures
-from era_vllm_server.pictures import RefusedError, Wanted
+from era_vllm import pictures
+from era_vllm.pictures import RefusedError, Wanted
+from era_vllm_server import decoders
 from tests.server.asking import CHAT, MESSAGES, MODEL, RESPONSES, chat_body, post
 from tests.server.attacker import data_url, picture, png
 from tests.server.formats import DEFAULTS, by_setting, encoded, formats
@@ -129,7 +130,7 @@ def children(pid):
             command = (status.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(lines["PPid"]) == pid and b"era_vllm_server.pictures" in command:
+        if int(lines["PPid"]) == pid and b"era_vllm.pictures" in command:
             found.add(int(lines["Pid"]))
     return found
 

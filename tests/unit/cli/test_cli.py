@@ -240,3 +240,13 @@ def test_a_server_that_ends_is_told_with_its_log(tmp_path: Path) -> None:
     ):
         wait_for([server], limit_s=30)
     server.stop()  # harmless when repeated
+
+
+def test_a_deep_picture_is_scaled(tmp_path):
+    """Pillow's own conversion makes all but the darkest 255 of 65,536 greys white."""
+    from PIL import Image
+
+    from era_vllm.cli.loading import open_image
+
+    Image.new("I;16", (2, 2), 256 * 100).save(tmp_path / "deep.png")
+    assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (100, 100, 100)

@@ -1,9 +1,10 @@
-"""What a picture may be, and how its bytes become pixels; run by ``decoders`` in processes.
+"""What a picture may be, and how its bytes become pixels; the server runs it in processes.
 
 A hostile picture costs what it likes once a decoder has it. Here it meets counts of its parts
-first, and a cap of memory; ``decoders`` ends the process when time is up. What is shown is what
-every viewer shows: 16 bits are scaled, and damage that costs no pixel is left out. Leaves out where
-the bytes come from (``media``). Pillow and the standard library alone: a process starts in no time.
+first, and a cap of memory; ``era_vllm_server.decoders`` ends the process when time is up. What is
+shown is what every viewer shows: 16 bits are scaled, and damage that costs no pixel is left out.
+Leaves out where the bytes come from (``media``). Pillow and the standard library alone: a process
+starts in no time.
 """
 
 import ctypes
@@ -105,7 +106,7 @@ def decode(
         _check(name, (1, 1), wanted)
         raise RefusedError(f"its {len(data)} bytes are no whole {name}: truncated, or damaged")
     try:
-        return _shown(picture, wanted)
+        return shown(picture, wanted.mode, wanted.background)
     except ValueError:
         raise RefusedError(f"the colours of its mode {picture.mode} cannot be shown") from None
 
@@ -164,20 +165,36 @@ def _is_complete(data: bytes) -> bool:
     return False
 
 
-def _shown(picture: Image.Image, wanted: Wanted) -> tuple[Image.Image, bool]:
-    """Return it upright, of 8 bits and in the mode wanted, as vLLM's ``ImageMediaIO`` does."""
+def shown(
+    picture: Image.Image,
+    mode: str | None = "RGB",
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> tuple[Image.Image, bool]:
+    """Return a picture upright, of 8 bits and in a mode, as vLLM's ``ImageMediaIO`` does.
+
+    Args:
+        picture: Loaded.
+        mode: Of Pillow's; None = the picture's own.
+        background: Behind what is transparent.
+
+    Returns:
+        The picture, and whether its mode was changed.
+
+    Raises:
+        RefusedError: its numbers are no colours.
+    """
     with suppress(Exception):  # EXIF of nonsense
         picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":
         picture = _scaled(picture if picture.mode == "F" else picture.convert("I"))
-    mode = wanted.mode or picture.mode.replace("P", "RGB")  # indices of colours are no picture
+    mode = mode or picture.mode.replace("P", "RGB")  # indices of colours are no picture
     if picture.mode == mode:
         return picture, False
     if mode != "RGB" or not picture.has_transparency_data:
         return picture.convert(mode), True
-    over, shown = picture.convert("RGBA"), Image.new("RGB", picture.size, tuple(wanted.background))
-    shown.paste(over, mask=over.getchannel("A"))
-    return shown, True
+    over, under = picture.convert("RGBA"), Image.new("RGB", picture.size, tuple(background))
+    under.paste(over, mask=over.getchannel("A"))
+    return under, True
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
