@@ -10,9 +10,10 @@ from typing import Any, Final
 
 _DEPTH: Final = 5
 """Levels of a schema that are walked."""
-_ELEMENTS: Final[tuple[object, ...]] = (0, "", {}, [], {"type": "x"}, {"x": 1})
+_ELEMENTS: Final[tuple[object, ...]] = (0, "", {}, [], {"type": "x"}, {"x": 1}, int("9" * 600))
 """What lists hold beside what their schema names."""
-_STRINGS: Final = ("a", " a", "\\", "\u00e9", "[{,")
+_LINES: Final = ("A" * 76 + "\n", "A" * 4090 + "\n")
+_STRINGS: Final = ("a", " a", "\\", "\u00e9", "[{,", '"', *_LINES)
 _PART: Final = {"type": "text", "text": "a"}
 _PICTURE: Final = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 _CHAT: Final = {"role": "user", "content": "a"}
@@ -33,6 +34,7 @@ _BASE: Final[Mapping[str, object]] = {
     "input": "a",
     "prompt": "a",
 }
+_INVOKED: Final = ("/v1/chat/completions", "/v1/completions")
 _Path = tuple[str | int, ...]
 
 
@@ -75,10 +77,7 @@ class Body:
 
 def bodies(openapi: dict[str, Any], sizes: Iterable[int]) -> Iterator[Body]:
     """Yield the bodies for every route that takes JSON; nesting is one more of each route."""
-    for path, methods in openapi["paths"].items():
-        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
-        if "{" in path or not (schema := content.get("application/json", {}).get("schema")):
-            continue
+    for path, schema in _schemas(openapi["paths"]):
         fields = dict(_fields(schema, openapi, (), _DEPTH))
         base = {
             name: value for name, value in _BASE.items() if (name,) in fields or name == "model"
@@ -91,6 +90,17 @@ def bodies(openapi: dict[str, Any], sizes: Iterable[int]) -> Iterator[Body]:
         for unit in (0, "", {}, []):
             yield from (Body(path, ("unknown",), "list", unit, size, base) for size in sizes)
             yield from (Body(path, ("unknown",), "object", unit, size, base) for size in sizes)
+
+
+def _schemas(paths: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the routes that take JSON; /invocations takes two others' bodies and says of none."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, methods in paths.items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        if "{" not in path and (schema := content.get("application/json", {}).get("schema")):
+            found[path] = schema
+    yield from found.items()
+    yield from (("/invocations", found[path]) for path in _INVOKED if path in found)
 
 
 def _fields(

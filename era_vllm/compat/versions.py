@@ -1,8 +1,8 @@
-"""Between which versions the seams of this folder hold; checked when a server starts.
+"""Between which versions the seams of this folder are to hold; checked when a server starts.
 
-Each seam also fails by itself where what it needs stands elsewhere: nothing is served half bounded.
-A new minor version is let through for that reason, a new major one is not. vLLM's own range is in
-``vllm_plugin/version``.
+They are run with what vLLM 0.32 installs (uvicorn 0.54, Starlette 1.10, FastAPI 0.136, h11 0.16,
+pydantic 2.14), and end the start where what they need stands elsewhere. So a newer minor version is
+let through, a new major one is not. vLLM's own range is in ``vllm_plugin/version``.
 """
 
 import os
@@ -14,13 +14,13 @@ from packaging.version import Version
 from era_vllm.errors import UnsupportedError
 
 BOUNDS: Final = {
-    "uvicorn": ("0.30", "1"),
-    "h11": ("0.14", "1"),
-    "starlette": ("0.40", "2"),
+    "uvicorn": ("0.40", "1"),
+    "h11": ("0.16", "1"),
+    "starlette": ("1", "2"),
     "fastapi": ("0.115", "1"),
-    "pydantic": ("2.10", "3"),
+    "pydantic": ("2.12", "3"),
 }
-"""Distribution -> (from, below). Tested: those that vLLM 0.32 installs."""
+"""Distribution -> (from, below)."""
 OVERRIDE: Final = "ERA_ALLOW_UNTESTED_VLLM"
 
 
@@ -36,6 +36,6 @@ def check_server_versions() -> None:
             if os.environ.get(OVERRIDE) == "1":
                 continue
             raise UnsupportedError(
-                f"{name}: got version {found}, tested from {lowest} and below {below}; install "
+                f"{name}: got version {found}, needed from {lowest} and below {below}; install "
                 f"'{name}>={lowest},<{below}', or set {OVERRIDE}=1 to try this one"
             )

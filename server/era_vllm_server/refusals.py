@@ -10,6 +10,7 @@ from typing import Final
 
 from starlette.types import Scope, Send
 
+from era_vllm.compat.starlette_path import get_route_path
 from era_vllm_server.metrics import REJECTED
 
 Header = tuple[bytes, bytes]
@@ -54,7 +55,12 @@ class Refusal:
         """Send it as the last events of a stream that has begun, and count it."""
         REJECTED.labels(self.reason).inc()
         scope.setdefault("state", {})[STATUS] = self.status
-        await send({"type": "http.response.body", "body": last_events(self.body())})
+        body = last_events(self.body())
+        if get_route_path(scope).startswith("/v1/messages"):  # Anthropic's form, and no [DONE]
+            error = {"type": self.status.phrase, "message": self.message}
+            data = json.dumps({"type": "error", "error": error}).encode()
+            body = b"event: error\ndata: " + data + b"\n\n"
+        await send({"type": "http.response.body", "body": body})
 
 
 def last_events(error: bytes) -> bytes:

@@ -119,13 +119,20 @@ class ServerSettings(BaseSettings):
             ConfigError: an unknown ``ERA_`` variable, or a value that is not allowed.
         """
         try:
-            return cls(**dict(flags or {}))
+            parsed = cls(**dict(flags or {}))
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0]) if first["loc"] else "?"
             raise ConfigError(
                 f"{flag(name)} (or {PREFIX}{name.upper()}): got {first['input']!r}, {first['msg']}"
             ) from error
+        if parsed.max_bodies_bytes < parsed.max_body_bytes:
+            raise ConfigError(
+                f"{flag('max_bodies_bytes')}: got {parsed.max_bodies_bytes}, needed at least "
+                f"{flag('max_body_bytes')} ({parsed.max_body_bytes}); a body as large as that "
+                "would never be taken"
+            )
+        return parsed
 
     def variables(self) -> dict[str, str]:
         """Return the ``ERA_`` variables that say the same in another process.

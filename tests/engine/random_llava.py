@@ -58,6 +58,8 @@ def save_random_llava(folder: Path) -> None:
         image_seq_length=144,
     )
     model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        model.lm_head.weight[config.image_token_index] = 0  # in no answer: never the likeliest
     for parameter in model.model.multi_modal_projector.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     folder.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def test_a_seam_says_where_it_is_and_when_it_ends(path):
 def test_the_server_checks_the_versions(monkeypatch):
     versions.check_server_versions()
     monkeypatch.setitem(versions.BOUNDS, "uvicorn", ("0.1", "0.2"))
-    with pytest.raises(UnsupportedError, match=r"uvicorn: got version .*, tested from 0.1 and"):
+    with pytest.raises(UnsupportedError, match=r"uvicorn: got version .*, needed from 0.1 and"):
         versions.check_server_versions()
     monkeypatch.setenv(versions.OVERRIDE, "1")
     versions.check_server_versions()

@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from era_vllm_server.refusals import CLOSE, Header, Refusal
 
-GRACE_S: Final = 20.0
-"""A body may take so long, and beyond it a second for each ``MIN_BYTES_PER_S``."""
-MIN_BYTES_PER_S: Final = 1024
+WINDOW_S: Final = 20.0
+"""In each stretch so long, ``MIN_BYTES`` have to come, or the body's end."""
+MIN_BYTES: Final = 20 * 1024
 
 
 class BodyLimits:
@@ -42,7 +42,7 @@ class BodyLimits:
         self._too_slow = Refusal(
             HTTPStatus.REQUEST_TIMEOUT,
             "body_rate",
-            f"the request's body came slower than {MIN_BYTES_PER_S} bytes a second",
+            f"of the request's body less than {MIN_BYTES} bytes came in {WINDOW_S:g} s",
             (CLOSE,),
         )
         self._too_much = Refusal(
@@ -78,9 +78,9 @@ class BodyLimits:
 
         Mutates: taken.
         """
-        started = asyncio.get_running_loop().time()
+        loop, counted = asyncio.get_running_loop(), 0
         try:
-            async with asyncio.timeout(GRACE_S) as patience:
+            async with asyncio.timeout(WINDOW_S) as patience:
                 while not taken.whole:
                     message = await receive()
                     if message["type"] != "http.request":
@@ -90,7 +90,9 @@ class BodyLimits:
                     taken.whole = not message.get("more_body", False)
                     taken.size += len(part)
                     self._bytes += len(part)
-                    patience.reschedule(started + GRACE_S + taken.size / MIN_BYTES_PER_S)
+                    if taken.size - counted >= MIN_BYTES:
+                        counted = taken.size
+                        patience.reschedule(loop.time() + WINDOW_S)
                     if taken.size > self._most_bytes:
                         return self._too_large
                     if self._bytes > self._most_in_all:
