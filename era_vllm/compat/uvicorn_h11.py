@@ -12,6 +12,7 @@ timeout for heads and for clients that do not read.
 import asyncio
 import json
 import sys
+import uuid
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -25,21 +26,24 @@ TIMEOUT_S: Final = 60.0
 """From the connection, or from a further request's first byte, to the end of its head; and for a
 client that has stopped to read."""
 _SLICE: Final = 2**14
-_LINES: Final = 128
-"""Lines of a slice of a chunked body that are taken whatever their length."""
-_LINE_BYTES: Final = 8
-"""On average, beyond them: a chunk is two lines, and 10 microseconds in which all others wait."""
+_FEW: Final = 2**10
+"""Bytes in one read that are taken whatever they are: a chunk is 10 microseconds of all others'."""
 
 
-def use_bounded_h11(config: Config, count: Callable[[int, str], None]) -> None:
+def use_bounded_h11(
+    config: Config, count: Callable[[int, str], None], *, websockets: bool = False
+) -> None:
     """Have a server speak HTTP/1.1 by the bounded protocol.
 
     Args:
         config: Of a server that has not begun to listen.
         count: Called with status and reason of what is refused before any application.
+        websockets: Whether the application has any; uvicorn's wait for a bad handshake for ever.
 
     Mutates: config.
     """
+    if not websockets:
+        config.ws_protocol_class = None
     config.http_protocol_class = partial(BoundedH11, count)  # type: ignore[assignment]
 
 
@@ -65,16 +69,17 @@ class BoundedH11(H11Protocol):
         self._silent = False
         for at in range(0, len(data), _SLICE):
             part = data[at : at + _SLICE]
-            if self._in_crumbs(part):
-                self._refuse(HTTPStatus.BAD_REQUEST, "chunk_size")
-            if self.transport.is_closing():
-                return
             if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
                 part = part.lstrip(b"\r\n")  # empty lines before a request, RFC 9112 2.2
+            in_body = self.conn.their_state is h11.SEND_BODY
+            had = len(self.cycle.body) if in_body else 0
             if part:
                 super().data_received(part)
             if self.transport.get_protocol() is not self:  # a websocket's by now
                 _cancel(self._head_timer)
+                return
+            self._check_chunks(len(part) if in_body else 0, had)
+            if self.transport.is_closing():
                 return
         if self.conn.their_state is not h11.IDLE:
             _cancel(self._head_timer)
@@ -82,13 +87,39 @@ class BoundedH11(H11Protocol):
         elif self._head_timer is None:
             self._time_head()
 
+    def _check_chunks(self, received: int, had: int) -> None:
+        """End a body that is mostly frames: a chunk costs time in which all others wait."""
+        if self.cycle is None or not self.headers:
+            return
+        names = {name for name, _ in self.headers}
+        if b"transfer-encoding" not in names:
+            return
+        if b"content-length" in names:  # RFC 9112 6.1
+            self.cycle.keep_alive = False
+        taken = len(self.cycle.body) - had
+        if self.conn.their_state is h11.SEND_BODY and received > _FEW and 3 * taken < received:
+            self._refuse(HTTPStatus.BAD_REQUEST, "chunk_size")
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(TIMEOUT_S, self.transport.abort)
+        self._time_write()
 
     def resume_writing(self) -> None:
         _cancel(self._write_timer)
         super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._time_write()  # what is not read yet keeps it open
+
+    def _time_write(self, left: int | None = None) -> None:
+        """Leave a client that reads nothing of what is written from one look to the next."""
+        _cancel(self._write_timer)
+        size = self.transport.get_write_buffer_size()
+        if size and size == left:
+            self.transport.abort()
+        elif size:
+            self._write_timer = self.loop.call_later(TIMEOUT_S, self._time_write, size)
 
     def send_400_response(self, msg: str) -> None:
         """Say which bound it was, by h11's own status."""
@@ -100,12 +131,6 @@ class BoundedH11(H11Protocol):
         """Ignore every other upgrade than a websocket's, without a line in the log for each."""
         websocket = self._get_upgrade() == b"websocket" and self.scope["method"] == "GET"
         return websocket and super()._should_upgrade()
-
-    def _in_crumbs(self, part: bytes) -> bool:
-        few = part.count(b"\r\n") <= _LINES + len(part) // _LINE_BYTES
-        if few or self.conn.their_state is not h11.SEND_BODY:
-            return False
-        return any(name == b"transfer-encoding" for name, _ in self.headers)
 
     def _time_head(self) -> None:
         why = HTTPStatus.REQUEST_TIMEOUT, "head_timeout"
@@ -121,6 +146,7 @@ class BoundedH11(H11Protocol):
             if not begun:
                 self.transport.write(_response(status, reason))
         self.transport.close()
+        self._time_write()
 
 
 def _response(status: HTTPStatus, reason: str) -> bytes:
@@ -129,7 +155,8 @@ def _response(status: HTTPStatus, reason: str) -> bytes:
     body = json.dumps({"error": error}).encode()
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {uuid.uuid4().hex}\r\n"
+        "connection: close\r\n\r\n"
     )
     return head.encode() + body
 

@@ -74,8 +74,8 @@ class Scope:
     """Its prompt is not for the engine, whose caches must not be thought to know its pictures."""
     pixels: int = 0
     """Of its pictures so far, decoded or about to be."""
-    refused: bool = False
-    """One of its pictures was, and counted."""
+    refusal: Exception | None = None
+    """Of the first of its pictures that was refused, and counted."""
     loads: set[Any] = field(default_factory=set)
     """Tasks that load its pictures."""
     images: Sequence[ImageReport] = ()

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ from vllm.exceptions import GracefulHTTPError
 from era_vllm.pictures import RefusedError, Wanted
 
 _COMMAND: Final = (sys.executable, "-P", "-W", "ignore", "-m", "era_vllm.pictures")
+_PASSED_ON: Final = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LANG", "LC_ALL", "TMPDIR")
+"""Variables; keys and tokens are none of a decoder's business."""
 _ENVIRONMENT: Final = {"PILLOW_BLOCKS_MAX": "4"}
 """Of Pillow's memory 64 MB are kept for the next picture, as ``_KEPT`` is: new pages cost much."""
 _START_S: Final = 60.0
@@ -70,6 +73,8 @@ class Decoders:
                 process = await self._free.get()
         except TimeoutError:
             raise busy(f"the picture waited {limit_s:g} s for others to be decoded") from None
+        if process is not None and process.has_ended():  # meanwhile, by the system perhaps
+            process = process.end()
         started = process is not None
         try:
             if process is None:
@@ -103,14 +108,23 @@ class _Process:
         self._memory = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         seals = fcntl.F_SEAL_SHRINK  # else reading a mapped page could end us
         fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, seals)
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setblocking(False)
-        shared = theirs.fileno(), self._memory
-        with theirs:
-            self._popen = subprocess.Popen(
-                (*_COMMAND, *map(str, shared)), pass_fds=shared, env=os.environ | _ENVIRONMENT
-            )
+        passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        with ExitStack() as undo:
+            undo.callback(os.close, self._memory)
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.enter_context(self._control)
+            self._control.setblocking(False)
+            shared = theirs.fileno(), self._memory
+            with theirs:
+                self._popen = subprocess.Popen(
+                    (*_COMMAND, *map(str, shared)), pass_fds=shared, env=passed_on | _ENVIRONMENT
+                )
+            undo.pop_all()
         self.working = True
+
+    def has_ended(self) -> bool:
+        """Tell whether it is there no more."""
+        return self._popen.poll() is not None
 
     async def ask(self, data: bytes, wanted: Wanted, count: Count) -> dict[str, Any]:
         """Have a picture decoded; return its mode, its size, and whether the mode was changed."""

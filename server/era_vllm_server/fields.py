@@ -35,7 +35,6 @@ _NEAR: Final = (
 _NEAR_NAME: Final = re.compile(_NEAR)
 _WRAPPER: Final = "extra_body"
 """An argument of openai-python, which puts what it holds at the top level."""
-_KEY: Final = rf'(?=[^"]{{2,60}}"\s*:)(?:{_NEAR}|uuid|mm_hashes|level|{_WRAPPER})'
 _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
 _PART: Final = frozenset({"type", "role", "image_url"})

@@ -100,19 +100,24 @@ class GuardedConnector(MediaConnector):
             else:
                 data = await self._fetch(remote, timeout_s)
             return cast(_M, await self._decode(data, media_io, request))
+        except asyncio.CancelledError:  # vLLM raises what the first of them in order ended by
+            if request.refusal is None:
+                raise
+            raise request.refusal from None
         except Exception as error:  # parsers raise anything, MemoryError included
+            _log.debug("loading failed: %s", type(error).__name__)
+            if request.refusal is None:
+                request.refusal = error
+                if not isinstance(error, GracefulHTTPError):  # which is counted as ``busy``
+                    REJECTED.labels("media").inc()
+                    why = str(error) if isinstance(error, RefusedError) else "it could not be read"
+                    request.refusal = VLLMValidationError(
+                        f"the {what} is refused: {why}",
+                        parameter="image_url" if what == "picture" else f"{what}_url",
+                    )
             for other in request.loads - {this}:
                 other.cancel()
-            if isinstance(error, GracefulHTTPError):  # counted as ``busy``
-                raise
-            REJECTED.labels("media").inc(not request.refused)
-            request.refused = True
-            _log.debug("loading failed: %s", type(error).__name__)
-            why = str(error) if isinstance(error, RefusedError) else "it could not be read"
-            raise VLLMValidationError(
-                f"the {what} is refused: {why}",
-                parameter="image_url" if what == "picture" else f"{what}_url",
-            ) from None
+            raise request.refusal from None
         finally:
             request.loads.discard(this)
 
@@ -150,10 +155,11 @@ class GuardedConnector(MediaConnector):
         header, comma, text = url[5:].partition(",")
         if not comma or header.lower().rpartition(";")[2].strip() != "base64":
             raise RefusedError("its data URL is not of the form data:TYPE;base64,DATA")
-        text = "".join(text.split())  # line breaks are common
+        data = text.encode("ascii", "replace").translate(None, b" \t\r\n\v\f")  # lines are common
         try:
-            return pybase64.b64decode(text, validate=True)
+            return pybase64.b64decode(data, validate=True)
         except ValueError:
+            text = data.decode()
             why = f"it has {len(text)} characters, needed a multiple of 4, filled up with ="
             if wrong := re.search("[^A-Za-z0-9+/=]", text):
                 why = f"it holds {wrong[0]!a}{_NOT_BASE64.get(wrong[0], '')}"

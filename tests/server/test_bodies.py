@@ -222,8 +222,19 @@ TOO_MUCH = {
     "4096 items in prompt": many("prompt", b"1.5", 4097),
     "1024 items in input": many("input", b'{"role":"user","content":"a"}', 1025),
     "16384 items": b'{"a":[' + b",".join([many("b", b'"a"', 4000)] * 5) + b"]}",
+    "1000 repetitions in a pattern": {"a": {"type": "string", "pattern": "^(a|b){1,5000}$"}},
+    "1000 repetitions in a pattern ": {"a": {"pattern": "((a{90}){900}){900}"}},
+    "1000 repetitions in a pattern  ": {"patternProperties": {"^x{2000}$": {}}},
+    "128 items in bad_words": {"bad_words": ["a"] * 129},
     "1024 items in choice": b'{"structured_outputs":' + many("choice", b'"a"', 1025) + b"}",
 }
+
+
+def test_a_text_that_comes_back_as_tokens_is_shorter():
+    body = {"prompt": "b " * 2**18}
+    assert send(body, TAKES)[0] is None
+    (status, said), _ = send({**body, "add_special_tokens": True}, "/tokenize")
+    assert (status, "524288 characters" in said) == (400, True)
 
 
 @pytest.mark.parametrize("bound", TOO_MUCH)
@@ -254,6 +265,7 @@ def test_the_time_of_a_check_is_that_of_its_bytes():
     [
         many("allowed_token_ids", b"1", 2**19),
         many("enum", b'"a"', 5000),
+        {"pattern": "^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$", "regex": "(a{9}){,9}{x}"},
         many("input", b'"a"', 1024),
         {"a": "x" * (2**22 - 1)},
         chat({"type": "image_url", "image_url": {"url": "data:," + ("A" * 76 + "\r\n") * 2**17}}),
@@ -263,6 +275,7 @@ def test_the_time_of_a_check_is_that_of_its_bytes():
     ids=[
         "token ids",
         "an enumeration",
+        "patterns",
         "items",
         "text",
         "a picture in lines",

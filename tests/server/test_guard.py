@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from starlette.middleware.cors import CORSMiddleware
 
 from era_vllm.errors import ConfigError
-from era_vllm_server.middleware import Front, Stack, deadline
+from era_vllm_server.middleware import Front, Stack, deadline, limits
 
 
 class Wire:
@@ -287,6 +287,39 @@ def test_body_size(make, headers, parts, status):
     if status == 413:
         assert wire.headers[b"connection"] == b"close"
         assert "1024 bytes" in error_of(wire.body)["message"]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_what_has_no_use_for_a_body_has_none(make, method):
+    """Open paths and preflights ask for no key, and bodies of all together are bounded."""
+    assert ask(make(App()), scope("/v1/x", method), Wire(*body(b"x" * 99))).status == 200
+    large = [(b"content-length", b"20000")]
+    assert ask(make(App(), keys="a"), scope("/health", method, large), Wire()).status in (401, 413)
+    parts = Wire(*body(b"x" * 20_000, b"x"))
+    assert ask(make(App(), keys="a"), scope("/health", method), parts).status in (401, 413)
+
+
+def test_a_body_that_trickles_is_ended(make, monkeypatch):
+    """However much of it came at once."""
+    monkeypatch.setattr(limits, "WINDOW_S", 0.1)
+    guard = make(App())
+    wire = ask(guard, scope(), Wire(*body(b"x" * 100_000, b"x")[:1]))
+    assert wire.status == 408 and wire.headers[b"connection"] == b"close"
+    assert ask(guard, scope()).status == 200
+
+
+def test_bodies_of_all_requests_are_bounded(make):
+    guard = make(App(work_s=0.3), max_body_bytes=1024, max_bodies_bytes=1500)
+    first, second, third = (Wire(*body(b"x" * 1000)) for _ in range(3))
+
+    async def run():
+        both = (guard(scope(), wire.receive, wire.send) for wire in (first, second))
+        await asyncio.gather(*both)
+        await guard(scope(), third.receive, third.send)  # what was taken is given back
+
+    asyncio.run(run())
+    assert [first.status, second.status, third.status] == [200, 503, 200]
+    assert second.headers[b"retry-after"] == b"2"
 
 
 def test_a_503_gets_retry_after(make):

@@ -70,7 +70,8 @@ def test_real_metrics_open_to_their_own_key_alone_whatever_the_method_and_spelli
 def test_a_real_websocket_is_refused_without_a_key(pair):
     lines = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     head = f"GET /v1/realtime HTTP/1.1\r\nHost: x\r\n{lines}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n"
-    assert b" 403 " in raw(pair.server.port, head.encode()).splitlines()[0]
+    first = raw(pair.server.port, head.encode()).splitlines()[0]
+    assert b" 403 " in first or b" 401 " in first  # by whether the model has one at all
 
 
 def raw(port, sent):

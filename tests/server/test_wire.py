@@ -113,6 +113,55 @@ def test_a_body_in_crumbs_is_refused(port):
     assert answer == b"cut" or (answer.startswith(b"HTTP/1.1 400") and b"chunk_size" in answer)
 
 
+def test_two_lengths_are_the_last_request(port):
+    """RFC 9112 6.1: what reads the other one would see another request behind it."""
+    both = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+    assert said(port, POST + both + LINE + b"\r\n").count(b"HTTP/1.1 ") == 1
+
+
+def test_lines_in_one_chunk_are_no_crumbs(port):
+    lines = b'" 12,\r\n"' * 100_000
+    chunk = b"%x\r\n" % len(lines) + lines + b"\r\n0\r\n\r\n"
+    chunked = POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert said(port, chunked + chunk).endswith(b"\r\n\r\n%d" % len(lines))
+
+
+def test_a_client_that_reads_slowly_is_served(port):
+    """Without a pause as long as the timeout, but for longer than it in all."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**18)
+        sock.settimeout(20)
+        sock.connect(("127.0.0.1", port))
+        sock.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        found, started = 0, time.monotonic()
+        while received := sock.recv(2**20):
+            found += len(received)
+            if time.monotonic() - started < 2:
+                time.sleep(0.02)
+    assert found > LARGE
+
+
+def test_a_client_that_reads_none_of_many_answers_is_left(port):
+    """What is written is less than what makes a server stop to write."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", port))
+        sock.settimeout(0.2)
+        left, end = (LINE + b"\r\n") * 20_000, time.monotonic() + 5
+        while left and time.monotonic() < end:
+            try:
+                left = left[sock.send(left) :]
+            except TimeoutError:
+                pass
+            except (BrokenPipeError, ConnectionResetError):
+                return
+        time.sleep(8)  # keep-alive, and twice the timeout
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(9):
+                sock.sendall(b"\r\n")
+                time.sleep(0.1)
+
+
 H2C = (
     b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
     b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\nContent-Length: 5\r\n\r\nhello"

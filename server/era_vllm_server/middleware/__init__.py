@@ -16,9 +16,11 @@ never what the Host header makes of them (CVE-2026-48746).
 from functools import partial
 
 from starlette.datastructures import State
+from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from era_vllm.compat.fastapi_fields import stop_at_first_error
+from era_vllm.compat.starlette_path import flat_routes
 from era_vllm.compat.uvicorn_h11 import use_bounded_h11
 from era_vllm.compat.versions import check_server_versions
 from era_vllm_server.keys import Keys, keys_of
@@ -80,10 +82,12 @@ class Stack:
             return
         state = scope["app"].state  # vLLM takes it from the app when the lifespan ends
         try:
-            use_bounded_h11(state.server.config, _count)
+            config, routes = state.server.config, flat_routes(scope["app"].routes)
+            websockets = any(isinstance(route, WebSocketRoute) for route in routes)
+            use_bounded_h11(config, _count, websockets=websockets)
             stop_at_first_error(scope["app"])
             scope["app"].openapi()  # now, not while others wait: it takes a second, and no key
-            self.drain.take_over(state.server.config)
+            self.drain.take_over(config)
         except Exception as error:  # without drain and bounds nothing is served
             await _fail(f"{type(error).__name__}: {error}", scope, receive, send)
             return

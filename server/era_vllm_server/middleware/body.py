@@ -7,6 +7,7 @@ and counts the pictures of what is answered. Leaves out what fields mean (``fiel
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -34,8 +35,17 @@ MAX_ITEMS: Final = 2**14
 MAX_DEPTH: Final = 100
 MAX_MEMBERS: Final = 2**12
 """Of an object, and items of a list, where it does not say otherwise below."""
-MAX_OF: Final = {"input": 1024, "choice": 1024, "documents": 1024, "enum": MAX_ITEMS}
+MAX_OF: Final = {
+    **{"input": 1024, "choice": 1024, "documents": 1024, "bad_words": 128},
+    "enum": MAX_ITEMS,
+}
 """By a list's name: what is tried as dozens of types, or compiled."""
+MAX_REPETITIONS: Final = 1000
+"""Of a pattern, by its counted repetitions: a grammar is made of each on the loop, in their square.
+"""
+_COUNT: Final = re.compile(r"(\))?\{(\d{1,9})?(?:,(\d{1,9})?)?\}")
+TEXT_SHARE: Final = {"/tokenize": 8}
+"""Route -> share of the characters: where each comes back as a token, and a token as a text."""
 _MEDIA: Final = frozenset({"url", "image_url", "video_url", "audio_url", "data", "file_data"})
 """Members that hold a picture's bytes; what reads them has a bound of its own (``media``)."""
 _HALF: Final = "the body holds half a character (one of \\ud800 to \\udfff alone); send whole ones"
@@ -97,7 +107,8 @@ class Body:
                 return _too_much(f"{most} of {kinds.decode()}")
         try:
             fields = json.loads(body)
-            if excess := _excess(fields):
+            path = get_route_path(asgi).rstrip("/")
+            if excess := _excess(fields, MAX_CHARACTERS // TEXT_SHARE.get(path, 1)):
                 return _too_much(excess)
         except RecursionError:  # which not every route takes for a client's error
             return _too_much(f"{MAX_DEPTH} levels")
@@ -107,7 +118,6 @@ class Body:
             return None
         if not isinstance(fields, dict):
             return None
-        path = get_route_path(asgi).rstrip("/")
         return check(path, fields, self._take_era, owner(asgi) if self._allow_image_uuid else None)
 
     def _count(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
@@ -125,7 +135,7 @@ def _too_much(excess: str) -> Refusal:
     return refused("body_shape", f"the body holds more than {excess}; send less at once")
 
 
-def _excess(body: object) -> str | None:
+def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
     """Return which bound a parsed body is over.
 
     Raises:
@@ -143,6 +153,8 @@ def _excess(body: object) -> str | None:
             named = value.items()
             if len(value) > MAX_MEMBERS:
                 return f"{MAX_MEMBERS} members in {name or 'it'}"
+            if any(map(_repeats_much, value if name == "patternProperties" else ())):
+                return f"{MAX_REPETITIONS} repetitions in a pattern"
         elif set(map(type, value)) <= {int}:
             continue
         else:
@@ -154,6 +166,8 @@ def _excess(body: object) -> str | None:
             if isinstance(item, dict | list):
                 left.append((at, item, depth + 1))
             elif isinstance(item, str):
+                if at in ("pattern", "regex") and _repeats_much(item):
+                    return f"{MAX_REPETITIONS} repetitions in a pattern"
                 characters += 0 if at in _MEDIA else len(item)
                 if not item.isascii():
                     item.encode()
@@ -161,6 +175,16 @@ def _excess(body: object) -> str | None:
             return f"{MAX_OBJECTS} objects"
         if items > MAX_ITEMS:
             return f"{MAX_ITEMS} items"
-        if characters > MAX_CHARACTERS:
-            return f"{MAX_CHARACTERS} characters of text"
+        if characters > max_characters:
+            return f"{max_characters} characters of text"
     return None
+
+
+def _repeats_much(pattern: str) -> bool:
+    """Tell whether a pattern's counts add up to too much; those of groups multiply the others."""
+    total, groups = 0, 1
+    for group, least, most in _COUNT.findall(pattern):
+        count = max(int(least or 0), int(most or 0), 1)
+        total += count
+        groups *= count if group else 1
+    return total > MAX_REPETITIONS or groups > MAX_REPETITIONS

@@ -16,6 +16,8 @@ from era_vllm_server.refusals import CLOSE, Header, Refusal
 WINDOW_S: Final = 20.0
 """In each stretch so long, ``MIN_BYTES`` have to come, or the body's end."""
 MIN_BYTES: Final = 20 * 1024
+NO_BODY_BYTES: Final = 2**14
+"""Of a request that has no use for a body: open paths and preflights ask for no key."""
 
 
 class BodyLimits:
@@ -58,12 +60,14 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if _announced(scope) > self._most_bytes:
+        with_body = scope["method"] in ("POST", "PUT", "PATCH")
+        most = self._most_bytes if with_body else NO_BODY_BYTES
+        if _announced(scope) > most:
             await self._too_large.answer(scope, send)
             return
         taken = Taken()
         try:
-            refusal = await self._read(taken, receive)
+            refusal = await self._read(taken, most, receive)
             if refusal is not None:
                 await refusal.answer(scope, send)
             elif taken.whole:
@@ -73,7 +77,7 @@ class BodyLimits:
         finally:
             self._bytes -= taken.size
 
-    async def _read(self, taken: "Taken", receive: Receive) -> Refusal | None:
+    async def _read(self, taken: "Taken", most: int, receive: Receive) -> Refusal | None:
         """Take a body, for as long as it comes and may; not whole where the client has gone.
 
         Mutates: taken.
@@ -93,7 +97,7 @@ class BodyLimits:
                     if taken.size - counted >= MIN_BYTES:
                         counted = taken.size
                         patience.reschedule(loop.time() + WINDOW_S)
-                    if taken.size > self._most_bytes:
+                    if taken.size > most:
                         return self._too_large
                     if self._bytes > self._most_in_all:
                         return self._too_much
