@@ -223,6 +223,30 @@ def test_a_process_that_dies_or_does_not_start_is_said(monkeypatch):
         asyncio.run(run())
 
 
+def test_an_idle_process_that_was_ended_is_no_pictures_fault():
+    with none_left() as processes:
+        pool = decoders.Decoders(1)
+
+        async def run():
+            await ask(pool, png(picture()))
+            (process,) = processes()
+            os.kill(process, signal.SIGKILL)
+            picture_, _ = await ask(pool, png(picture()))
+            assert picture_.width == 64 and processes() != {process}
+            await closed(pool)
+
+        asyncio.run(run())
+
+
+def test_a_process_that_does_not_start_keeps_no_file(monkeypatch):
+    pool, before = decoders.Decoders(1), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(decoders.subprocess, "Popen", lambda *_, **__: os.open("/none/such", 0))
+    for _ in range(5):
+        with pytest.raises(GracefulHTTPError):
+            asyncio.run(ask(pool, png(picture())))
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
 def test_memory_is_bounded_also_before_the_pixels_are_known():
     """A WEBP's decoder takes memory for them when the file is opened."""
     data = encoded(Image.new("RGB", (9000, 9000)), "webp", quality=0, method=0)
@@ -359,6 +383,33 @@ def test_a_video_or_audio_is_one_clear_400(server, route, source):
         message = reply.json()["error"]["message"]
         start = f"{part['type']}: got it in a message, but this model takes text and pictures only"
         assert (reply.status_code, message.startswith(start)) == (400, True), message
+
+
+@pytest.mark.parametrize("route", ["chat", "responses", "messages"])
+def test_a_refused_picture_is_the_answer_wherever_it_stands(server, route):
+    """The others are let go of; vLLM raises what the first of them in order ended by."""
+    junk = "data:image/png;base64,AAAA"
+    urls = [data_url(picture(40 + at)) for at in range(4)]
+    for at in (0, 2, 4):
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        parts.insert(at, {"type": "image_url", "image_url": {"url": junk}})
+        content = [*parts, {"type": "text", "text": "?"}]
+        if route == "responses":
+            content = [{"type": "input_image", "image_url": p["image_url"]["url"]} for p in parts]
+        if route == "messages":
+            content = [{"type": "image", "source": source_of(p)} for p in parts]
+        path, body = KINDS[route](None)
+        (message,) = body.get("messages") or body["input"]
+        message["content"] = content
+        reply = post(server, path, {"model": MODEL, **body})
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["error"]["message"].startswith("the picture is refused"), reply.text
+
+
+def source_of(part):
+    """A picture as Anthropic's clients send it."""
+    data = part["image_url"]["url"].partition(",")[2]
+    return {"type": "base64", "media_type": "image/png", "data": data}
 
 
 def test_who_leaves_ends_the_decoding(server):
