@@ -7,6 +7,7 @@ traceback. The plain `vllm serve` line that is printed goes without.
 import os
 import socket
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +24,9 @@ def check_address(host: str | None, port: int, uds: str | None) -> None:
     Raises:
         ConfigError: that cannot be done.
     """
-    kind = socket.AF_INET6 if ":" in (host or "") else socket.AF_INET
+    kind = socket.AF_INET
+    with suppress(OSError):  # a name that has no address is said below
+        kind = socket.getaddrinfo(host, port)[0][0] if host else kind
     flag, next_step = f"--port {port}", "stop what listens there, or choose another --port"
     if host:
         flag = f"--host {host} {flag}"
