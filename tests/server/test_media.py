@@ -346,7 +346,7 @@ def test_the_pictures_of_a_request_have_so_many_pixels_together(held):
     url = data_url(picture(100, 80))
     assert len([one for one in asyncio.run(together(url, url)) if one.width == 100]) == 2
     found = asyncio.run(together(*[url] * 4))
-    (over,) = [str(one) for one in found if isinstance(one, VLLMValidationError)]
+    (over,) = {str(one) for one in found if isinstance(one, VLLMValidationError)}
     said = "with it the request's pictures have 24000 pixels, allowed are 20000 in all"
     assert said in over  # and the fourth is not waited for
     assert load(connector(), url, "sync").width == 100  # another request

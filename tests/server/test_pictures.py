@@ -231,6 +231,7 @@ def test_an_idle_process_that_was_ended_is_no_pictures_fault():
             await ask(pool, png(picture()))
             (process,) = processes()
             os.kill(process, signal.SIGKILL)
+            wait_until(lambda: not processes())
             picture_, _ = await ask(pool, png(picture()))
             assert picture_.width == 64 and processes() != {process}
             await closed(pool)
