@@ -11,6 +11,8 @@ Remove when: the AMX kernel reads fp8 at its own exponent.
 
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.errors import UnsupportedError
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,11 +26,16 @@ def fp8_kernel(dtype: "torch.dtype") -> str | None:
     Heads and blocks are multiples of 32 there: vLLM takes no others with fp8.
 
     Raises:
-        NotImplementedError: vLLM's, on a CPU that has no kernel for fp8.
+        UnsupportedError: a CPU for which vLLM has no kernel for fp8.
     """
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     if not current_platform.is_cpu():
         return None
-    return _get_attn_isa(dtype, 32, 32, "fp8")
+    try:
+        return _get_attn_isa(dtype, 32, 32, "fp8")
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"--kv-cache-dtype fp8: vLLM has no kernel for it on this CPU ({error}); use auto"
+        ) from error

@@ -105,12 +105,17 @@ class BoundedH11(H11Protocol):
         self._time_write()
 
     def resume_writing(self) -> None:
-        _cancel(self._write_timer)
         super().resume_writing()
+        self._time_write()  # anew, for what is left
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._time_write()  # what is not read yet keeps it open
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._time_write()  # what is not read yet keeps it open
+        self._time_write()
 
     def _time_write(self, left: int | None = None) -> None:
         """Leave a client that reads nothing of what is written from one look to the next."""

@@ -49,15 +49,16 @@ def _register() -> None:
         return
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "era_vllm.vllm_plugin.renderer", "EraRenderer")
-    if _OUR_SERVER in os.environ.items():
-        _end_together()
+    end_together()
     for architecture, target in FAMILIES.items():
         models_config_map.add(PREFIX + architecture, architecture, resolve)
         ModelRegistry.register_model(PREFIX + architecture, target)
 
 
-def _end_together() -> None:
-    """Have this process end with its parent, and those that it starts end with it."""
+def end_together() -> None:
+    """Have a process of our server end with its parent, and those that it starts end with it."""
+    if _OUR_SERVER not in os.environ.items():
+        return
     from era_vllm.compat import process_targets
     from era_vllm.vllm_plugin import parent
 

@@ -23,7 +23,7 @@ from era_vllm.compat.vllm_entrypoints import (
 )
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import Launch
-from era_vllm.vllm_plugin.register import register
+from era_vllm.vllm_plugin.register import end_together
 from era_vllm_server.front import Asked
 
 
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         The exit code: 1 where the engine ended by itself, for whoever is to start us anew.
     """
     cli_env_setup()
-    register()  # before vLLM does: the first processes that it starts are to end with this one
+    end_together()  # the plugin came before the variables that say whose server it is
     command, parsed = _parsed(arguments)
     command.validate(parsed)
     command.cmd(parsed)

@@ -31,6 +31,7 @@ import era_vllm  # noqa: E402
 from era_vllm.attention.bias_store import STORES  # noqa: E402
 from era_vllm.compat import cpu_attention  # noqa: E402
 from era_vllm.config import EraConfig  # noqa: E402
+from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT  # noqa: E402
 from era_vllm.lab.oracle import Oracle, Segment  # noqa: E402
 from era_vllm.lab.samples import load_samples  # noqa: E402
@@ -420,8 +421,8 @@ def needs_fp8() -> Callable[[str], None]:
     def check(store: str) -> None:
         try:
             kernel = cpu_attention.fp8_kernel(torch.bfloat16)
-        except NotImplementedError as error:
-            pytest.skip(f"vLLM: {error}")
+        except UnsupportedError as error:  # that it is refused: tests/unit/.../test_refusals.py
+            pytest.skip(str(error))
         if kernel in cpu_attention.FLUSHING and not STORES[store].limits.flushed:
             pytest.skip(f"refused at start: {store} on vLLM's {kernel} kernel")
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import uvicorn
@@ -21,6 +22,7 @@ from tests.server.attacker import Pair
 pytest_plugins = ["tests.server.guarded"]
 LINE = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 LARGE = 2**26
+MIDDLE = 2**23
 POST = b"POST /health HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -34,7 +36,8 @@ async def application(scope, receive, send):
         size += len(message.get("body", b""))
         if not message.get("more_body"):
             break
-    body = str(size).encode() if scope["path"] != "/large" else b"x" * LARGE
+    large = {"/large": LARGE, "/middle": MIDDLE}
+    body = b"x" * large[scope["path"]] if scope["path"] in large else str(size).encode()
     head = [(b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 200, "headers": head})
     await send({"type": "http.response.body", "body": body})
@@ -160,6 +163,21 @@ def test_a_client_that_reads_none_of_many_answers_is_left(port):
             for _ in range(9):
                 sock.sendall(b"\r\n")
                 time.sleep(0.1)
+
+
+def test_a_client_that_does_not_read_its_last_answer_is_left(port):
+    """uvicorn closes behind it, and would wait for the reader without an end."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", port))
+        sock.sendall(b"GET /middle HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        time.sleep(3)
+        sock.settimeout(20)
+        found = 0
+        with suppress(ConnectionResetError):
+            while received := sock.recv(65536):
+                found += len(received)
+    assert found < MIDDLE
 
 
 H2C = (

@@ -13,8 +13,10 @@ Each is an ASGI layer of its own. Paths are those of the ASGI scope, which the r
 never what the Host header makes of them (CVE-2026-48746).
 """
 
+import logging
 from functools import partial
 
+from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,6 +36,8 @@ from era_vllm_server.middleware.limits import BodyLimits
 from era_vllm_server.middleware.log import RequestLog
 from era_vllm_server.refusals import Header
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
+
+_log = logging.getLogger(__name__)
 
 
 class Front:
@@ -86,11 +90,11 @@ class Stack:
             websockets = any(isinstance(route, WebSocketRoute) for route in routes)
             use_bounded_h11(config, _count, websockets=websockets)
             stop_at_first_error(scope["app"])
-            scope["app"].openapi()  # now, not while others wait: it takes a second, and no key
             self.drain.take_over(config)
         except Exception as error:  # without drain and bounds nothing is served
             await _fail(f"{type(error).__name__}: {error}", scope, receive, send)
             return
+        _describe(scope["app"])
         await self._lifespan(scope, receive, send)
         _note_end(state, by_signal=self.drain.draining)
 
@@ -98,6 +102,15 @@ class Stack:
 async def _fail(message: str, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer the lifespan, after which uvicorn ends; nothing else is sent to it."""
     await send({"type": "lifespan.startup.failed", "message": message})
+
+
+def _describe(app: FastAPI) -> None:
+    """Make /openapi.json now, not while others wait: it takes a second, and no key."""
+    if app.openapi_url:
+        try:
+            app.openapi()
+        except Exception:  # of some model of vLLM's: the route says so, and all others are served
+            _log.exception("the description of the routes (%s) cannot be made", app.openapi_url)
 
 
 def _count(status: int, reason: str) -> None:

@@ -35,12 +35,8 @@ class BodyLimits:
         self.app = app
         self._most_bytes, self._most_in_all = most_bytes, most_in_all
         self._bytes = 0
-        self._too_large = Refusal(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            "body_size",
-            f"the request's body is longer than {most_bytes} bytes",
-            (CLOSE,),  # the rest of it is not read
-        )
+        self._too_large = [_too_large(NO_BODY_BYTES), _too_large(most_bytes)]
+        """Of a method without a body, and with one."""
         self._too_slow = Refusal(
             HTTPStatus.REQUEST_TIMEOUT,
             "body_rate",
@@ -63,11 +59,13 @@ class BodyLimits:
         with_body = scope["method"] in ("POST", "PUT", "PATCH")
         most = self._most_bytes if with_body else NO_BODY_BYTES
         if _announced(scope) > most:
-            await self._too_large.answer(scope, send)
+            await self._too_large[with_body].answer(scope, send)
             return
         taken = Taken()
         try:
             refusal = await self._read(taken, most, receive)
+            if taken.size > most:
+                refusal = self._too_large[with_body]
             if refusal is not None:
                 await refusal.answer(scope, send)
             elif taken.whole:
@@ -78,7 +76,8 @@ class BodyLimits:
             self._bytes -= taken.size
 
     async def _read(self, taken: "Taken", most: int, receive: Receive) -> Refusal | None:
-        """Take a body, for as long as it comes and may; not whole where the client has gone.
+        """Take a body, for as long as it comes and may; not whole where the client has gone, or
+        where it is longer than ``most``.
 
         Mutates: taken.
         """
@@ -98,12 +97,18 @@ class BodyLimits:
                         counted = taken.size
                         patience.reschedule(loop.time() + WINDOW_S)
                     if taken.size > most:
-                        return self._too_large
+                        return None
                     if self._bytes > self._most_in_all:
                         return self._too_much
         except TimeoutError:
             return self._too_slow
         return None
+
+
+def _too_large(most: int) -> Refusal:
+    message = f"the request's body is longer than {most} bytes"
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    return Refusal(status, "body_size", message, (CLOSE,))  # the rest of it is not read
 
 
 @dataclass(slots=True)
