@@ -135,7 +135,7 @@ class BoundedH11(H11Protocol):
     def _should_upgrade(self) -> bool:
         """Ignore every other upgrade than a websocket's, without a line in the log for each."""
         websocket = self._get_upgrade() == b"websocket" and self.scope["method"] == "GET"
-        return websocket and super()._should_upgrade()
+        return websocket and self.ws_protocol_class is not None and super()._should_upgrade()
 
     def _time_head(self) -> None:
         why = HTTPStatus.REQUEST_TIMEOUT, "head_timeout"

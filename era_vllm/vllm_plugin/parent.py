@@ -6,12 +6,15 @@ interpreter nor its lock, and ends a process that hangs in a kernel or is stoppe
 ``PR_SET_PDEATHSIG``: that follows the thread that started the process, which may end before.
 vLLM's own pipe (``multiproc_executor.py``) only asks a worker to stop, and an engine has none.
 
-Leaves out: what watches children. A parent that loses one ends by itself, which is vLLM's.
+A parent that loses a child ends by vLLM's own means, which take 5 s for the others of each kind;
+so it is given 5 s in all.
 """
 
 import fcntl
+import logging
 import os
 import signal
+import threading
 from multiprocessing import connection, parent_process
 from typing import Final
 
@@ -19,6 +22,8 @@ from era_vllm.compat import process_targets
 
 _F_SETSIG: Final = 10
 """Of Linux's fcntl.h; Python has no name for it."""
+_ENDING_S: Final = 5.0
+_log = logging.getLogger(__name__)
 
 
 def end_with_parent() -> None:
@@ -31,6 +36,18 @@ def end_with_parent() -> None:
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
     if connection.wait([pipe], 0):  # it ended before
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_soon() -> None:
+    """Have this process end with 1, and all that it started with it, if it does not by itself."""
+
+    def end() -> None:
+        _log.error("the server lost a process, and is ended with all the others")
+        os._exit(1)
+
+    timer = threading.Timer(_ENDING_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 def run_engine(*arguments: object, **named: object) -> None:

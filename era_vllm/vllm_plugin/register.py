@@ -63,4 +63,5 @@ def end_together() -> None:
     from era_vllm.vllm_plugin import parent
 
     process_targets.replace(parent.run_engine, parent.run_coordinator)
+    process_targets.on_failure(parent.end_soon)
     parent.end_with_parent()
