@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     from era_vllm.cli.preflight import check_address, check_folders
     from era_vllm.vllm_plugin.launch import plan
-    from era_vllm_server.app import asked, complete, print_help, serve
+    from era_vllm_server.app import complete, print_help, serve, user_flags
     from era_vllm_server.front import with_front
 
     if arguments.help:
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     settings = ServerSettings.parse(server_flags(arguments))
     refuse_era_in_files(rest)
     rest = with_model(rest)
-    user = asked(rest)
+    user = user_flags(rest)
     launch = plan(
         user.model,
         era_settings(arguments, os.environ),
@@ -121,8 +121,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             print(_WHY_PLUGINS, file=sys.stderr)
         return 0
     check_folders(VLLM_CACHE_ROOT)
-    if user.address is not None:
-        check_address(*user.address)
+    if not user.headless:
+        check_address(user.host, user.port, user.uds)
     for name in era_variables() & os.environ.keys():
         del os.environ[name]  # said by flags now; the server's processes refuse them as unknown
     return serve(launch, words)
@@ -152,15 +152,15 @@ def with_model(rest: list[str]) -> list[str]:
 
     That one comes with a name and a KV cache of its size, where the flags do not say otherwise.
     """
-    from era_vllm_server.app import asked
+    from era_vllm_server.app import user_flags
 
     try:
-        if asked(rest).model is not None:
+        if user_flags(rest).model is not None:
             return rest
     except ConfigError:  # with some flags vLLM demands a model in front; read on with ours there
         pass
     rest = [DEFAULT_MODEL, *rest]
-    user = asked(rest)
+    user = user_flags(rest)
     if user.served_model_name is None:
         rest += ["--served-model-name", DEFAULT_NAME]
     if user.kv_cache_memory_bytes is None:

@@ -24,7 +24,6 @@ from era_vllm.compat.vllm_entrypoints import (
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import Launch
 from era_vllm.vllm_plugin.register import end_together
-from era_vllm_server.front import Asked
 
 
 def serve(launch: Launch, arguments: Sequence[str]) -> int:
@@ -60,36 +59,20 @@ def print_help(word: str) -> None:
         return
 
 
-def asked(arguments: Sequence[str]) -> Asked:
-    """Read, with vLLM's own parser, those flags that ours are merged with.
+def user_flags(arguments: Sequence[str]) -> Namespace:
+    """Read with vLLM's own parser what a user's flags say, which ours are merged with.
+
+    ``model`` is None where none is named, and so is ``h11_max_incomplete_event_size``.
 
     Raises:
         ConfigError: vLLM's parser raised, as where flags come without the model that they need.
     """
     _, parsed = _parsed(arguments, model=None)  # not the model that vLLM takes if none is named
-    return Asked(
-        # the latter from a --config file
-        model=parsed.model if parsed.model_tag is None else parsed.model_tag,
-        hf_overrides=parsed.hf_overrides,
-        additional_config=parsed.additional_config,
-        tokenizer_mode=parsed.tokenizer_mode,
-        served_model_name=parsed.served_model_name,
-        kv_cache_memory_bytes=parsed.kv_cache_memory_bytes,
-        shutdown_timeout=parsed.shutdown_timeout,
-        limit_mm_per_prompt=parsed.limit_mm_per_prompt or {},
-        allowed_media_domains=parsed.allowed_media_domains or (),
-        api_key=parsed.api_key,
-        h11_max_incomplete_event_size=_unless(
-            parsed.h11_max_incomplete_event_size, H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
-        ),
-        grpc=parsed.grpc,
-        grpc_port=parsed.grpc_port,
-        address=None if parsed.headless else (parsed.host, parsed.port, parsed.uds),
-    )
-
-
-def _unless(value: int, default: int) -> int | None:
-    return None if value == default else value
+    if parsed.model_tag is not None:  # else that of a --config file
+        parsed.model = parsed.model_tag
+    if parsed.h11_max_incomplete_event_size == H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT:
+        parsed.h11_max_incomplete_event_size = None
+    return parsed
 
 
 def complete(launch: Launch, rest: Sequence[str]) -> list[str]:

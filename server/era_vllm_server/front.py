@@ -6,8 +6,9 @@
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Final
 
@@ -45,30 +46,8 @@ _MARGIN_S: Final = 10
 """For vLLM's own shutdown, once nothing is under way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the user's own flags of vLLM say about things that we set or check; ``app`` reads it."""
-
-    model: str | None = None
-    hf_overrides: Mapping[str, object] = field(default_factory=dict)
-    additional_config: Mapping[str, object] = field(default_factory=dict)
-    tokenizer_mode: str = "auto"
-    served_model_name: Sequence[str] | None = None
-    kv_cache_memory_bytes: int | None = None
-    shutdown_timeout: int = 0
-    limit_mm_per_prompt: Mapping[str, object] = field(default_factory=dict)
-    allowed_media_domains: Sequence[str] = ()
-    api_key: Sequence[str | None] | None = None
-    h11_max_incomplete_event_size: int | None = None
-    """None = vLLM's default."""
-    grpc: bool = False
-    grpc_port: int | None = None
-    address: tuple[str | None, int, str | None] | None = None
-    """Host, port and socket's path; None where there is no API server."""
-
-
 def with_front(
-    launch: Launch, typed: Sequence[str], settings: ServerSettings, user: Asked
+    launch: Launch, typed: Sequence[str], settings: ServerSettings, user: Namespace
 ) -> tuple[Launch, list[str]]:
     """Return a launch, and the words typed, with the front's own added.
 
@@ -76,7 +55,7 @@ def with_front(
         launch: Of the engine.
         typed: Model and flags of ``vllm serve``, as typed.
         settings: Of the front.
-        user: What vLLM reads from them.
+        user: What vLLM reads from them (``app.user_flags``).
 
     Raises:
         ConfigError: vLLM would end accepted requests before we do, or keys or a domain are no use.
@@ -85,7 +64,7 @@ def with_front(
     _refuse_ways_around(user)
     vllms = user.api_key or [os.environ.get("VLLM_API_KEY")]
     keys_of(settings, Keys.of(filter(None, vllms)))  # now, and not when the model is loaded
-    allowed_hosts(user.allowed_media_domains)
+    allowed_hosts(user.allowed_media_domains or ())
     drain_s = settings.drain_timeout_s
     words = [*typed, "--middleware", MIDDLEWARE]  # behind the user's own: the last is outermost
     if user.h11_max_incomplete_event_size is None:
@@ -100,8 +79,9 @@ def with_front(
         )
     if drain_s and not user.shutdown_timeout:
         words += ["--shutdown-timeout", str(int(drain_s) + _MARGIN_S)]
-    if "image" not in user.limit_mm_per_prompt:
-        words += _images(typed, user.limit_mm_per_prompt)
+    media = user.limit_mm_per_prompt or {}
+    if "image" not in media:
+        words += _images(typed, media)
     wanted = {
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_image_pixels),  # vLLM's default: 178956970
         **LIMITS,
@@ -118,7 +98,7 @@ def with_front(
     return replace(launch, environment=environment), words
 
 
-def _refuse_ways_around(user: Asked) -> None:
+def _refuse_ways_around(user: Namespace) -> None:
     """Refuse what would serve without keys, deadline, limits or the checks of URLs and pictures."""
     http = "needed vLLM's HTTP server in Python, in which keys, limits and pruning rates are"
     if user.grpc or user.grpc_port is not None:

@@ -13,7 +13,7 @@ from era_vllm.cli.preflight import check_address, check_folders
 from era_vllm.cli.serve import with_model
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.launch import plan
-from era_vllm_server.app import asked, complete
+from era_vllm_server.app import complete, user_flags
 
 SETTINGS = {"pruning_rate": 0.889, "policy": "dpp"}
 FLAGS = ("--hf-overrides", "--additional-config")
@@ -30,14 +30,14 @@ FORMS = {
 
 def finished(typed):
     """What vLLM reads at the end, the way ``era-vllm serve`` goes."""
-    user = asked(typed)
+    user = user_flags(typed)
     launch = plan(
         user.model,
         SETTINGS,
         hf_overrides=user.hf_overrides,
         additional_config=user.additional_config,
     )
-    return asked(complete(launch, typed))
+    return user_flags(complete(launch, typed))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -78,7 +78,7 @@ def test_a_config_file_is_merged_too(tmp_path):
     ],
 )
 def test_without_a_model_the_sample_is_served(typed, name, kv_bytes):
-    user = asked(with_model(typed))
+    user = user_flags(with_model(typed))
     assert user.model == DEFAULT_MODEL
     assert user.served_model_name == name
     assert user.kv_cache_memory_bytes == kv_bytes
@@ -87,7 +87,7 @@ def test_without_a_model_the_sample_is_served(typed, name, kv_bytes):
 def test_a_config_file_without_a_model_serves_the_sample(tmp_path):
     file = tmp_path / "serve.yaml"
     file.write_text("served-model-name: foo\n")
-    user = asked(with_model(["--config", str(file)]))
+    user = user_flags(with_model(["--config", str(file)]))
     assert (user.model, user.served_model_name) == (DEFAULT_MODEL, ["foo"])
 
 

@@ -1,14 +1,25 @@
 """Settings of the front: flags, variables, and what of vLLM's is set with them."""
 
+from argparse import Namespace
+
 import pytest
 
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.launch import Launch
-from era_vllm_server.front import LIMITS, MAX_HEAD_BYTES, MIDDLEWARE, Asked, with_front
+from era_vllm_server.front import LIMITS, MAX_HEAD_BYTES, MIDDLEWARE, with_front
 from era_vllm_server.settings import ServerSettings, refuse_unknown_variables
 
 LAUNCH = Launch("m", {}, {})
-NOTHING = Asked()
+
+
+def flags(**given):
+    """What vLLM's parser makes of a user's flags, as far as the front reads it."""
+    names = "shutdown_timeout limit_mm_per_prompt allowed_media_domains api_key grpc grpc_port"
+    nothing = dict.fromkeys([*names.split(), "h11_max_incomplete_event_size"])
+    return Namespace(**nothing | given)
+
+
+NOTHING = flags()
 IMAGES = ["--limit-mm-per-prompt", '{"image": 16}']
 
 
@@ -19,8 +30,8 @@ def _no_variables(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def front(*typed, user=NOTHING, **flags):
-    return with_front(LAUNCH, typed, ServerSettings.parse(flags), user)
+def front(*typed, user=NOTHING, **own):
+    return with_front(LAUNCH, typed, ServerSettings.parse(own), user)
 
 
 def test_a_flag_wins_over_a_variable_and_both_reach_other_processes(monkeypatch):
@@ -63,12 +74,12 @@ def test_keys_that_the_server_would_refuse_are_refused_before_anything_starts(
     """Not when the model is loaded: ``Guard`` checks by the same function."""
     file = tmp_path / "keys"
     file.write_text("one")
-    front("m", user=Asked(api_key=["two"]), allow_image_uuid=True)
+    front("m", user=flags(api_key=["two"]), allow_image_uuid=True)
     front("m", api_keys_file=file, allow_image_uuid=True)
     with pytest.raises(ConfigError, match="--era-allow-image-uuid: .* there is none"):
-        front("m", user=Asked(api_key=[""]), allow_image_uuid=True)
+        front("m", user=flags(api_key=[""]), allow_image_uuid=True)
     with pytest.raises(ConfigError, match="needed one of the two"):
-        front("m", user=Asked(api_key=["two"]), api_keys_file=file)
+        front("m", user=flags(api_key=["two"]), api_keys_file=file)
     monkeypatch.setenv("VLLM_API_KEY", "two")
     with pytest.raises(ConfigError, match="needed one of the two"):
         front("m", api_keys_file=file)
@@ -144,7 +155,7 @@ def test_safe_defaults_are_set():
 def test_the_users_own_environment_and_flags_win(monkeypatch):
     monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "5")
     monkeypatch.setenv("VLLM_PLUGINS", "foo")
-    user = Asked(
+    user = flags(
         shutdown_timeout=99, limit_mm_per_prompt={"image": 3}, h11_max_incomplete_event_size=9
     )
     launch, words = front("m", "--limit_mm_per_prompt.image=3", user=user)
@@ -166,7 +177,7 @@ def test_a_variable_that_would_take_the_front_away_refuses(monkeypatch, name, va
 
 
 def test_the_limit_of_images_joins_those_of_other_media():
-    user = Asked(limit_mm_per_prompt={"video": 1})
+    user = flags(limit_mm_per_prompt={"video": 1})
     dotted = front("m", "--limit_mm_per_prompt.video=1", user=user)[1]
     assert dotted[-2:] == ["--limit-mm-per-prompt.image", "16"]
     assert front("m", "--config", "c.yaml", user=user)[1][-1] == '{"video": 1, "image": 16}'
@@ -174,9 +185,9 @@ def test_the_limit_of_images_joins_those_of_other_media():
 
 @pytest.mark.parametrize("name", ["https://a.org", "a.org/x", "a.org:80", "*.a.org", "", "u@a.org"])
 def test_a_domain_that_no_url_can_be_of_refuses(name):
-    front("m", user=Asked(allowed_media_domains=["a.org", "münchen.de", "127.0.0.1"]))
+    front("m", user=flags(allowed_media_domains=["a.org", "münchen.de", "127.0.0.1"]))
     with pytest.raises(ConfigError, match="--allowed-media-domains: got .* needed a name alone"):
-        front("m", user=Asked(allowed_media_domains=["a.org", name]))
+        front("m", user=flags(allowed_media_domains=["a.org", name]))
 
 
 def test_our_middleware_is_the_last_and_so_the_outermost():
@@ -189,5 +200,5 @@ def test_our_middleware_is_the_last_and_so_the_outermost():
 
 def test_vllms_shutdown_must_outlast_the_drain():
     with pytest.raises(ConfigError, match="needed more than --era-drain-timeout-s"):
-        front("m", user=Asked(shutdown_timeout=20))
+        front("m", user=flags(shutdown_timeout=20))
     assert "--shutdown-timeout" not in front("m", drain_timeout_s=0)[1]
