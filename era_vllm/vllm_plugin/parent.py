@@ -7,7 +7,7 @@ interpreter nor its lock, and ends a process that hangs in a kernel or is stoppe
 vLLM's own pipe (``multiproc_executor.py``) only asks a worker to stop, and an engine has none.
 
 A parent that loses a child ends by vLLM's own means, which take 5 s for the others of each kind;
-so it is given 5 s in all.
+so it is given 3 s in all, in which clients are told.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ from era_vllm.compat import process_targets
 
 _F_SETSIG: Final = 10
 """Of Linux's fcntl.h; Python has no name for it."""
-_ENDING_S: Final = 5.0
+_ENDING_S: Final = 3.0
 _log = logging.getLogger(__name__)
 
 
