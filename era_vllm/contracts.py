@@ -37,8 +37,8 @@ class PruningPolicy(Protocol):
         """Return the anchors' indices, ascending, ``num_anchors`` a segment."""
         ...
 
-    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
-        """Assign every token to an anchor and return the merged embeddings."""
+    def assign(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+        """Assign every token to an anchor or drop it; the pipeline averages the clusters."""
         ...
 
     def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:

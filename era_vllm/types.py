@@ -2,10 +2,12 @@
 
 Every tensor carries a leading segment axis: a segment is the unit that is pruned alone (an image,
 a tile, a frame). The pipeline is given segments of equal length, so no value here is ragged.
-Dims: s segments, n visual tokens, a anchors, d language-model width, hv vision heads.
+Dims: s segments, n visual tokens, a anchors, d language-model width, r rider width, c channels of
+a signal (hv, the vision heads).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Final
 
@@ -14,11 +16,21 @@ from torch import Tensor
 
 
 class Signal(Enum):
-    """Extra input that a policy may need; an adapter says which it provides."""
+    """Extra input that a policy may need. A new one is a member here and the source that gives it.
+
+    Of each token: float32 [s, c, n]. Of a whole segment: int64 [s] (``PIXEL_HASH``).
+    """
 
     ENCODER_ATTENTION = "encoder attention"
+    """Attention that each token receives per vision head: softmax over keys, mean over queries."""
     ENCODER_SCORES = "encoder attention scores"
+    """Attention score (before softmax) of each key per vision head, mean over queries."""
     PIXEL_HASH = "pixel hash"
+    """A hash of each segment's pixel values: the only source of chance a policy may use."""
+
+
+NOT_NEGATIVE: Final = frozenset({Signal.ENCODER_ATTENTION})
+"""Signals that are 0 or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +38,13 @@ class VisualTokens:
     """Segments of equal length as the projector gives them, with the signals a policy may use."""
 
     embeds: Float[Tensor, "s n d"]
-    """Projector output in the model's dtype."""
+    """Projector output in the model's dtype: what tokens are compared by."""
     grid: tuple[int, int]
     """Rows and columns of the token grid, raster order; rows x columns = n."""
-    attention: Float32[Tensor, "s hv n"] | None = None
-    """Attention that each token receives per vision head: softmax over keys, mean over queries."""
-    scores: Float32[Tensor, "s hv n"] | None = None
-    """Attention score (before softmax) of each key per vision head, mean over queries."""
-    seeds: Int[Tensor, "s"] | None = None
-    """A hash of each segment's pixel values, int64: the only source of chance a policy may use."""
+    signals: Mapping[Signal, Tensor] = field(default_factory=dict[Signal, Tensor])
+    """What the sources gave; a policy names what it needs."""
+    riders: Float[Tensor, "s n r"] | None = None
+    """Further columns of each token (feature maps for later layers): averaged, never compared."""
 
     @property
     def segments(self) -> int:
@@ -46,15 +56,14 @@ class VisualTokens:
         """n, the visual tokens of each segment."""
         return self.embeds.shape[1]
 
+    def signal(self, signal: Signal) -> Float32[Tensor, "s c n"]:
+        """Return a signal of each token; the pipeline has checked that it is there."""
+        return self.signals[signal]
+
     @property
-    def signals(self) -> frozenset[Signal]:
-        """The signals that are present."""
-        given = {
-            Signal.ENCODER_ATTENTION: self.attention,
-            Signal.ENCODER_SCORES: self.scores,
-            Signal.PIXEL_HASH: self.seeds,
-        }
-        return frozenset(signal for signal, value in given.items() if value is not None)
+    def pixel_hash(self) -> Int[Tensor, "s"]:
+        """The hash of each segment's pixel values."""
+        return self.signals[Signal.PIXEL_HASH]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +74,8 @@ class Clusters:
     """Original indices of the retained tokens, ascending (raster order)."""
     assignment: Int[Tensor, "s n"]
     """Original token -> row of its anchor in ``anchors``; -1 = dropped."""
-    embeds: Float[Tensor, "s a d"]
-    """Merged embeddings in the model's dtype."""
-    sizes: Int[Tensor, "s a"]
-    """Tokens in each cluster, its anchor included: at least 1."""
+    weights: Float32[Tensor, "s n"] | None = None
+    """Of each token in its cluster's mean, >= 0 and those of anchors > 0; None = equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,8 @@ class PrunedTokens:
     """Original token -> row of its anchor; -1 = dropped."""
     degenerate: Int[Tensor, "counts"]
     """How many values of each kind of bad input were repaired, in the order of ``Degenerate``."""
+    riders: Float[Tensor, "s a r"] | None = None
+    """Riders, merged as the embeddings are."""
 
 
 class Degenerate(IntEnum):
@@ -94,6 +103,8 @@ class Degenerate(IntEnum):
     NON_FINITE_ATTENTION = 1
     NO_ATTENTION = 2
     TOO_FEW_TOKENS = 3
+    POLICY_OUTPUT = 4
+    """Results of one segment that no policy may return (``steps/validity.py``)."""
 
 
 DEGENERATE_KINDS: Final = len(Degenerate)

@@ -4,6 +4,7 @@ Hypothesis draws sizes, kinds and a seed; the numbers come from a seeded generat
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from era_vllm.types import VisualTokens
+from era_vllm.types import Signal, VisualTokens
 
 Array = NDArray[np.float64]
 Draw = st.DrawFn
@@ -65,17 +66,29 @@ def build(
     return VisualTokens(
         embeds=torch.from_numpy(embeds).to(dtype),
         grid=grid,
-        attention=torch.from_numpy(attention).float(),
-        scores=torch.from_numpy(rng.normal(size=attention.shape)).float(),
-        seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, len(kinds))),
+        signals={
+            Signal.ENCODER_ATTENTION: torch.from_numpy(attention).float(),
+            Signal.ENCODER_SCORES: torch.from_numpy(rng.normal(size=attention.shape)).float(),
+            Signal.PIXEL_HASH: torch.from_numpy(rng.integers(-(2**62), 2**62, len(kinds))),
+        },
     )
+
+
+def with_signal(tokens: VisualTokens, signal: Signal, value: torch.Tensor) -> VisualTokens:
+    """Return tokens with another value of one signal."""
+    return replace(tokens, signals={**tokens.signals, signal: value})
+
+
+def without(tokens: VisualTokens, *signals: Signal) -> VisualTokens:
+    """Return tokens that lack some signals."""
+    left = {signal: x for signal, x in tokens.signals.items() if signal not in signals}
+    return replace(tokens, signals=left)
 
 
 def convert(tokens: VisualTokens, change: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
     """Return tokens with the same change made to the embeddings and to every signal."""
-    rest = (tokens.attention, tokens.scores, tokens.seeds)
-    changed = (None if x is None else change(x) for x in rest)
-    return VisualTokens(change(tokens.embeds), tokens.grid, *changed)
+    signals = {signal: change(x) for signal, x in tokens.signals.items()}
+    return VisualTokens(change(tokens.embeds), tokens.grid, signals)
 
 
 def segment(tokens: VisualTokens, index: int, *, copy: bool = True) -> VisualTokens:
@@ -121,14 +134,11 @@ def repeats(draw: Draw) -> tuple[VisualTokens, torch.Tensor, int]:
     )
     bases = draw(st.integers(1, 20))
     source = torch.tensor(draw(st.lists(st.integers(0, bases - 1), min_size=24, max_size=24)))
-    assert tokens.attention is not None and tokens.scores is not None
-    copies = VisualTokens(
-        tokens.embeds[:, source],
-        (4, 6),
-        tokens.attention[:, :, source].contiguous(),
-        tokens.scores[:, :, source].contiguous(),
-        tokens.seeds,
-    )
+    signals = {
+        signal: x[..., source].contiguous() if x.ndim == 3 else x
+        for signal, x in tokens.signals.items()
+    }
+    copies = VisualTokens(tokens.embeds[:, source], (4, 6), signals)
     return copies, source, draw(st.integers(1, 23))
 
 

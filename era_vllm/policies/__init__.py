@@ -17,7 +17,7 @@ _CONTRACT: Final = (
     "prompt_dependent",
     "needs",
     "select",
-    "merge",
+    "assign",
     "log_bias",
 )
 

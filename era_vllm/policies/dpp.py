@@ -13,7 +13,7 @@ from torch import Tensor
 
 from era_vllm.errors import ConfigError
 from era_vllm.steps.bias import log_cluster_size
-from era_vllm.steps.merge import merge_to_nearest
+from era_vllm.steps.merge import nearest
 from era_vllm.steps.search import dpp_map
 from era_vllm.steps.similarity import gram, settle, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
@@ -44,9 +44,9 @@ class Policy:
         identity = torch.eye(tokens.n, dtype=similarity.dtype, device=similarity.device)
         return dpp_map(similarity + self.ridge * identity, medoid, num_anchors)
 
-    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
-        """Each token joins its nearest anchor by cosine; clusters become their mean."""
-        return merge_to_nearest(tokens, anchors)
+    def assign(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+        """Each token joins its nearest anchor by cosine."""
+        return nearest(tokens, anchors)
 
     def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:
         """Return ln of the cluster size."""

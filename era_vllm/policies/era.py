@@ -1,10 +1,11 @@
-"""ERA: Dual-view Entropy Pruning, Balanced Token Recycling, Log-bias Attention Rectification.
+"""ERA: Dual-view Entropy Pruning, Bias-aware Token Recycling, Logit-preserving Attention
+Rectification.
 
 Source: Wang et al. 2026, arXiv:2606.31982. The paper has no code; every point that had to be
 reconstructed is an option here, with the recommended default and its number in METHODS.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from era_vllm.errors import ConfigError
 from era_vllm.steps.bias import is_pruned, log_cluster_size, log_weighted_size
 from era_vllm.steps.entropy import FLAT, Saliency, head_entropy, head_profile, min_max, unattended
-from era_vllm.steps.merge import Matching, merge_by_assignment, merge_to_nearest
+from era_vllm.steps.merge import Matching, nearest
 from era_vllm.steps.search import dpp_map, farthest_first
 from era_vllm.steps.similarity import gram, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
@@ -92,13 +93,12 @@ class Policy:
             similarity, penalty, num_anchors, weight=weight, multiplicative=multiplicative
         )
 
-    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+    def assign(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
         """BTR: each pruned token joins its most similar anchor; clusters become their mean."""
-        clusters = merge_to_nearest(tokens, anchors, matching=self.matching)
+        clusters = nearest(tokens, anchors, matching=self.matching)
         if self.centroid == "mean":
             return clusters
-        weights = self._weights(tokens, clusters).scatter(1, anchors, 1.0)
-        return merge_by_assignment(tokens, anchors, clusters.assignment, weights)
+        return replace(clusters, weights=self._weights(tokens, clusters).scatter(1, anchors, 1.0))
 
     def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:
         """LAR: ln b, b = 1 + the weights of the tokens merged into the anchor."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from era_vllm.errors import PolicyError
 from era_vllm.steps.bias import log_cluster_size
-from era_vllm.steps.merge import merge_by_assignment
 from era_vllm.types import Clusters, Signal, VisualTokens
 
 
@@ -45,8 +44,8 @@ class Policy:
         column = _middle(cell - start, stop - start, width)
         return (row * width + column).repeat(tokens.segments, 1)
 
-    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
-        """Average each cell."""
+    def assign(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+        """Each token belongs to its cell."""
         height, width = tokens.grid
         num_anchors = anchors.shape[1]
         bands = _bands(height, width, num_anchors)
@@ -57,7 +56,7 @@ class Policy:
             _first_cell(band + 1, num_anchors, bands),
         )
         cell = start + ((token % width + 1) * (stop - start) - 1) // width
-        return merge_by_assignment(tokens, anchors, cell.repeat(tokens.segments, 1))
+        return Clusters(anchors, cell.repeat(tokens.segments, 1))
 
     def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:
         """Return ln of the cell's size."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from era_vllm.errors import ConfigError
 from era_vllm.steps.bias import log_cluster_size
-from era_vllm.steps.merge import merge_to_nearest
+from era_vllm.steps.merge import nearest
 from era_vllm.types import Clusters, Signal, VisualTokens
 
 # splitmix64 (Steele et al. 2014) in int64 arithmetic, which wraps around
@@ -43,17 +43,16 @@ class Policy:
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """Return the a tokens whose hashes are smallest, ascending."""
-        assert tokens.seeds is not None  # the pipeline checks the policy's needs
-        step = torch.arange(1, tokens.n + 1, device=tokens.seeds.device) * _GAMMA
-        x = (tokens.seeds[:, None] ^ self.seed) + step
+        step = torch.arange(1, tokens.n + 1, device=tokens.pixel_hash.device) * _GAMMA
+        x = (tokens.pixel_hash[:, None] ^ self.seed) + step
         for shift, factor in _MIX:
             x = (x ^ _logical_shift(x, shift)) * factor
         x = x ^ _logical_shift(x, 31)
         return x.argsort(dim=-1, stable=True)[:, :num_anchors].sort(-1).values
 
-    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
-        """Each token joins its nearest anchor by cosine; clusters become their mean."""
-        return merge_to_nearest(tokens, anchors)
+    def assign(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+        """Each token joins its nearest anchor by cosine."""
+        return nearest(tokens, anchors)
 
     def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:
         """Return ln of the cluster size."""

@@ -8,7 +8,7 @@ from jaxtyping import Float32, Int
 from torch import Tensor
 
 from era_vllm.steps.bias import log_cluster_size
-from era_vllm.steps.merge import merge_to_nearest
+from era_vllm.steps.merge import nearest
 from era_vllm.types import Clusters, Signal, VisualTokens
 
 
@@ -28,9 +28,9 @@ class Policy:
         row = torch.arange(num_anchors, device=tokens.embeds.device) * tokens.n // num_anchors
         return row.repeat(tokens.segments, 1)
 
-    def merge(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
-        """Each token joins its nearest anchor by cosine; clusters become their mean."""
-        return merge_to_nearest(tokens, anchors)
+    def assign(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+        """Each token joins its nearest anchor by cosine."""
+        return nearest(tokens, anchors)
 
     def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s a"]:
         """Return ln of the cluster size."""

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from era_vllm.steps.merge import cluster_sum
+from era_vllm.steps.merge import cluster_sizes, cluster_sum
 from era_vllm.types import Clusters
 
 
 def log_cluster_size(clusters: Clusters) -> Float32[Tensor, "s a"]:
     """Return ln |C|: exact where the tokens of a cluster have equal keys."""
-    return clusters.sizes.float().log()
+    return cluster_sizes(clusters).float().log()
 
 
 def log_weighted_size(

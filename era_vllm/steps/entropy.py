@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
 
-from era_vllm.types import VisualTokens
+from era_vllm.types import Signal, VisualTokens
 
 Saliency = Literal["share", "softmax", "zscore", "logit"]
 _NO_MASS: Final = 1e-12
@@ -25,13 +25,12 @@ def head_profile(
     """Return Y: each token's distribution over vision heads; rows sum to 1.
 
     Args:
-        tokens: With ``attention``; for ``logit`` with ``scores`` too.
+        tokens: With encoder attention; for ``logit`` with its scores too.
         saliency: ``share`` = A / sum over heads; ``softmax`` over heads of A; ``zscore`` = softmax
             of A standardised per head; ``logit`` = softmax over heads of the mean score.
         temperature: Divides what goes into a softmax, > 0; unused by ``share``.
     """
-    assert tokens.attention is not None  # the pipeline checks the policy's needs
-    attention = tokens.attention.transpose(1, 2)
+    attention = tokens.signal(Signal.ENCODER_ATTENTION).transpose(1, 2)
     if saliency == "share":
         mass = attention.sum(-1, keepdim=True)
         even = torch.full_like(attention, 1.0 / attention.shape[-1])
@@ -40,8 +39,7 @@ def head_profile(
         spread = attention.std(1, keepdim=True, correction=0).clamp_min(_NO_MASS)
         attention = (attention - attention.mean(1, keepdim=True)) / spread
     elif saliency == "logit":
-        assert tokens.scores is not None
-        attention = tokens.scores.transpose(1, 2)
+        attention = tokens.signal(Signal.ENCODER_SCORES).transpose(1, 2)
     return (attention / temperature).softmax(-1)
 
 
@@ -58,8 +56,7 @@ def head_entropy(
 
 def unattended(tokens: VisualTokens, mass_guard: float) -> Bool[Tensor, "s n"]:
     """Mark tokens whose attention mass is below ``mass_guard`` times the segment's median."""
-    assert tokens.attention is not None
-    mass = tokens.attention.sum(1)
+    mass = tokens.signal(Signal.ENCODER_ATTENTION).sum(1)
     ranked = mass.sort(-1).values
     middle = (ranked[:, (tokens.n - 1) // 2] + ranked[:, tokens.n // 2]) / 2
     return mass < mass_guard * middle[:, None]

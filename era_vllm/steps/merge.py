@@ -15,44 +15,43 @@ from era_vllm.types import Clusters, VisualTokens
 Matching = Literal["cosine", "dot"]
 
 
-def merge_to_nearest(
+def nearest(
     tokens: VisualTokens,
     anchors: Int[Tensor, "s a"],
     *,
     matching: Matching = "cosine",
 ) -> Clusters:
-    """Assign each token to its most similar anchor and average the clusters."""
+    """Assign each token to its most similar anchor."""
     lengths = length(tokens.embeds) if matching == "dot" else None
-    assignment = nearest_anchor(unit(tokens.embeds), anchors, lengths)
-    return merge_by_assignment(tokens, anchors, assignment)
+    return Clusters(anchors, nearest_anchor(unit(tokens.embeds), anchors, lengths))
 
 
-def merge_by_assignment(
-    tokens: VisualTokens,
-    anchors: Int[Tensor, "s a"],
-    assignment: Int[Tensor, "s n"],
-    weights: Float32[Tensor, "s n"] | None = None,
-) -> Clusters:
-    """Average the given clusters in float32 and cast back.
+def average(rows: Float[Tensor, "s n c"], clusters: Clusters) -> Float[Tensor, "s a c"]:
+    """Return each cluster's weighted mean, taken in float32 and cast back; empty clusters give 0.
 
     Args:
-        assignment: Row of each token's anchor; -1 = dropped.
-        weights: Of each token in its cluster's mean, > 0; None = equal.
+        rows: Finite.
+        clusters: An anchor's weight is > 0.
     """
-    num_anchors = anchors.shape[1]
-    kept = assignment >= 0
+    assignment, num_anchors = clusters.assignment, clusters.anchors.shape[1]
     row = assignment.clamp_min(0)
-    sizes = kept.new_zeros(anchors.shape, dtype=torch.int64).scatter_add_(1, row, kept.long())
-    if weights is None:
-        share = 1.0 / sizes.gather(1, row).float()
+    if clusters.weights is None:
+        share = 1.0 / cluster_sizes(clusters).gather(1, row).float()
     else:
-        total = cluster_sum(weights[..., None], assignment, num_anchors)[..., 0]
-        share = weights / total.gather(1, row)
+        total = cluster_sum(clusters.weights[..., None], assignment, num_anchors)[..., 0]
+        share = clusters.weights / total.gather(1, row)
     # Shares first, sum after: a cluster of one keeps its bits, and no finite value overflows (the
     # clamp takes back the last bit by which equal largest values may do so).
-    mean = cluster_sum(tokens.embeds.float() * share[..., None], assignment, num_anchors)
-    top = torch.finfo(tokens.embeds.dtype).max
-    return Clusters(anchors, assignment, mean.clamp(-top, top).to(tokens.embeds.dtype), sizes)
+    mean = cluster_sum(rows.float() * share[..., None], assignment, num_anchors)
+    top = torch.finfo(rows.dtype).max
+    return mean.clamp(-top, top).to(rows.dtype)
+
+
+def cluster_sizes(clusters: Clusters) -> Int[Tensor, "s a"]:
+    """Return the tokens in each cluster, its anchor included."""
+    kept = clusters.assignment >= 0
+    sizes = torch.zeros_like(clusters.anchors)
+    return sizes.scatter_add_(1, clusters.assignment.clamp_min(0), kept.long())
 
 
 def cluster_sum(

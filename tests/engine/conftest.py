@@ -175,7 +175,7 @@ class Engine:
         """Keep what was pruned, by picture and number of anchors."""
         self.encoded += tokens.segments
         for row in range(tokens.segments):
-            key = (int(tokens.seeds[row]), result.anchors.shape[1])
+            key = (int(tokens.pixel_hash[row]), result.anchors.shape[1])
             self.pruned[key] = (tokens, result, row)
 
     def ask(self, requests: Sequence[Request], steps: int = STEPS) -> list[Answer]:
@@ -206,9 +206,7 @@ class Engine:
         one = VisualTokens(
             tokens.embeds[row : row + 1].clone(),
             tokens.grid,
-            None if tokens.attention is None else tokens.attention[row : row + 1].clone(),
-            None if tokens.scores is None else tokens.scores[row : row + 1].clone(),
-            tokens.seeds[row : row + 1].clone(),
+            {signal: value[row : row + 1].clone() for signal, value in tokens.signals.items()},
         )
         config, count = self.config, result.anchors.shape[1]
         again = prune(one, count, self.model.policy, merge=config.merge, bias=config.bias)

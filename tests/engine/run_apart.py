@@ -34,7 +34,13 @@ def collect(worker):
     """Return this rank's attention, anchors, bias, pictures, embeddings: tensors do not travel."""
     rows = []
     for tokens, result in worker.get_model().seen:
-        kept = tokens.attention, result.anchors, result.log_bias, tokens.seeds, result.embeds
+        kept = (
+            tokens.signals[Signal.ENCODER_ATTENTION],
+            result.anchors,
+            result.log_bias,
+            tokens.pixel_hash,
+            result.embeds,
+        )
         rows.append([values.tolist() for values in kept])
     return rows
 

@@ -45,9 +45,9 @@ def test_attention_settings(engine, setup, ask, images, oracle, exact, settings)
     key = live._key(images[1], 0.778, oracle)
     tokens, _, row = live.pruned[key]
     expected = oracle.tokens([images[1]], live.config).attention[0]
-    assert torch.allclose(tokens.attention[row], expected, atol=1e-6)
+    assert torch.allclose(tokens.signals[Signal.ENCODER_ATTENTION][row], expected, atol=1e-6)
     other = oracle.tokens([images[1]]).attention[0]
-    assert not torch.allclose(tokens.attention[row], other, atol=1e-4)
+    assert not torch.allclose(tokens.signals[Signal.ENCODER_ATTENTION][row], other, atol=1e-4)
 
 
 @pytest.mark.situation("several images")

@@ -15,6 +15,8 @@ from era_vllm.pipeline import prune
 from era_vllm.types import Clusters, Degenerate, Signal, VisualTokens
 from tests.strategies import build
 
+ATTENTION, SCORES = Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES
+
 
 @dataclass(frozen=True)
 class Recorder:
@@ -34,16 +36,16 @@ class Recorder:
         self.seen.append(("select", tokens, num_anchors))
         return torch.arange(num_anchors).repeat(tokens.segments, 1)
 
-    def merge(self, tokens: VisualTokens, anchors: Tensor) -> Clusters:
-        """Return embeddings that only a test would make."""
+    def assign(self, tokens: VisualTokens, anchors: Tensor) -> Clusters:
+        """Give the anchor a weight that only a test would, and cluster 0 the rest."""
         count = anchors.shape[1]
-        self.seen.append(("merge", tokens, count))
+        self.seen.append(("assign", tokens, count))
         assignment = torch.zeros(tokens.segments, tokens.n, dtype=torch.int64)
         assignment[:, :count] = torch.arange(count)
         assignment[:, -1] = -1
-        sizes = torch.stack([row[row >= 0].bincount() for row in assignment])
-        embeds = torch.full((tokens.segments, count, tokens.embeds.shape[2]), 7.0)
-        return Clusters(anchors, assignment, embeds, sizes)
+        weights = torch.ones(tokens.segments, tokens.n)
+        weights[:, 0] = 8.0
+        return Clusters(anchors, assignment, weights)
 
     def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Tensor:
         """Return another number for every anchor."""
@@ -56,12 +58,15 @@ def test_steps_are_called_in_order_and_handed_on() -> None:
     assert isinstance(policy, PruningPolicy)
     pruned = prune(tokens, 3, policy)
     assert [(name, count) for name, _, count in policy.seen] == [
-        *(("select", 3), ("merge", 3), ("log_bias", 3)),
+        *(("select", 3), ("assign", 3), ("log_bias", 3)),
     ]
     assert pruned.anchors.tolist() == [[0, 1, 2]]
     assert pruned.log_bias.tolist() == [[0.5, 1.5, 2.5]]
     assert pruned.assignment.tolist() == [[0, 1, 2, *[0] * 8, -1]]
-    assert torch.equal(pruned.embeds, torch.full((1, 3, 7), 7.0))
+    members = tokens.embeds[0, [0, *range(3, 11)]]
+    mean = (8 * members[0] + members[1:].sum(0)) / 16
+    torch.testing.assert_close(pruned.embeds[0, 0], mean)
+    assert torch.equal(pruned.embeds[0, 1:], tokens.embeds[0, 1:3])
 
 
 def test_switches() -> None:
@@ -88,17 +93,17 @@ def test_policy_is_not_asked_where_all_stay(grid: tuple[int, int], count: int) -
 
 def test_policy_sees_finite_tokens_and_every_repair_is_counted() -> None:
     tokens = build(0, (3, 4), kinds=(("generic", "peaked"),) * 2)
-    assert tokens.attention is not None and tokens.scores is not None
     inf, nan = float("inf"), float("nan")
     embeds, attention, scores = (
-        x.clone() for x in (tokens.embeds, tokens.attention, tokens.scores)
+        x.clone() for x in (tokens.embeds, tokens.signals[ATTENTION], tokens.signals[SCORES])
     )
     embeds[0, 0, :3] = torch.tensor([nan, inf, -inf])
     attention[0, 0, :4] = torch.tensor([nan, inf, -inf, -1.0])
     attention[1, :, 5] = 0.0
     scores[1, 0, :2] = torch.tensor([nan, inf])
     policy = Recorder()
-    spoiled = replace(tokens, embeds=embeds, attention=attention, scores=scores)
+    given = {**tokens.signals, ATTENTION: attention, SCORES: scores}
+    spoiled = replace(tokens, embeds=embeds, signals=given)
     counts = prune(spoiled, 3, policy).degenerate
     assert counts[Degenerate.NON_FINITE_EMBEDS] == 3
     assert counts[Degenerate.NON_FINITE_ATTENTION] == 5
@@ -107,13 +112,110 @@ def test_policy_sees_finite_tokens_and_every_repair_is_counted() -> None:
     _, seen, _ = policy.seen[0]
     top = torch.finfo(torch.float32).max
     assert seen.embeds[0, 0, :3].tolist() == [0.0, top, -top]
-    assert seen.attention is not None and seen.scores is not None
-    assert seen.attention[0, 0, :4].tolist() == [0.0] * 4
-    assert seen.scores[1, 0, :2].tolist() == [0.0] * 2
-    for repaired, original in ((seen.embeds, embeds), (seen.attention, attention)):
+    assert seen.signals[ATTENTION][0, 0, :4].tolist() == [0.0] * 4
+    assert seen.signals[SCORES][1, 0, :2].tolist() == [0.0] * 2
+    for repaired, original in ((seen.embeds, embeds), (seen.signals[ATTENTION], attention)):
         good = original.isfinite() & (original >= 0)
         assert torch.equal(repaired[good], original[good])
     assert embeds[0, 0, 0].isnan(), "the caller's tensors stay as they are"
+
+
+@dataclass(frozen=True)
+class Faulty(Recorder):
+    """Returns what no policy may, for the middle one of three segments, at one step."""
+
+    step: str = ""
+    value: float = 0.0
+
+    def select(self, tokens: VisualTokens, num_anchors: int) -> Tensor:
+        """Return the first tokens, with one anchor that is none."""
+        anchors = super().select(tokens, num_anchors)
+        if self.step == "select":
+            anchors[1, 1] = int(self.value)
+        return anchors
+
+    def assign(self, tokens: VisualTokens, anchors: Tensor) -> Clusters:
+        """Give one token (the last anchor, or one that is none) to an impossible row."""
+        clusters = super().assign(tokens, anchors)
+        assert clusters.weights is not None
+        if self.step == "assign":
+            clusters.assignment[1, 5] = int(self.value)
+        if self.step == "foreign anchor":
+            clusters.assignment[1, anchors[1, -1]] = int(self.value)
+        if self.step == "weights":
+            clusters.weights[1, 6] = self.value
+        return clusters
+
+    def log_bias(self, tokens: VisualTokens, clusters: Clusters) -> Tensor:
+        """Return one bias that is none."""
+        bias = super().log_bias(tokens, clusters)
+        if self.step == "log_bias":
+            bias[1, 2] = self.value
+        return bias
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("step", "value"),
+    [
+        *(("select", value) for value in (0, -1, 12, 2**40)),
+        *(("assign", value) for value in (-2, 3, 2**40)),
+        ("foreign anchor", 0),
+        ("foreign anchor", -1),
+        *(("weights", value) for value in (-1.0, NAN, INF)),
+        *(("log_bias", value) for value in (-0.1, NAN, INF, -INF)),
+    ],
+)
+def test_a_bad_policy_harms_one_segment_and_is_counted(step: str, value: float) -> None:
+    tokens = build(0, (3, 4), kinds=(("generic", "peaked"),) * 3)
+    good, pruned = prune(tokens, 3, Recorder()), prune(tokens, 3, Faulty(step=step, value=value))
+    assert 1 <= pruned.degenerate[Degenerate.POLICY_OUTPUT] <= 2  # assign may follow suit
+    assert not good.degenerate[Degenerate.POLICY_OUTPUT]
+    assert pruned.embeds.isfinite().all() and pruned.log_bias.isfinite().all()
+    assert (pruned.log_bias >= 0).all() and (pruned.anchors.diff(dim=1) > 0).all()
+    assert pruned.anchors.min() >= 0 and pruned.anchors.max() < tokens.n
+    assert (pruned.assignment.gather(1, pruned.anchors) == torch.arange(3)).all()
+    for neighbour in (0, 2):
+        for name in ("embeds", "log_bias", "anchors", "assignment"):
+            expected = getattr(good, name)[neighbour]
+            assert torch.equal(getattr(pruned, name)[neighbour], expected), name
+
+
+@pytest.mark.parametrize("step", ["select", "assign", "log_bias"])
+def test_a_policy_of_the_wrong_shape_is_told_what_is_needed(step: str) -> None:
+    class Odd(Recorder):
+        pass
+
+    def wrong(tokens: VisualTokens, other: object) -> object:
+        right = getattr(Recorder(), step)(tokens, other)
+        return (
+            replace(right, assignment=right.assignment.int()) if step == "assign" else right[:, 1:]
+        )
+
+    policy = Odd()
+    object.__setattr__(policy, step, wrong)
+    with pytest.raises(PolicyError, match=f"step '{step}': returned torch.* of shape .* needed"):
+        prune(build(0, (3, 4)), 3, policy)
+
+
+def test_riders_are_averaged_as_their_tokens_are_and_seen_by_nobody() -> None:
+    tokens = build(0, (3, 4))
+    riders = torch.randn(1, 12, 5, generator=torch.Generator().manual_seed(0))
+    policy = Recorder()
+    pruned = prune(replace(tokens, riders=riders), 3, policy)
+    alone = prune(tokens, 3, Recorder())
+    for name in ("embeds", "log_bias", "anchors", "assignment"):
+        assert torch.equal(getattr(pruned, name), getattr(alone, name))
+    assert alone.riders is None and pruned.riders is not None
+    members = riders[0, [0, *range(3, 11)]]
+    torch.testing.assert_close(pruned.riders[0, 0], (8 * members[0] + members[1:].sum(0)) / 16)
+    assert torch.equal(pruned.riders[0, 1:], riders[0, 1:3])
+    own = prune(replace(tokens, riders=riders), 3, Recorder(), merge=False)
+    assert torch.equal(own.riders, riders[:, :3])  # type: ignore[arg-type]
+    all_stay = prune(replace(tokens, riders=riders), 12, Recorder())
+    assert all_stay.riders is riders
 
 
 def test_missing_signals_are_all_named() -> None:
@@ -122,7 +224,7 @@ def test_missing_signals_are_all_named() -> None:
         def needs(self) -> frozenset[Signal]:
             return frozenset(Signal)
 
-    tokens = VisualTokens(torch.zeros(1, 4, 2), (2, 2), attention=torch.zeros(1, 2, 4))
+    tokens = VisualTokens(torch.zeros(1, 4, 2), (2, 2), {ATTENTION: torch.zeros(1, 2, 4)})
     with pytest.raises(PolicyError, match="needs encoder attention scores, pixel hash, which"):
         prune(tokens, 2, Needy())
 

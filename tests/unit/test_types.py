@@ -11,18 +11,25 @@ from era_vllm.types import Signal, VisualTokens
 
 
 def test_tokens_know_their_size_and_signals() -> None:
-    tokens = VisualTokens(torch.zeros(2, 6, 5), (2, 3), scores=torch.zeros(2, 4, 6))
+    tokens = VisualTokens(
+        torch.zeros(2, 6, 5), (2, 3), {Signal.ENCODER_SCORES: torch.zeros(2, 4, 6)}
+    )
     assert (tokens.segments, tokens.n) == (2, 6)
-    assert tokens.signals == {Signal.ENCODER_SCORES}
-    assert VisualTokens(torch.zeros(2, 6, 5), (2, 3)).signals == frozenset()
+    assert tokens.signals.keys() == {Signal.ENCODER_SCORES}
+    assert not VisualTokens(torch.zeros(2, 6, 5), (2, 3)).signals
+
+
+def _attention(x: torch.Tensor) -> torch.Tensor:
+    tokens = VisualTokens(torch.zeros(2, 6, 5), (2, 3), {Signal.ENCODER_ATTENTION: x})
+    return tokens.signal(Signal.ENCODER_ATTENTION)
 
 
 def test_shapes_are_checked_while_testing() -> None:
     """The import hook of conftest is on; were it off, no annotation would be tested at all."""
     with pytest.raises(TypeCheckError):
-        VisualTokens(torch.zeros(2, 6, 5), (2, 3), attention=torch.zeros(2, 4, 7))
+        _attention(torch.zeros(2, 4, 7, 1))
     with pytest.raises(TypeCheckError):
-        VisualTokens(torch.zeros(2, 6, 5), (2, 3), attention=torch.zeros(2, 4, 6).double())
+        _attention(torch.zeros(2, 4, 6).double())
     with pytest.raises(TypeCheckError):
         unit(torch.zeros(3, 4))
     with pytest.raises(TypeCheckError):

@@ -15,8 +15,9 @@ from era_vllm.pipeline import prune
 from era_vllm.policies.era import Policy
 from era_vllm.types import Degenerate, Signal, VisualTokens
 from tests import oracle
-from tests.strategies import build, generic
+from tests.strategies import build, generic, with_signal
 
+ATTENTION = Signal.ENCODER_ATTENTION
 CLEAR = 1e-5
 """A choice made by less may rightly differ between float32 and float64."""
 
@@ -24,8 +25,8 @@ CLEAR = 1e-5
 def _oracle(
     tokens: VisualTokens, count: int, lam: float = 0.5, alpha: float = 0.3
 ) -> tuple[oracle.Selection, oracle.Recycled]:
-    assert tokens.attention is not None
-    embeds, attention = tokens.embeds[0].double().numpy(), tokens.attention[0].double().numpy()
+    embeds = tokens.embeds[0].double().numpy()
+    attention = tokens.signals[ATTENTION][0].double().numpy()
     selection = oracle.select(embeds, attention, count, lam, alpha)
     entropy = oracle.head_entropy(attention)
     return selection, oracle.recycle(embeds, selection.anchors, entropy, 0.39)
@@ -66,9 +67,9 @@ def test_permuted_tokens_give_permuted_anchors(
     tokens, count = drawn
     selection, recycled = _oracle(tokens, count)
     assume(min(selection.margin, recycled.margin) > CLEAR)
-    assert tokens.attention is not None
     order = torch.tensor(data.draw(st.permutations(range(tokens.n))))
-    moved = VisualTokens(tokens.embeds[:, order], tokens.grid, tokens.attention[:, :, order])
+    attention = {ATTENTION: tokens.signals[ATTENTION][:, :, order]}
+    moved = VisualTokens(tokens.embeds[:, order], tokens.grid, attention)
     here, there = prune(tokens, count, Policy()), prune(moved, count, Policy())
     assert sorted(order[there.anchors[0]].tolist()) == here.anchors[0].tolist()
     bias = dict(zip(order[there.anchors[0]].tolist(), there.log_bias[0].tolist(), strict=True))
@@ -102,8 +103,9 @@ def test_scale_of_features_and_attention_does_not_matter(
     drawn: tuple[VisualTokens, int], x: float, a: float
 ) -> None:
     tokens, count = drawn
-    assert tokens.attention is not None
-    scaled = replace(tokens, embeds=tokens.embeds * x, attention=tokens.attention * a)
+    scaled = replace(
+        with_signal(tokens, ATTENTION, tokens.signals[ATTENTION] * a), embeds=tokens.embeds * x
+    )
     here, there = prune(tokens, count, Policy()), prune(scaled, count, Policy())
     assert torch.equal(here.anchors, there.anchors)
     assert torch.equal(here.assignment, there.assignment)
@@ -113,8 +115,7 @@ def test_scale_of_features_and_attention_does_not_matter(
 
 def test_one_anchor_is_the_token_of_least_entropy() -> None:
     tokens = build(5, (4, 8), heads=5)
-    assert tokens.attention is not None
-    entropy = oracle.head_entropy(tokens.attention[0].double().numpy())
+    entropy = oracle.head_entropy(tokens.signals[ATTENTION][0].double().numpy())
     pruned = prune(tokens, 1, Policy())
     assert pruned.anchors.tolist() == [[int(entropy.argmin())]]
     assert pruned.log_bias.item() == pytest.approx(math.log(1 + 0.39 * 31), rel=1e-5)
@@ -141,7 +142,7 @@ def test_equal_tokens_go_by_entropy_then_index_and_recycle_into_the_first() -> N
     attention = torch.full((1, 2, 12), 0.5)
     focused = [2, 5, 7, 11]
     attention[0, :, focused] = torch.tensor([[0.9], [0.1]])
-    tokens = replace(tokens, attention=attention)
+    tokens = with_signal(tokens, ATTENTION, attention)
     picks = [prune(tokens, count, Policy(profile_weight=0.0)) for count in (1, 3, 4, 6)]
     chosen = [pruned.anchors[0].tolist() for pruned in picks]
     assert chosen == [[2], [2, 5, 7], focused, [0, 1, 2, 5, 7, 11]]
@@ -152,8 +153,7 @@ def test_equal_tokens_go_by_entropy_then_index_and_recycle_into_the_first() -> N
 
 def test_a_single_head_leaves_features_alone() -> None:
     tokens = build(2, (4, 5), heads=1)
-    assert tokens.attention is not None
-    other = replace(tokens, attention=torch.rand_like(tokens.attention) + 0.1)
+    other = with_signal(tokens, ATTENTION, torch.rand_like(tokens.signals[ATTENTION]) + 0.1)
     assert torch.equal(prune(tokens, 6, Policy()).anchors, prune(other, 6, Policy()).anchors)
     assert prune(tokens, 6, Policy()).anchors[0, 0] == 0
 
@@ -164,9 +164,8 @@ def _mass(tokens: VisualTokens, policy: Policy) -> Tensor:
 
 def test_weightings() -> None:
     tokens = build(3, (5, 6), heads=4)
-    assert tokens.attention is not None
     pruned = prune(tokens, 6, Policy())
-    saliency = 1 - oracle.head_entropy(tokens.attention[0].double().numpy())
+    saliency = 1 - oracle.head_entropy(tokens.signals[ATTENTION][0].double().numpy())
     literal = np.ones(6)
     for token, row in enumerate(pruned.assignment[0].tolist()):
         if token not in pruned.anchors[0].tolist():
@@ -208,8 +207,7 @@ def test_weighted_centroid_divides_by_the_mass(weighting: str) -> None:
 
 def test_without_a_penalty_the_start_is_still_the_least_entropy() -> None:
     tokens = build(5, (4, 8), heads=5)
-    assert tokens.attention is not None
-    entropy = oracle.head_entropy(tokens.attention[0].double().numpy())
+    entropy = oracle.head_entropy(tokens.signals[ATTENTION][0].double().numpy())
     assert int(entropy.argmin()) != 0
     anchors = prune(tokens, 1, Policy(entropy_penalty=0.0)).anchors
     assert anchors.tolist() == [[int(entropy.argmin())]]
@@ -220,8 +218,7 @@ def test_searches_differ_and_weigh_entropy() -> None:
     searches = ("additive", "multiplicative", "dpp")
     picks = [prune(tokens, 16, Policy(search=name)).anchors[0].tolist() for name in searches]
     assert len(set(map(tuple, picks))) == 3
-    assert tokens.attention is not None
-    entropy = torch.from_numpy(oracle.head_entropy(tokens.attention[0].double().numpy()))
+    entropy = torch.from_numpy(oracle.head_entropy(tokens.signals[ATTENTION][0].double().numpy()))
     for name in searches:
         mine = entropy[prune(tokens, 16, Policy(search=name)).anchors[0]].mean()
         assert mine < entropy.mean()
@@ -234,8 +231,7 @@ def test_dpp_search_weighs_diversity_by_quality(drawn: tuple[VisualTokens, int])
     """Kernel q_i cos(x_i, x_j) q_j with q = 1 - entropy stretched to [0, 1]."""
     tokens, count = drawn
     count = min(count, 10)
-    assert tokens.attention is not None
-    entropy = oracle.head_entropy(tokens.attention[0].double().numpy())
+    entropy = oracle.head_entropy(tokens.signals[ATTENTION][0].double().numpy())
     spread = entropy.max() - entropy.min()
     assume(spread > 1e-3)
     quality = np.maximum(1 - (entropy - entropy.min()) / spread, 1e-3)

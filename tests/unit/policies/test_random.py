@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from era_vllm.pipeline import prune
 from era_vllm.policies.random import Policy
-from era_vllm.types import VisualTokens
+from era_vllm.types import Signal, VisualTokens
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -15,7 +15,7 @@ INT64 = st.integers(-(2**63), 2**63 - 1)
 def _tokens(seeds: list[int], n: int = 40, features: int = 0) -> VisualTokens:
     generator = torch.Generator().manual_seed(features)
     x = torch.randn(len(seeds), n, 4, generator=generator)
-    return VisualTokens(x, (1, n), seeds=torch.tensor(seeds))
+    return VisualTokens(x, (1, n), {Signal.PIXEL_HASH: torch.tensor(seeds)})
 
 
 def _splitmix64(state: int, count: int) -> list[int]:

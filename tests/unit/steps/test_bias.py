@@ -11,8 +11,6 @@ from era_vllm.types import Clusters
 CLUSTERS = Clusters(
     anchors=torch.tensor([[1, 3], [0, 5]]),
     assignment=torch.tensor([[0, 0, 1, 1, -1, 0], [0, 1, 1, 1, 1, 1]]),
-    embeds=torch.zeros(2, 2, 4),
-    sizes=torch.tensor([[3, 2], [1, 5]]),
 )
 
 

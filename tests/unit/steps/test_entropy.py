@@ -1,7 +1,6 @@
 """Head profiles and their entropy, against numpy in float64 and against numbers done by hand."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from era_vllm.steps.entropy import Saliency, head_entropy, head_profile, min_max, unattended
-from era_vllm.types import VisualTokens
+from era_vllm.types import Signal, VisualTokens
 from tests import oracle
-from tests.strategies import build, generic
+from tests.strategies import build, generic, with_signal
+
+ATTENTION, SCORES = Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES
 
 
 def _attended(attention: Tensor, scores: Tensor | None = None) -> VisualTokens:
     n = attention.shape[-1]
     embeds = torch.zeros(attention.shape[0], n, 1)
-    return VisualTokens(embeds, (1, n), attention.float(), scores)
+    signals = {ATTENTION: attention.float()}
+    if scores is not None:
+        signals[SCORES] = scores
+    return VisualTokens(embeds, (1, n), signals)
 
 
 def _entropy(tokens: VisualTokens, guard: float = 1e-3) -> Tensor:
@@ -29,8 +33,7 @@ def _entropy(tokens: VisualTokens, guard: float = 1e-3) -> Tensor:
 @given(drawn=generic())
 def test_share_and_entropy_match_float64(drawn: tuple[VisualTokens, int]) -> None:
     tokens, _ = drawn
-    assert tokens.attention is not None
-    attention = tokens.attention[0].double().numpy()
+    attention = tokens.signals[ATTENTION][0].double().numpy()
     profile = head_profile(tokens, "share", 1.0)[0].numpy()
     np.testing.assert_allclose(profile, (attention / attention.sum(0)).T, rtol=1e-5)
     np.testing.assert_allclose(
@@ -56,8 +59,7 @@ def test_entropy_of_the_paper_s_two_drawn_tokens() -> None:
 @given(drawn=generic(), factor=st.sampled_from([2.0**-8, 0.25, 2.0, 2.0**10]))
 def test_scale_of_attention_does_not_matter(drawn: tuple[VisualTokens, int], factor: float) -> None:
     tokens, _ = drawn
-    assert tokens.attention is not None
-    scaled = replace(tokens, attention=tokens.attention * factor)
+    scaled = with_signal(tokens, ATTENTION, tokens.signals[ATTENTION] * factor)
     assert torch.equal(_entropy(tokens), _entropy(scaled))
 
 
@@ -91,8 +93,9 @@ def test_rounding_noise_is_no_difference(heads: int) -> None:
 @given(seed=st.integers(0, 2**32 - 1), temperature=st.sampled_from([0.25, 1.0, 3.0]))
 def test_softmax_forms_match_float64(seed: int, temperature: float) -> None:
     tokens = build(seed, (3, 5), heads=4)
-    assert tokens.attention is not None and tokens.scores is not None
-    attention, scores = (x[0].double().numpy() for x in (tokens.attention, tokens.scores))
+    attention, scores = (
+        x[0].double().numpy() for x in (tokens.signals[ATTENTION], tokens.signals[SCORES])
+    )
     standard = attention - attention.mean(1, keepdims=True)
     standard /= np.sqrt((standard**2).mean(1, keepdims=True))
     forms: dict[Saliency, oracle.Array] = {

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from era_vllm.steps.merge import cluster_sum, merge_by_assignment, merge_to_nearest
-from era_vllm.types import VisualTokens
+from era_vllm.steps.merge import average, cluster_sizes, cluster_sum, nearest
+from era_vllm.types import Clusters, VisualTokens
 from tests.strategies import build, generic
 
 
@@ -40,33 +40,32 @@ def test_means_and_sizes_match_a_loop(drawn: tuple[Tensor, Tensor, int], weighte
     generator = torch.Generator().manual_seed(n)
     weights = torch.rand(segments, n, generator=generator) + 0.1 if weighted else None
     anchors = torch.zeros(segments, count, dtype=torch.int64)
-    clusters = merge_by_assignment(VisualTokens(x, (1, n)), anchors, assignment, weights)
+    clusters = Clusters(anchors, assignment, weights)
+    means, sizes = average(x, clusters), cluster_sizes(clusters)
     for index in range(segments):
         for row in range(count):
             mine = assignment[index] == row
-            assert clusters.sizes[index, row] == mine.sum()
+            assert sizes[index, row] == mine.sum()
             if mine.any():
                 share = (torch.ones(n) if weights is None else weights[index])[mine].double()
                 mean = (share[:, None] * x[index, mine].double()).sum(0) / share.sum()
-                torch.testing.assert_close(
-                    clusters.embeds[index, row].double(), mean, rtol=0, atol=2e-6
-                )
+                torch.testing.assert_close(means[index, row].double(), mean, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_means_of_the_largest_values_are_finite(dtype: torch.dtype) -> None:
     top = torch.finfo(dtype).max
     for n in range(2, 60):
-        tokens = VisualTokens(torch.full((1, n, 2), top, dtype=dtype), (1, n))
+        embeds = torch.full((1, n, 2), top, dtype=dtype)
         zero = torch.zeros(1, n, dtype=torch.int64)
-        mean = merge_by_assignment(tokens, zero[:, :1], zero).embeds
-        torch.testing.assert_close(mean, tokens.embeds[:, :1])
+        mean = average(embeds, Clusters(zero[:, :1], zero))
+        torch.testing.assert_close(mean, embeds[:, :1])
 
 
 @given(drawn=generic())
 def test_half_precision_is_averaged_in_float32(drawn: tuple[VisualTokens, int]) -> None:
     tokens = VisualTokens(drawn[0].embeds.bfloat16(), drawn[0].grid)
-    merged = merge_to_nearest(tokens, torch.tensor([[0]])).embeds
+    merged = average(tokens.embeds, nearest(tokens, torch.tensor([[0]])))
     exact = tokens.embeds.double().mean(1, keepdim=True)
     one_rounding = (merged.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6
     assert one_rounding.all()
@@ -75,16 +74,15 @@ def test_half_precision_is_averaged_in_float32(drawn: tuple[VisualTokens, int]) 
 def test_matching_by_dot_product_follows_length() -> None:
     x = torch.tensor([[[1.0, 0.0], [0.9, 0.2], [9.0, 9.0]]])
     tokens, anchors = VisualTokens(x, (1, 3)), torch.tensor([[0, 2]])
-    assert merge_to_nearest(tokens, anchors).assignment.tolist() == [[0, 0, 1]]
-    assert merge_to_nearest(tokens, anchors, matching="dot").assignment.tolist() == [[0, 1, 1]]
+    assert nearest(tokens, anchors).assignment.tolist() == [[0, 0, 1]]
+    assert nearest(tokens, anchors, matching="dot").assignment.tolist() == [[0, 1, 1]]
 
 
 def test_dropped_tokens_leave_no_trace() -> None:
     tokens = build(0, (2, 3))
     assignment = torch.tensor([[0, -1, 1, -1, 1, 0]])
-    clusters = merge_by_assignment(tokens, torch.tensor([[0, 2]]), assignment)
-    spoiled = VisualTokens(tokens.embeds.clone(), tokens.grid)
-    spoiled.embeds[0, [1, 3]] = 1e30
-    again = merge_by_assignment(spoiled, torch.tensor([[0, 2]]), assignment)
-    assert torch.equal(clusters.embeds, again.embeds)
-    assert clusters.sizes.tolist() == [[2, 2]]
+    clusters = Clusters(torch.tensor([[0, 2]]), assignment)
+    spoiled = tokens.embeds.clone()
+    spoiled[0, [1, 3]] = 1e30
+    assert torch.equal(average(tokens.embeds, clusters), average(spoiled, clusters))
+    assert cluster_sizes(clusters).tolist() == [[2, 2]]

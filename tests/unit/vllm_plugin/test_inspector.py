@@ -6,7 +6,7 @@ import torch
 from era_vllm.pipeline import prune
 from era_vllm.policies import dpp, era
 from era_vllm.steps.entropy import head_entropy, head_profile, unattended
-from era_vllm.types import VisualTokens
+from era_vllm.types import Signal, VisualTokens
 from era_vllm.vllm_plugin import inspector
 from era_vllm.vllm_plugin.inspector import Inspector, Watched
 
@@ -17,8 +17,10 @@ def tokens():
     return VisualTokens(
         torch.randn(3, 12, 8, generator=generator),
         (3, 4),
-        attention=torch.rand(3, 4, 12, generator=generator),
-        seeds=torch.tensor([11, 22, 33]),
+        {
+            Signal.ENCODER_ATTENTION: torch.rand(3, 4, 12, generator=generator),
+            Signal.PIXEL_HASH: torch.tensor([11, 22, 33]),
+        },
     )
 
 
