@@ -1,17 +1,19 @@
 """What an extension implements: a pruning policy, a model adapter, a place for the bias.
 
 Each contract is one file to implement (see .github/CONTRIBUTING.md). The property tests in
-``tests/contracts`` are run on every implementation found in ``policies/`` and ``attention/``.
+``tests/contracts`` are run on every implementation found in ``policies/``, ``models/`` and
+``attention/``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
+from era_vllm.layout import Layout
 from era_vllm.types import Clusters, Signal, VisualTokens
 
 
@@ -51,7 +53,7 @@ class TappedLayer:
     """The encoder layer whose attention a policy reads."""
 
     attention: nn.Module
-    """Called as ``attention(q, k, v)``, each [s, n, heads * dh]; has ``num_heads`` (of this rank),
+    """Called as ``attention(q, k, v)``, each [u, m, heads * dh]; has ``num_heads`` (of this rank),
     ``head_size`` and ``scale``."""
     heads: int
     """Vision heads over all ranks."""
@@ -61,36 +63,123 @@ class TappedLayer:
 
 @runtime_checkable
 class ModelAdapter(Protocol):
-    """Facts about a model family; ``vllm_plugin/model_mixin.py`` turns them into vLLM code."""
+    """Facts about a model family; ``vllm_plugin`` turns them into vLLM code.
 
-    architectures: ClassVar[tuple[str, ...]]
-    """Hugging Face architecture names that it serves."""
-    provides: ClassVar[frozenset[Signal]]
+    A subclass says what differs from a tower of one grid whose rows are the item's tokens. What is
+    decided before anything is imported (modalities, axes of a position) is in the family's row
+    (``vllm_plugin/families.py``).
+    """
+
+    provides: ClassVar[frozenset[Signal]] = frozenset()
     """Signals that its encoder can give."""
 
-    def grid(self, hf_config: object) -> tuple[int, int]:
-        """Rows and columns of one segment's token grid, known before encoding."""
+    def check(self, hf_config: object) -> None:
+        """Refuse a config whose tokens this adapter does not understand, before it is built.
+
+        Also every field that vLLM's own class ignores, where it is not what vLLM does.
+
+        Raises:
+            UnsupportedError: names what it got and what is allowed.
+        """
         ...
 
-    def split(self, inputs: Mapping[str, object], segments: int) -> list[dict[str, object]]:
-        """Cut the encoder's inputs into parts of at most so many segments, in order."""
+    def item_shape(
+        self,
+        info: object,
+        modality: str,
+        items: object,
+        index: int,
+        kwargs: Mapping[str, object],
+    ) -> tuple[int, ...]:
+        """Return the integers that an item's layout follows from, before it is processed.
+
+        Args:
+            info: vLLM's ``ProcessingInfo`` of the family.
+            items: vLLM's ``ModalityDataItems``.
+            index: Of the item among them.
+            kwargs: Arguments of the Hugging Face processor.
+
+        Returns:
+            By default the picture's height and width.
+        """
+        size = cast("_Pictures", items).get_image_size(index)
+        return (size.height, size.width)
+
+    def max_shape(
+        self, info: object, modality: str, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> tuple[int, ...]:
+        """Return the shape with the most tokens: what encoder and memory are budgeted for."""
+        size = cast("_Sizes", info).get_image_size_with_most_features()
+        return (size.height, size.width)
+
+    def layout(self, hf_config: object, modality: str, shape: tuple[int, ...]) -> Layout:
+        """Return where an item's tokens stand unpruned, and what is pruned together.
+
+        Pure and cached. ``layout.length`` is the number of rows that vLLM's own
+        ``embed_multimodal`` gives for the item, and of placeholders that its processor writes.
+        """
         ...
+
+    def input_rows(self, layout: Layout) -> Mapping[str, int]:
+        """Rows that an item has in each encoder input that is concatenated over items.
+
+        All other inputs have one row an item. So a pass can be cut at items.
+        """
+        return {}
+
+    def signals(
+        self, hf_config: object, tapped: Float32[Tensor, "u c m"], layouts: Sequence[Layout]
+    ) -> Sequence[Float32[Tensor, "c length"]]:
+        """Bring what was read in the tower to the items' places; separators get 0.
+
+        By what the family does linearly to the features: cut, resize, pool, shuffle pixels.
+
+        Args:
+            tapped: Of the pass's units (tiles, frames), in order, without ``skipped_keys``.
+            layouts: Of the pass's items.
+
+        Returns:
+            One an item; by default a unit's own.
+        """
+        return list(tapped)
+
+    def width(self, hf_config: object) -> int | None:
+        """Columns of an encoder's row that are the token; the rest are riders. None = all."""
+        return None
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The module whose attention layers carry the bias."""
-        ...
+        """Return the module whose attention layers carry the bias."""
+        return cast(nn.Module, model.language_model)
 
     def encoder_layer(self, hf_config: object, layer: int | None) -> int:
-        """The encoder layer to read, from 1, given it as the model's feature layer is counted.
+        """Return the encoder layer to read, from 1, given it as the features' layer is counted.
 
         None = that one. Refuses a layer that features do not come through; asked while the model
         is built, before its weights are read.
         """
         ...
 
-    def tapped_layer(self, model: nn.Module, hf_config: object, layer: int | None) -> TappedLayer:
-        """That layer of the built model."""
+    def tapped_layer(
+        self, model: nn.Module, hf_config: object, layer: int | None
+    ) -> TappedLayer | None:
+        """Return that layer of the built model; None = a model without a tower."""
         ...
+
+
+@runtime_checkable
+class _Size(Protocol):
+    height: int
+    width: int
+
+
+@runtime_checkable
+class _Pictures(Protocol):
+    def get_image_size(self, item_idx: int) -> _Size: ...
+
+
+@runtime_checkable
+class _Sizes(Protocol):
+    def get_image_size_with_most_features(self) -> _Size: ...
 
 
 @dataclass(frozen=True, slots=True)

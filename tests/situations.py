@@ -39,6 +39,7 @@ SITUATIONS: Final = (
     "preemption",
     "abort in mid-prefill",
     "more images than a tower pass",
+    "a family of one file: two runs, newlines, unequal segments",
     "idle dummy batches",
     "decoding past the rope table",
     "tensor parallel 2",

@@ -8,33 +8,33 @@ reducer can be faster; its answers mean nothing.
 from typing import Final
 
 from torch import Tensor
-from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaForConditionalGeneration
-from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.model_executor.models import llava
 
 from era_vllm.compat import models_config_map
-from era_vllm.models.llava import EraLlavaInfo, EraLlavaProcessor
-from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.models.llava import LlavaAdapter
+from era_vllm.vllm_plugin.fields import taken
+from era_vllm.vllm_plugin.models import pruned_processors
 from era_vllm.vllm_plugin.resolve import resolve
 
 ARCHITECTURE: Final = "EraBenchFirstTokens"
 _ORIGINAL: Final = "LlavaForConditionalGeneration"
+_ADAPTER: Final = LlavaAdapter()
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    lambda info, dummy_inputs: EraLlavaProcessor(info, dummy_inputs),
-    info=lambda ctx: EraLlavaInfo(ctx),
-    dummy_inputs=LlavaDummyInputsBuilder,
+@pruned_processors(
+    _ADAPTER,
+    info=llava.LlavaProcessingInfo,
+    processor=llava.LlavaMultiModalProcessor,
+    dummy_inputs=llava.LlavaDummyInputsBuilder,
 )
-class FirstTokensLlava(LlavaForConditionalGeneration):
+class FirstTokensLlava(llava.LlavaForConditionalGeneration):
     """LLaVA-1.5 that hands the first K tokens of each image on."""
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """Return for each image [K, d]."""
-        counts = kwargs.pop(NUM_ANCHORS)
-        kwargs.pop(PIXEL_HASH, None)
+        items = taken(kwargs, _ADAPTER, self.config, "image")
         rows = super().embed_multimodal(**kwargs)
-        kept = counts.flatten().tolist()
-        return [image[:count] for image, count in zip(rows, kept, strict=True)]
+        return [own[: sum(item.plan.kept)] for own, item in zip(rows, items, strict=True)]
 
 
 def register() -> None:

@@ -60,7 +60,7 @@ class BenchEngine:
         clock.watch("language_model", self.model)
         for layer in self._attention_layers():
             clock.watch("attention", layer)
-        if hasattr(self.model, "tap"):
+        if hasattr(self.model, "reducer"):
             layer = self.model.adapter.tapped_layer(
                 self.model, self.model.config, self.model.era.attention_layer
             )

@@ -18,13 +18,17 @@ import era_vllm
 from era_vllm.cli.quiet import reason
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
+from era_vllm.layout import Layout as ItemLayout
+from era_vllm.plan import plan
 from era_vllm.policies import policy_class, policy_names
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.launch import PLUGIN, plugins_to_allow
 from era_vllm.vllm_plugin.version import INSTALL, TESTED, check_vllm_version
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+    from era_vllm.contracts import ModelAdapter
 
 BROKEN: Final = f"an installed package is broken; in a fresh environment: {INSTALL}"
 
@@ -143,9 +147,13 @@ def model(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], Layout]:
 
     of_model, parallel = config.model_config, config.parallel_config
     found, _ = ModelRegistry.resolve_model_cls(of_model.architectures, of_model)
-    rows, columns = found.adapter.grid(of_model.hf_config)
-    n = rows * columns
-    kept = era.num_anchors(n, era.pruning_rate)
+    found.adapter.check(of_model.hf_config)
+    largest = _largest(of_model, found.adapter)
+    kept = sum(plan(largest, era.pruning_rate, era).kept)
+    n, grids = (
+        largest.length,
+        " + ".join(f"{a} x {b}" for a, b in (one.grid for one in largest.segments)),
+    )
     found.adapter.encoder_layer(of_model.hf_config, era.attention_layer)  # refuses one that is not
     section = "Model"
     findings = [
@@ -153,13 +161,22 @@ def model(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], Layout]:
         Finding(
             section,
             "image tokens",
-            f"{n} ({rows} x {columns}); {kept} kept at the default rate {era.pruning_rate:g}",
+            f"{n} ({grids}); {kept} kept at the default rate {era.pruning_rate:g}",
         ),
         *_policies(found.adapter.provides, era.policy),
     ]
     attention, head_size = _attention(config, era)
     per_layer = 2 * 4 * of_model.get_num_kv_heads(parallel) * head_size
     return [*findings, *attention], Layout(n, kept, per_layer * of_model.get_num_layers(parallel))
+
+
+def _largest(of_model: "ModelConfig", adapter: "ModelAdapter") -> ItemLayout:
+    """Return the layout of the picture with the most tokens."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    info = MULTIMODAL_REGISTRY.create_processor(of_model).info
+    shape = adapter.max_shape(info, "image", of_model.max_model_len, {"image": 1})
+    return adapter.layout(of_model.hf_config, "image", shape)
 
 
 def _vllm_version(section: str) -> Finding:

@@ -6,7 +6,7 @@ imports this module after setting it. Leaves out the comparison (``lab/check.py`
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Final
 
@@ -19,6 +19,7 @@ from era_vllm.errors import UnsupportedError
 from era_vllm.lab.check import EngineAnswer
 from era_vllm.lab.oracle import segments_of
 from era_vllm.types import PrunedTokens
+from era_vllm.vllm_plugin.reducer import PrunedItem
 
 ANSWER_TOKENS: Final = 9
 """The token after the prompt and 8 decode steps."""
@@ -71,7 +72,10 @@ def live_answer(
     taken: list[PrunedTokens] = []
 
     def listen(model: torch.nn.Module) -> Built:
-        model.on_prune = lambda tokens, pruned: taken.append(_on_cpu(pruned))
+        def keep(items: Sequence[PrunedItem]) -> None:
+            taken.extend(_on_cpu(item.segments[0].result) for item in items)
+
+        model.reducer.listeners.append(keep)
         layers = [part for part in model.modules() if isinstance(part, RectifiedAttention)]
         return Built(len(layers), layers[0].head_size, layers[0].attn_backend.get_name())
 
@@ -108,4 +112,5 @@ def live_answer(
 
 def _on_cpu(pruned: PrunedTokens) -> PrunedTokens:
     """Copy to where the oracle is."""
-    return PrunedTokens(*(getattr(pruned, field.name).cpu() for field in fields(pruned)))
+    values = (getattr(pruned, field.name) for field in fields(pruned))
+    return PrunedTokens(*(None if value is None else value.cpu() for value in values))

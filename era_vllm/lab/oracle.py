@@ -23,7 +23,8 @@ from era_vllm.errors import UnsupportedError
 from era_vllm.pipeline import prune
 from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
-from era_vllm.types import PrunedTokens, VisualTokens
+from era_vllm.steps.merge import average
+from era_vllm.types import PrunedTokens, Signal, VisualTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +104,11 @@ class Oracle:
         return VisualTokens(
             body.multi_modal_projector(features),
             (side, side),
-            attention=probabilities[:, :, rows].mean(2)[:, :, 1:],
-            scores=scores[:, :, rows].mean(2)[:, :, 1:],
-            seeds=torch.tensor([pixel_hash(image) for image in pixels]),
+            {
+                Signal.ENCODER_ATTENTION: probabilities[:, :, rows].mean(2)[:, :, 1:],
+                Signal.ENCODER_SCORES: scores[:, :, rows].mean(2)[:, :, 1:],
+                Signal.PIXEL_HASH: torch.tensor([pixel_hash(image) for image in pixels]),
+            },
         )
 
     def _scores(self, layer: int, hidden: Float[Tensor, "s n d"]) -> Float32[Tensor, "s hv n n"]:
@@ -138,8 +141,9 @@ class Oracle:
         if anchors.shape[1] == tokens.n:
             bias = torch.zeros(tokens.n)
             return [Segment(embeds, bias, anchors[0], tokens.n) for embeds in tokens.embeds]
-        clusters = policy.merge(tokens, anchors)
-        rows = zip(clusters.embeds, policy.log_bias(tokens, clusters), anchors, strict=True)
+        clusters = policy.assign(tokens, anchors)
+        embeds = average(tokens.embeds, clusters)
+        rows = zip(embeds, policy.log_bias(tokens, clusters), anchors, strict=True)
         return [Segment(*row, tokens.n) for row in rows]
 
     @torch.inference_mode()

@@ -1,30 +1,59 @@
-"""Model families: Hugging Face architecture -> the class that serves it. One row a family.
+"""Model families: Hugging Face architecture -> what is known of it before anything is imported.
 
-Names only, so that registering imports no model. Our architectures have names of their own
-(``Era`` + the original), chosen by a flag: nothing of vLLM's is overridden.
+Our architectures have names of their own (``Era`` + the original), chosen by a flag: nothing of
+vLLM's is overridden.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from era_vllm.errors import UnsupportedError
 
-FAMILIES: Final = {
-    "LlavaForConditionalGeneration": "era_vllm.models.llava:EraLlavaForConditionalGeneration",
-}
 PREFIX: Final = "Era"
 
 
-def era_architecture(architectures: list[str] | None) -> str:
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A row: one family."""
+
+    target: str
+    """``module:Class`` of the vLLM model."""
+    modalities: tuple[str, ...] = ("image",)
+    """What is pruned; others that the family's vLLM class takes are refused."""
+    axes: Literal[1, 3] = 1
+    """Axes of a position: 3 = M-RoPE."""
+
+
+FAMILIES: Final = {
+    "LlavaForConditionalGeneration": Family(
+        "era_vllm.models.llava:EraLlavaForConditionalGeneration"
+    ),
+}
+
+
+def era_architecture(architectures: Sequence[str] | None) -> str:
     """Return our architecture name for a model's, as it stands in its config.json.
 
     Raises:
         UnsupportedError: no family of ours serves it.
     """
+    return PREFIX + _original(architectures)
+
+
+def family_of(hf_config: object) -> Family:
+    """Return the row of a model's config.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    return FAMILIES[_original(getattr(hf_config, "architectures", None))]
+
+
+def _original(architectures: Sequence[str] | None) -> str:
     for name in architectures or []:
-        if name in FAMILIES:
-            return PREFIX + name
-        if name.removeprefix(PREFIX) in FAMILIES:
-            return name
+        if (original := name.removeprefix(PREFIX)) in FAMILIES:
+            return original
     raise UnsupportedError(
         f"model architecture: got {', '.join(architectures or ['none'])}, allowed: "
         f"{', '.join(FAMILIES)}; serve other models with stock vLLM, or add a file to "

@@ -1,36 +1,40 @@
-"""Keeps what a worker pruned for somebody who watches for one image (``/v1/era/inspect``).
+"""Keeps what a worker pruned for somebody who watches for one item (``/v1/era/inspect``).
 
-A model's ``on_prune``. An image is known by the hash of its pixels and its number of anchors: the
+A listener of the reducer. An item is known by the hash of its pixels and K of its segments: the
 model sees no request ids. So a neighbour with the same picture at the same rate may be caught in
 its place, and is the same thing. Bounded in number and time, and idle while nobody watches.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final, NamedTuple
 
+import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from era_vllm.contracts import PruningPolicy
 from era_vllm.policies import era
 from era_vllm.steps.entropy import head_entropy, head_profile, unattended
-from era_vllm.types import PrunedTokens, VisualTokens
+from era_vllm.types import Signal, VisualTokens
+from era_vllm.vllm_plugin.reducer import PrunedItem, PrunedSegment
 
 _MOST: Final = 8
-"""Images watched for at once: one an API server is usual."""
+"""Items watched for at once: one an API server is usual."""
 
 
 class Watched(NamedTuple):
-    """Names an image."""
+    """Names an item."""
 
     pixel_hash: int
-    num_anchors: int
+    num_anchors: tuple[int, ...]
+    """K of each segment."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What was pruned of one image, in plain values."""
+class FoundSegment:
+    """What was pruned of one segment, in plain values."""
 
     grid: tuple[int, int]
     anchors: list[int]
@@ -38,6 +42,15 @@ class Found:
     log_bias: list[float]
     entropy: list[float] | None
     """Head entropy of each visual token, [0, 1]; None where the policy reads no attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was pruned of one item."""
+
+    segments: list[FoundSegment]
+    log_bias: list[float]
+    """Of the item's slots, in the order of the prompt."""
 
 
 class Inspector:
@@ -48,33 +61,32 @@ class Inspector:
         self._until: dict[Watched, float] = {}
         self._found: dict[Watched, Found] = {}
 
-    def watch(self, image: Watched, seconds: float) -> None:
-        """Catch an image that is pruned within so many seconds; forgets the oldest of too many."""
+    def watch(self, item: Watched, seconds: float) -> None:
+        """Catch an item that is pruned within so many seconds; forgets the oldest of too many."""
         self._drop_late()
-        self._until[image] = monotonic() + seconds
+        self._until[item] = monotonic() + seconds
         while len(self._until) > _MOST:
             self._forget(next(iter(self._until)))
 
-    def take(self, image: Watched) -> Found | None:
+    def take(self, item: Watched) -> Found | None:
         """Return what was caught, and forget it; None = it was not pruned since."""
-        found = self._found.get(image)
-        self._forget(image)
+        found = self._found.get(item)
+        self._forget(item)
         return found
 
-    def __call__(self, tokens: VisualTokens, result: PrunedTokens) -> None:
+    def __call__(self, items: Sequence[PrunedItem]) -> None:
         """Look at one pass of the reducer; waits for the device only while somebody watches."""
         self._drop_late()
-        if not self._until or tokens.seeds is None:
-            return
-        count = result.anchors.shape[1]
-        for row, pixel_hash in enumerate(tokens.seeds.tolist()):
-            image = Watched(pixel_hash, count)
-            if image in self._until:
-                self._found[image] = self._row(tokens, result, row)
+        for one in items if self._until else ():
+            watched = Watched(one.item.pixel_hash, one.item.plan.num_anchors)
+            if watched in self._until:
+                segments = [self._segment(segment) for segment in one.segments]
+                self._found[watched] = Found(segments, _of_slots(one).tolist())
 
-    def _row(self, tokens: VisualTokens, result: PrunedTokens, row: int) -> Found:
+    def _segment(self, segment: PrunedSegment) -> FoundSegment:
+        tokens, result, row = segment.tokens, segment.result, segment.row
         entropy = token_entropy(self._policy, tokens)
-        return Found(
+        return FoundSegment(
             tokens.grid,
             result.anchors[row].tolist(),
             result.assignment[row].tolist(),
@@ -87,14 +99,24 @@ class Inspector:
         for image in [image for image, until in self._until.items() if until < now]:
             self._forget(image)
 
-    def _forget(self, image: Watched) -> None:
-        self._until.pop(image, None)
-        self._found.pop(image, None)
+    def _forget(self, item: Watched) -> None:
+        self._until.pop(item, None)
+        self._found.pop(item, None)
+
+
+def _of_slots(one: PrunedItem) -> Float32[Tensor, "k"]:
+    """Return the log-bias of an item's tokens in the order of the prompt; separators have none."""
+    layout = one.item.plan.layout
+    pairs = list(zip(layout.segments, one.segments, strict=True))
+    bias = [of.result.log_bias[of.row].cpu() for _, of in pairs]
+    places = [segment.places[of.result.anchors[of.row].cpu()] for segment, of in pairs]
+    bias.append(torch.zeros(len(layout.separators)))
+    return torch.cat(bias)[torch.cat([*places, layout.separators]).argsort()]
 
 
 def token_entropy(policy: PruningPolicy, tokens: VisualTokens) -> Float32[Tensor, "s n"] | None:
     """Return each token's head entropy as the policy sees it; None where it reads none."""
-    if not isinstance(policy, era.Policy) or tokens.attention is None:
+    if not isinstance(policy, era.Policy) or Signal.ENCODER_ATTENTION not in tokens.signals:
         return None
     profile = head_profile(tokens, policy.saliency, policy.temperature)
     return head_entropy(profile, unattended(tokens, policy.mass_guard))

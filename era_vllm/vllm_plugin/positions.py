@@ -5,10 +5,10 @@ decode), but not 1-D ones that run ahead of the token index. So the runner is to
 is an M-RoPE model with three equal rows, and row 0 goes to its plain 1-D rotary embedding.
 
     text        the unpruned place, from ``prompt_positions``, once a request
-    an anchor   the place of its image's first token there, plus the anchor's own index, which
-                rides with the embedding (``channels.py``) since it is known after the encoder only
+    an anchor   the place of its run's first token there, plus the anchor's own offset from it,
+                which rides with the embedding (``packing.py``): it is known after the encoder only
 
-Leaves out M-RoPE models, whose anchors need three indices.
+A model with M-RoPE has offsets on three axes and is told nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,33 +27,40 @@ ROPE_TYPES: Final = ("default", "linear", "llama3")
 
 
 class AnchorOffsets(nn.Module):
-    """Where the anchors of one step stand within their images, at a fixed address."""
+    """Where the anchors of one step stand within their runs, at a fixed address."""
 
     offsets: Tensor
-    """[rows] int64: index of an anchor within its image; 0 for text and padding."""
+    """[p, rows] int64: of an anchor from its run's first place; 0 for text and padding."""
     positions: Tensor
-    """[rows] int64: what the language model is given."""
+    """[p, rows] int64: what the language model is given."""
 
-    def __init__(self, rows: int, table_rows: int) -> None:
-        """Make buffers for steps of up to ``rows`` tokens and a rotary table of ``table_rows``."""
+    def __init__(self, rows: int, axes: int, table_rows: int) -> None:
+        """Make buffers for steps of up to ``rows`` tokens.
+
+        Args:
+            axes: p, those of a position.
+            table_rows: Of the rotary table.
+        """
         super().__init__()
         self.last = table_rows - 1
-        self.register_buffer("offsets", torch.zeros(rows, dtype=torch.int64), persistent=False)
-        self.register_buffer("positions", torch.zeros(rows, dtype=torch.int64), persistent=False)
+        empty = torch.zeros(axes, rows, dtype=torch.int64)
+        self.register_buffer("offsets", empty, persistent=False)
+        self.register_buffer("positions", empty.clone(), persistent=False)
         self._dirty = False
 
-    def write(self, is_visual: Bool[Tensor, "t"], anchors: Int[Tensor, "v"]) -> None:
+    def write(self, is_visual: Bool[Tensor, "t"], offsets: Int[Tensor, "v p"]) -> None:
         """Set the offsets of the step's anchors, 0 elsewhere.
 
         Args:
             is_visual: True at the v tokens of the step that are anchors.
-            anchors: Their indices within their images, in the order of the tokens.
+            offsets: Theirs, in the order of the tokens.
 
         Mutates: offsets.
         """
         self.offsets.zero_()
-        step = self.offsets[: is_visual.shape[0]]
-        step.masked_scatter_(is_visual.to(step.device, non_blocking=True), anchors)
+        step = self.offsets[:, : is_visual.shape[0]]
+        mask = is_visual.to(step.device, non_blocking=True)
+        step.masked_scatter_(mask.expand_as(step), offsets.T.contiguous())
         self._dirty = True
 
     def clear(self) -> None:
@@ -62,8 +69,8 @@ class AnchorOffsets(nn.Module):
             self.offsets.zero_()
             self._dirty = False
 
-    def add_to(self, carried: Int[Tensor, "3 t"]) -> Int[Tensor, "t"]:
-        """Return the 1-D positions of a step.
+    def add_to(self, carried: Int[Tensor, "3 t"]) -> Int[Tensor, "t"] | Int[Tensor, "3 t"]:
+        """Return the positions of a step: one row for a model with one axis, else all three.
 
         The offsets are used up: batches of idle data-parallel ranks call the model's forward
         without embedding tokens first, and would be moved by what the last step left.
@@ -74,32 +81,33 @@ class AnchorOffsets(nn.Module):
 
         Mutates: positions, offsets. No host synchronisation; safe in CUDA graphs.
         """
-        tokens = carried.shape[1]
-        out = self.positions[:tokens]
-        torch.add(carried[0], self.offsets[:tokens], out=out)
+        axes, tokens = self.offsets.shape[0], carried.shape[1]
+        out = self.positions[:, :tokens]
+        torch.add(carried[:axes], self.offsets[:, :tokens], out=out)
         out.clamp_(max=self.last)
         self.offsets.zero_()
-        return out
+        return out[0] if axes == 1 else out
 
 
 def prompt_positions(
-    num_tokens: int, images: Sequence[tuple[int, int, int]]
+    num_tokens: int, runs: Sequence[tuple[int, int, int]]
 ) -> tuple[Int[Tensor, "3 t"], int]:
     """Return a prompt's positions, before anchors' own offsets, and what decoding adds.
 
     Args:
         num_tokens: t, tokens of the prompt as pruned (and what was generated before a preemption).
-        images: For each (first placeholder, placeholders K, visual tokens N), in order.
+        runs: For each (first placeholder, placeholders K, positions that it takes up unpruned), in
+            order.
 
     Returns:
-        Three equal rows, and the number of tokens removed: position = token index + that.
+        Three equal rows, and how far behind the last run a position is ahead of the token's index.
     """
     parts: list[Tensor] = []
     removed = done = 0
-    for first, kept, total in images:
+    for first, kept, span in runs:
         parts.append(torch.arange(done, first) + removed)
         parts.append(torch.full((kept,), first + removed))
-        removed, done = removed + total - kept, first + kept
+        removed, done = removed + span - kept, first + kept
     parts.append(torch.arange(done, num_tokens) + removed)
     return torch.cat(parts).expand(3, -1), removed
 

@@ -1,86 +1,155 @@
-"""Placeholder counts: the prompt holds K tokens for an image of N before anything is encoded.
+"""A prompt holds K placeholders for an item of N before anything is encoded.
 
-So scheduler, KV cache, prefix cache and usage all see K. Mixed into a model family's own
-processor; the number K and the picture's hash travel to the model beside the pixels.
+So scheduler, KV cache, prefix cache and usage all see K. Mixed into a model family's own processor:
+the plan of each item is made once, at the top of ``apply``, and rides on the arguments that vLLM
+hands from hook to hook, in which no key of ours is left for Hugging Face to stumble over.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import ClassVar
 
-import torch
+from torch import Tensor
 from transformers import BatchFeature
 from vllm.exceptions import VLLMValidationError
-from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageProcessorItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
+from vllm.multimodal.inputs import (
+    MultiModalFieldConfig,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+)
+from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate
 
 from era_vllm.config import EraConfig
+from era_vllm.contracts import ModelAdapter
+from era_vllm.layout import Layout
 from era_vllm.pixels import pixel_hash
+from era_vllm.plan import Plan, plan
 from era_vllm.vllm_plugin.cache_keys import pruned_hashes
+from era_vllm.vllm_plugin.families import Family, family_of
+from era_vllm.vllm_plugin.fields import NAMES, field, written
 from era_vllm.vllm_plugin.positions import table_rows
 from era_vllm.vllm_plugin.rates import KEY, effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
+from era_vllm.vllm_plugin.thin import thinned
 
-NUM_ANCHORS = "era_num_anchors"
-PIXEL_HASH = "era_pixel_hash"
 TOKENS_BEFORE = "era_tokens_before"
-"""Key of a processed prompt, which the renderer takes out again."""
+"""Key of a processed prompt, which the renderer takes out again: modality -> N of each item."""
+
+Plans = Mapping[str, Sequence[Plan]]
+"""Modality -> the plan of each of its items."""
+
+
+class PlannedKwargs(dict[str, object]):
+    """Arguments of a Hugging Face processor, with the plans of the items that they are for."""
+
+    def __init__(self, kwargs: Mapping[str, object], plans: Plans) -> None:
+        super().__init__(kwargs)
+        self.plans = plans
 
 
 class PrunedInfoMixin:
-    """Over a family's ``ProcessingInfo``: the encoder still works on N tokens an image."""
+    """Over a family's ``ProcessingInfo``: the encoder still works on N tokens an item."""
+
+    adapter: ClassVar[ModelAdapter]
 
     @cached_property
     def era(self) -> EraConfig:
         """The engine's settings."""
         return era_config(self.ctx.model_config.hf_config)
 
+    @cached_property
+    def family(self) -> Family:
+        """What is known of the family."""
+        return family_of(self.ctx.model_config.hf_config)
+
+    def layout(self, modality: str, shape: tuple[int, ...]) -> Layout:
+        """Return where an item's tokens stand unpruned."""
+        return self.adapter.layout(self.ctx.model_config.hf_config, modality, shape)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Take what is pruned, and nothing else: an item could slip in without a bias."""
+        limits = super().get_supported_mm_limits()
+        return {name: limit for name, limit in limits.items() if name in self.family.modalities}
+
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Budget the encoder for an image at rate 0, which any request may ask for."""
-        return {"image": self.get_max_image_tokens()}
+        """Budget the encoder for an item at rate 0, which any request may ask for."""
+        return {
+            modality: self.layout(
+                modality, self.adapter.max_shape(self, modality, seq_len, mm_counts)
+            ).length
+            for modality in self.family.modalities
+            if mm_counts.get(modality, 1)
+        }
 
 
 class PrunedProcessorMixin(BaseMultiModalProcessor):
-    """Over a family's processor: K placeholders, per-image rates, per-image identity."""
+    """Over a family's processor: K placeholders, per-item rates, per-item identity."""
 
     def apply(self, inputs, timing_ctx):  # noqa: ANN001, ANN201  # vLLM's signature
-        """Do what vLLM does, and say how many tokens each image has from the encoder.
+        """Do what vLLM does with items that are planned, and say how large each was.
 
         Refuses before it what cannot be served, since what is raised within leaves vLLM's sender
-        cache ahead of its receiver, and the next request with the same image comes back empty.
+        cache ahead of its receiver, and the next request with the same item comes back empty.
         """
-        if "image" not in inputs.mm_data_items:
-            return super().apply(inputs, timing_ctx)
-        images = inputs.mm_data_items.get_items("image", ImageProcessorItems)
-        _refuse_names_alone(images)
-        self._check_placeholders(inputs.prompt, len(images))
-        tokens = [self._num_tokens(images, item) for item in range(len(images))]
-        if self.info.era.positions == "original":
-            self._check_length(len(inputs.prompt) + sum(tokens) - len(tokens))
+        given, items = inputs.hf_processor_mm_kwargs, inputs.mm_data_items
+        own = without_rates(given)
+        pruned = {name: items[name] for name in self.info.family.modalities if name in items}
+        for modality, of_modality in pruned.items():
+            _refuse_names_alone(of_modality, modality)
+            self._check_placeholders(inputs.prompt, modality, of_modality.get_count())
+        plans = self._plans(pruned, given, own)
+        if plans and self.info.era.positions == "original":
+            layouts = [one.layout for some in plans.values() for one in some]
+            longer = sum(sum(layout.spans) for layout in layouts) - len(layouts)
+            self._check_length(len(inputs.prompt) + longer)
+        inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=PlannedKwargs(own, plans))
         result = super().apply(inputs, timing_ctx)
-        result[TOKENS_BEFORE] = tokens
+        if plans:
+            result[TOKENS_BEFORE] = {
+                modality: [one.layout.length for one in some] for modality, some in plans.items()
+            }
         return result
 
     def get_dummy_inputs(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201  # vLLM's signature
-        """Profile memory with images at the lowest rate served: most rows in the encoder cache."""
+        """Profile memory with items at the lowest rate served: most rows in the encoder cache."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         lowest = {**inputs.hf_processor_mm_kwargs, KEY: self.info.era.min_pruning_rate}
         return dataclasses.replace(inputs, hf_processor_mm_kwargs=lowest)
 
-    def _check_placeholders(self, prompt: str | Sequence[int], images: int) -> None:
-        """Refuse a prompt from which tokens of images were cut, which vLLM takes for a fault."""
-        if isinstance(prompt, str):
+    def _plans(
+        self,
+        items: Mapping[str, ModalityDataItems],
+        given: Mapping[str, object],
+        own: Mapping[str, object],
+    ) -> Plans:
+        counts = {modality: some.get_count() for modality, some in items.items()}
+        rates = effective_rates(given, counts, self.info.era)
+        adapter, plans = self.info.adapter, dict[str, list[Plan]]()
+        for modality, some in items.items():
+            shapes = [
+                adapter.item_shape(self.info, modality, some, index, own)
+                for index in range(counts[modality])
+            ]
+            plans[modality] = [
+                plan(self.info.layout(modality, shape), rate, self.info.era)
+                for shape, rate in zip(shapes, rates[modality], strict=True)
+            ]
+        return {modality: some for modality, some in plans.items() if some}
+
+    def _check_placeholders(self, prompt: str | Sequence[int], modality: str, items: int) -> None:
+        """Refuse a prompt from which items' marks were cut, which vLLM takes for a fault."""
+        mark = getattr(self.info.get_hf_config(), f"{modality}_token_id", None)
+        if isinstance(prompt, str) or mark is None or (found := prompt.count(mark)) >= items:
             return
-        found = prompt.count(self.info.get_hf_config().image_token_index)
-        if found < images:
-            raise VLLMValidationError(
-                f"the prompt has {found} places for {images} images; leave truncate_prompt_tokens "
-                "out, or make it larger",
-                parameter="truncate_prompt_tokens",
-            )
+        raise VLLMValidationError(
+            f"the prompt has {found} places for {items} {modality}s; leave truncate_prompt_tokens "
+            "out, or make it larger",
+            parameter="truncate_prompt_tokens",
+        )
 
     def _check_length(self, length: int) -> None:
         """Refuse a prompt that would reach past the rotary table."""
@@ -94,86 +163,84 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             )
 
     def _get_mm_hashes(self, inputs):  # noqa: ANN001, ANN202  # vLLM's signature
-        own = without_rates(inputs.hf_processor_mm_kwargs)
-        stock = dataclasses.replace(inputs, hf_processor_mm_kwargs=own)
-        hashes = dict(super()._get_mm_hashes(stock))
-        if "image" in hashes:
-            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-            rates = self._rates(inputs.hf_processor_mm_kwargs, len(hashes["image"]))
-            hashes["image"] = pruned_hashes(hashes["image"], rates, self.info.era, algorithm)
-        return hashes
+        plans = inputs.hf_processor_mm_kwargs.plans
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        return {
+            modality: pruned_hashes(hashes, plans[modality], self.info.era, algorithm)
+            if modality in plans
+            else hashes
+            for modality, hashes in super()._get_mm_hashes(inputs).items()
+        }
 
     def _get_cache_missing_processor_kwargs(self, inputs, mm_is_cached):  # noqa: ANN001, ANN202
-        kwargs = dict(super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached))
-        if cached := mm_is_cached.get("image"):
-            rates = self._rates(kwargs, len(cached))
-            kwargs[KEY] = [rate for rate, hit in zip(rates, cached, strict=True) if not hit]
-        return kwargs
+        own = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
+        missing = {
+            modality: [
+                one for one, hit in zip(some, mm_is_cached[modality], strict=True) if not hit
+            ]
+            for modality, some in inputs.hf_processor_mm_kwargs.plans.items()
+        }
+        return PlannedKwargs(own, missing)
 
-    def _call_hf_processor(
-        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        return super()._call_hf_processor(hf_data, without_rates(hf_kwargs))
+        """Do what vLLM does, and put beside the pixels what model and runner need.
 
-    def _postprocess_hf_mm_data(
-        self,
-        mm_inputs: Mapping[str, object],
-        hf_processor_mm_kwargs: Mapping[str, object],
-        processed_data: BatchFeature,
-    ) -> BatchFeature:
-        own = without_rates(hf_processor_mm_kwargs)
-        processed_data = super()._postprocess_hf_mm_data(mm_inputs, own, processed_data)
-        pixels = processed_data.get("pixel_values")
-        if pixels is None:
-            return processed_data
-        images = ImageProcessorItems(mm_inputs["images"])
-        rates = self._rates(hf_processor_mm_kwargs, len(images))
-        anchors = [self._num_anchors(images, i, rate) for i, rate in enumerate(rates)]
-        processed_data[NUM_ANCHORS] = torch.tensor(anchors)
-        processed_data[PIXEL_HASH] = torch.tensor([pixel_hash(image) for image in pixels])
-        return processed_data
+        Here and not in ``_call_hf_processor``, which some families go round.
+        """
+        processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        stock = super()._get_mm_fields_config(processed, hf_kwargs)
+        for modality, plans in hf_kwargs.plans.items():
+            if not plans:
+                continue
+            fields = {name: config for name, config in stock.items() if config.modality == modality}
+            items = MultiModalKwargsItems.from_hf_inputs(processed, fields)[modality]
+            hashes = [pixel_hash(_pixels(item)) for item in items]
+            processed.update(written(plans, hashes, modality))
+        return processed
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        own = without_rates(hf_processor_mm_kwargs)
-        on_cpu = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
-        stock = super()._get_mm_fields_config(hf_inputs, own)
-        return {**stock, NUM_ANCHORS: on_cpu, PIXEL_HASH: on_cpu}
+        ours = {
+            field(name, modality): MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+            for modality in self.info.family.modalities
+            for name in NAMES
+        }
+        return {**super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs), **ours}
 
     def _get_prompt_updates(
         self,
-        mm_items,
-        hf_processor_mm_kwargs,
-        out_mm_kwargs,  # noqa: ANN001
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        if "image" not in mm_items:
-            return []
-        token = self.info.get_hf_config().image_token_index
-        images = mm_items.get_items("image", ImageProcessorItems)
-        rates = self._rates(hf_processor_mm_kwargs, len(images))
-
-        def placeholders(item: int) -> list[int]:
-            return [token] * self._num_anchors(images, item, rates[item])
-
-        return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
-
-    def _rates(self, kwargs: Mapping[str, object], images: int) -> list[float]:
-        return effective_rates(kwargs, images, self.info.era)
-
-    def _num_anchors(self, images: ImageProcessorItems, item: int, rate: float) -> int:
-        return self.info.era.num_anchors(self._num_tokens(images, item), rate)
-
-    def _num_tokens(self, images: ImageProcessorItems, item: int) -> int:
-        size = images.get_image_size(item)
-        return self.info.get_num_image_tokens(image_width=size.width, image_height=size.height)
+        plans = hf_processor_mm_kwargs.plans
+        return [
+            thinned(update, plans[update.modality])
+            for update in super()._get_prompt_updates(
+                mm_items, hf_processor_mm_kwargs, out_mm_kwargs
+            )
+            if plans.get(update.modality)
+        ]
 
 
-def _refuse_names_alone(images: ImageProcessorItems) -> None:
-    """Refuse a picture that is only named: its tokens must be counted before caches are asked."""
-    if any(images.get(item) is None for item in range(len(images))):
+def _pixels(item: MultiModalKwargsItem) -> Tensor:
+    """Return an item's pixels as the tower is given them."""
+    return next(
+        element.data
+        for name, element in item.items()
+        if name.startswith("pixel_values") and isinstance(element.data, Tensor)
+    )
+
+
+def _refuse_names_alone(items: ModalityDataItems, modality: str) -> None:
+    """Refuse an item that is only named: its tokens must be counted before caches are asked."""
+    if any(items.get(index) is None for index in range(items.get_count())):
+        what = "picture" if modality == "image" else modality
         raise VLLMValidationError(
-            "image uuid: got one without its picture, which a server that prunes cannot count; "
-            "send the picture beside it",
+            f"{modality} uuid: got one without its {what}, which a server that prunes cannot "
+            f"count; send the {what} beside it",
             parameter="uuid",
         )

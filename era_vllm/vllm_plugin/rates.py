@@ -1,7 +1,7 @@
-"""Each image's effective pruning rate: where it comes from and what is refused. No vllm import.
+"""Each item's effective pruning rate: where it comes from and what is refused. No vllm import.
 
-A prompt carries its rates as ``mm_processor_kwargs["era"]``: one number for all of its images or a
-list with one a picture. Absent = the server's default.
+A prompt carries its rates as ``mm_processor_kwargs["era"]``: one number for all of its items, a
+list with one a picture, or both by modality ({"image": ..., "video": ...}). Absent = the default.
 """
 
 import difflib
@@ -12,27 +12,50 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 
 KEY: Final = "era"
+_MODALITIES: Final = ("image", "video")
 _NEAR: Final = 0.85  # so that EVS's video_pruning_rate is another name
 
 
 def effective_rates(
-    processor_kwargs: Mapping[str, object], images: int, config: EraConfig
-) -> list[float]:
-    """Return one rate an image.
+    processor_kwargs: Mapping[str, object], items: Mapping[str, int], config: EraConfig
+) -> dict[str, list[float]]:
+    """Return one rate an item, by modality.
+
+    Args:
+        processor_kwargs: A prompt's ``mm_processor_kwargs``.
+        items: How many items it has of each modality.
+        config: The engine's settings.
 
     Raises:
-        ConfigError: not a number or a list of them, out of range, not as many rates as images, or
-            a key that looks like a misspelt one.
+        ConfigError: not a number, a list of them or one of both for each modality; out of range;
+            not as many rates as items; or a key that looks like a misspelt one.
     """
     refuse_misspelt(processor_kwargs)
-    asked = processor_kwargs.get(KEY)
-    if asked is None:
-        return [config.pruning_rate] * images
-    rates = list(asked) if isinstance(asked, list | tuple) else [asked] * images
-    if len(rates) != images:
+    given = processor_kwargs.get(KEY)
+    by_modality = given if isinstance(given, Mapping) else _of_modalities(given)
+    if unknown := [name for name in by_modality if name not in _MODALITIES]:
+        raise ConfigError(f"{KEY}: got {unknown[0]!r}, allowed: {' and '.join(_MODALITIES)}")
+    return {
+        modality: _rates(by_modality.get(modality), modality, count, config)
+        for modality, count in items.items()
+    }
+
+
+def _of_modalities(given: object) -> dict[str, object]:
+    """A number is for every item; a list is the pictures'."""
+    if isinstance(given, list | tuple):
+        return {"image": given}
+    return dict.fromkeys(_MODALITIES, given)
+
+
+def _rates(given: object, modality: str, count: int, config: EraConfig) -> list[float]:
+    if given is None:
+        return [config.pruning_rate] * count
+    rates = list(given) if isinstance(given, list | tuple) else [given] * count
+    if len(rates) != count:
         raise ConfigError(
-            f"{KEY}: got {len(rates)} pruning rates for {images} images, needed one an image or a "
-            "single number for all"
+            f"{KEY}: got {len(rates)} pruning rates for {count} {modality}s, needed one for each "
+            "or a single number for all"
         )
     return [config.check_rate(rate) for rate in rates]
 

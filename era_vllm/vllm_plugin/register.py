@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Final
 
-from era_vllm.vllm_plugin.families import FAMILIES, PREFIX
+from era_vllm.vllm_plugin.families import FAMILIES, PREFIX, Family
 from era_vllm.vllm_plugin.version import TESTED, installed_version
 
 logger = logging.getLogger(__name__)
@@ -42,17 +42,30 @@ def _register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from era_vllm.compat import models_config_map
-    from era_vllm.vllm_plugin.resolve import resolve
-
     if PREFIX + next(iter(FAMILIES)) in ModelRegistry.get_supported_archs():
         return
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "era_vllm.vllm_plugin.renderer", "EraRenderer")
     end_together()
-    for architecture, target in FAMILIES.items():
-        models_config_map.add(PREFIX + architecture, architecture, resolve)
-        ModelRegistry.register_model(PREFIX + architecture, target)
+    for architecture, family in list(FAMILIES.items()):
+        register_family(architecture, family)
+
+
+def register_family(architecture: str, family: Family) -> None:
+    """Make a family known to vLLM: one of ours, or of another package's plugin.
+
+    Args:
+        architecture: As it stands in a model's config.json.
+        family: Its row.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from era_vllm.compat import models_config_map
+    from era_vllm.vllm_plugin.resolve import resolve
+
+    FAMILIES[architecture] = family
+    models_config_map.add(PREFIX + architecture, architecture, resolve)
+    ModelRegistry.register_model(PREFIX + architecture, family.target)
 
 
 def end_together() -> None:

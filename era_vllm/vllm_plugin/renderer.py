@@ -96,9 +96,9 @@ class EraRenderer(HfRenderer):
     def _image_rates(
         self, kwargs: dict[str, object], details: Sequence[object] | None, count: int
     ) -> list[ImageRate]:
-        explicit = effective_rates(kwargs, count, self.era)
+        explicit = effective_rates(kwargs, {"image": count}, self.era)
         if KEY in kwargs:
-            return [ImageRate(rate, "era") for rate in explicit]
+            return [ImageRate(rate, "era") for rate in explicit["image"]]
         details = [None] * count if details is None else details
         if len(details) != count:
             raise ConfigError(
@@ -147,8 +147,8 @@ class EraRenderer(HfRenderer):
         before, request = inputs.pop(TOKENS_BEFORE, None), current()
         if before is None or request is None or skip_mm_cache:
             return
-        after = [place.length for place in inputs["mm_placeholders"]["image"]]
-        request.report(reports(prompt[_RATES], before, after, self.era))
+        after = [place.get_num_embeds() for place in inputs["mm_placeholders"]["image"]]
+        request.report(reports(prompt[_RATES], before["image"], after, self.era))
 
 
 def _details(messages: Iterable[object]) -> Sequence[object]:

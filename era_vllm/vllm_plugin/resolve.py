@@ -8,8 +8,9 @@ sends to all processes.
 from vllm.config import VllmConfig
 
 from era_vllm.config import EraConfig
-from era_vllm.errors import ConfigError
+from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.policies import make_policy
+from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.positions import carry_positions
 from era_vllm.vllm_plugin.rates import KEY, refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
@@ -32,7 +33,12 @@ def resolve(vllm_config: VllmConfig) -> None:
     hf_config.era = config.as_dict()
     refuse(vllm_config)
     _refuse_rate(vllm_config)
-    if config.positions == "original":
+    if family_of(hf_config).axes > 1 and config.positions == "compact":
+        raise UnsupportedError(
+            "positions: got 'compact', which a model with M-RoPE has no meaning for; allowed: "
+            "'original' (leave --era-positions out)"
+        )
+    if family_of(hf_config).axes == 1 and config.positions == "original":
         carry_positions(hf_config)
     if not vllm_config.parallel_config.worker_extension_cls:  # a user's own keeps its place
         vllm_config.parallel_config.worker_extension_cls = WORKER

@@ -47,14 +47,14 @@ class EraWorker:
     def era_metrics(self) -> Counted:
         """Return what this rank counted."""
         model = _model(self)
-        return model.reducer_metrics.counted(model.degenerate)
+        return model.reducer.metrics.counted(model.reducer.degenerate)
 
-    def era_watch(self, pixel_hash: int, num_anchors: int, seconds: float) -> None:
-        """Catch an image when it is pruned."""
-        _inspector(self).watch(Watched(pixel_hash, num_anchors), seconds)
+    def era_watch(self, pixel_hash: int, num_anchors: list[int], seconds: float) -> None:
+        """Catch an item when it is pruned."""
+        _inspector(self).watch(Watched(pixel_hash, tuple(num_anchors)), seconds)
 
     def era_take(
-        self, pixel_hash: int, num_anchors: int, request_id: str | None
+        self, pixel_hash: int, num_anchors: list[int], request_id: str | None
     ) -> dict[str, object]:
         """Return what was caught of an image, and forget it.
 
@@ -67,7 +67,7 @@ class EraWorker:
             rank's ``ReadBack``, or None if not asked for or the request holds no slots;
             ``unreadable``: why the cache cannot be read on this backend, or None.
         """
-        found = _inspector(self).take(Watched(pixel_hash, num_anchors))
+        found = _inspector(self).take(Watched(pixel_hash, tuple(num_anchors)))
         read = unreadable = None
         if found is not None and request_id is not None:
             try:
@@ -84,9 +84,11 @@ def _model(worker: EraWorker) -> "PrunedModelMixin":
 
 def _inspector(worker: EraWorker) -> Inspector:
     model = _model(worker)
-    if not isinstance(model.on_prune, Inspector):
-        model.on_prune = Inspector(model.policy)
-    return model.on_prune
+    listeners = model.reducer.listeners
+    found = next((one for one in listeners if isinstance(one, Inspector)), None)
+    if found is None:
+        listeners.append(found := Inspector(model.policy))
+    return found
 
 
 def _read_back(worker: EraWorker, request_id: str, log_bias: list[float]) -> ReadBack | None:
@@ -99,13 +101,15 @@ def _read_back(worker: EraWorker, request_id: str, log_bias: list[float]) -> Rea
         return None
     name, slots = held
     place = runner.requests[name].mm_features[0].mm_position
-    image = slice(place.offset, place.offset + place.length)
+    image = torch.zeros(len(slots), dtype=torch.bool)
+    for first, last in place.extract_embeds_range():
+        image[first : last + 1] = True
     layers = [layer for layer in model.modules() if isinstance(layer, RectifiedAttention)]
     read = torch.stack([read_bias(layer, slots, size) for layer in layers])  # [l, t, h]
     gamma = model.bias_buffer.gamma
     exponents = torch.ones(1, 1) if gamma is None else gamma.cpu()
     expected = exponents[:, None] * torch.tensor(log_bias)[None, :, None]
-    text = torch.cat([read[:, : image.start], read[:, image.stop :]], 1)
+    text = read[:, ~image]
     return {
         "layers": len(layers),
         "kv_heads": read.shape[2],

@@ -38,7 +38,7 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.picture import draw, seen
 from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
-from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH
 from era_vllm.vllm_plugin.requests import FieldError, ImageRate, asked_rate, image_rates
 from era_vllm_server import probe
 from era_vllm_server.workers import answer, ask_workers
@@ -164,7 +164,7 @@ async def _ask(
     (given,) = prompt["mm_kwargs"]["image"]
     if PIXEL_HASH not in given:  # a place in shared memory instead of the pixels
         raise UnsupportedError(_SHARED)
-    key = [int(given[field].data) for field in (PIXEL_HASH, NUM_ANCHORS)]
+    key = [given[field].data.tolist() for field in (PIXEL_HASH, NUM_ANCHORS)]
     await ask_workers(engine, "era_watch", *key, _LIMIT_S)
     request_id = f"era-inspect-{uuid.uuid4().hex}"
     tokens = _TOKENS_WHILE_READING if read_back else 1
@@ -207,7 +207,7 @@ def _of_one_engine(
 def _told(
     found: Pruned, rate: ImageRate, config: EraConfig, png: bytes | None
 ) -> dict[str, object]:
-    pruned = found.pruned
+    (pruned,) = found.pruned["segments"]
     told: dict[str, object] = {
         "policy": config.policy,
         "pruning_rate": rate.pruning_rate,
@@ -235,7 +235,7 @@ def _told(
 
 
 def _draw(found: Pruned, processor: Any, title: str) -> bytes:  # noqa: ANN401  # transformers'
-    pruned = found.pruned
+    (pruned,) = found.pruned["segments"]
     anchors, assignment = (torch.tensor([pruned[name]]) for name in ("anchors", "assignment"))
     drawn = PrunedTokens(
         torch.empty(1, anchors.shape[1], 0),

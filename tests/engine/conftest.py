@@ -37,6 +37,7 @@ from era_vllm.lab.oracle import Oracle, Segment  # noqa: E402
 from era_vllm.lab.samples import load_samples  # noqa: E402
 from era_vllm.pipeline import prune  # noqa: E402
 from era_vllm.pixels import pixel_hash  # noqa: E402
+from era_vllm.plan import plan  # noqa: E402
 from era_vllm.types import PrunedTokens, VisualTokens  # noqa: E402
 from tests import situations  # noqa: E402
 
@@ -171,12 +172,13 @@ class Engine:
         """Slots of a KV block."""
         return self.core.vllm_config.cache_config.block_size
 
-    def record(self, tokens: VisualTokens, result: PrunedTokens) -> None:
+    def record(self, items: Sequence["PrunedItem"]) -> None:
         """Keep what was pruned, by picture and number of anchors."""
-        self.encoded += tokens.segments
-        for row in range(tokens.segments):
-            key = (int(tokens.pixel_hash[row]), result.anchors.shape[1])
-            self.pruned[key] = (tokens, result, row)
+        self.encoded += len(items)
+        for one in items:
+            segment = one.segments[0]  # LLaVA-1.5's only one
+            key = (one.item.pixel_hash, *one.item.plan.num_anchors)
+            self.pruned[key] = (segment.tokens, segment.result, segment.row)
 
     def ask(self, requests: Sequence[Request], steps: int = STEPS) -> list[Answer]:
         """Answer greedily for exactly ``steps`` tokens, all requests in one batch."""
@@ -217,8 +219,8 @@ class Engine:
 
     def _key(self, image: Image, rate: float, oracle: Oracle) -> tuple[int, int]:
         pixels = oracle.pixels(image)[0].to(self.core.vllm_config.model_config.dtype)
-        rows, columns = self.model.grid
-        return pixel_hash(pixels), self.config.num_anchors(rows * columns, rate)
+        layout = self.model.adapter.layout(self.model.config, "image", ())
+        return pixel_hash(pixels), *plan(layout, rate, self.config).num_anchors
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
             pruning = era_vllm.engine_args(MODEL, **settings)
             alive[wanted] = Engine(LLM(**{**pruning, **arguments}), EraConfig.parse(settings))
             if hasattr(alive[wanted].model, "policy"):
-                alive[wanted].model.on_prune = alive[wanted].record
+                alive[wanted].model.reducer.listeners.append(alive[wanted].record)
         return alive[wanted]
 
     yield start

@@ -21,19 +21,22 @@ from vllm.model_executor.layers.attention import Attention
 
 import era_vllm
 from era_vllm.lab.samples import load_samples
+from era_vllm.types import Signal
 
 
 def listen(worker):
     """Keep what this rank prunes."""
     model = worker.get_model()
     model.seen = []  # stays empty in stock vLLM
-    model.on_prune = lambda tokens, result: model.seen.append((tokens, result))
+    if hasattr(model, "reducer"):
+        model.reducer.listeners.append(model.seen.extend)
 
 
 def collect(worker):
     """Return this rank's attention, anchors, bias, pictures, embeddings: tensors do not travel."""
     rows = []
-    for tokens, result in worker.get_model().seen:
+    calls = {id(s.result): s for item in worker.get_model().seen for s in item.segments}
+    for tokens, result, *_ in calls.values():
         kept = (
             tokens.signals[Signal.ENCODER_ATTENTION],
             result.anchors,

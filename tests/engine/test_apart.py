@@ -10,6 +10,7 @@ from era_vllm.config import EraConfig
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 from era_vllm.pixels import pixel_hash
+from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with, python
 
 QUESTIONS = [["what shape is red?", 0], ["is there a red circle?", None], ["how many shapes?", 1]]
@@ -74,7 +75,7 @@ def test_tensor_parallel_2(apart, check, tmp_path, settings):
     oracle = Oracle(str(tmp_path / "model"))
     found = torch.tensor(first[0][0])
     images = [sample.image for sample in load_samples()[:2]]
-    expected = oracle.tokens(images[: found.shape[0]]).attention
+    expected = oracle.tokens(images[: found.shape[0]]).signals[Signal.ENCODER_ATTENTION]
     assert found.shape[1:] == (4, 144)  # all heads, not a rank's two
     assert torch.allclose(expected, found, atol=1e-5)
     check(oracle, settings, saved)

@@ -94,7 +94,7 @@ def test_repaired_input_is_counted_and_harms_no_neighbour(engine, setup, ask, im
         out[0, :2] = float("nan")  # two of the first picture's tokens
         return out
 
-    before = live.model.degenerate.clone()
+    before = live.model.reducer.degenerate.clone()
     hook = projector.register_forward_hook(spoil)
     try:
         requests = [ask("what shape is red?", images[k], rate=0.8) for k in (10, 11)]
@@ -102,7 +102,7 @@ def test_repaired_input_is_counted_and_harms_no_neighbour(engine, setup, ask, im
     finally:
         hook.remove()
     width = live.core.vllm_config.model_config.hf_config.text_config.hidden_size
-    found = (live.model.degenerate - before).tolist()
+    found = (live.model.reducer.degenerate - before).tolist()
     assert found[Degenerate.NON_FINITE_EMBEDS] == 2 * width
     assert all(answer.log_probs.isfinite().all() for answer in answers)
     exact(live, requests[1:], answers[1:])

@@ -6,6 +6,7 @@ Each test with a pruned request must also fail without the bias, by at least thr
 import pytest
 import torch
 
+from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE
 
 
@@ -44,9 +45,9 @@ def test_attention_settings(engine, setup, ask, images, oracle, exact, settings)
     exact(live, requests, live.ask(requests))
     key = live._key(images[1], 0.778, oracle)
     tokens, _, row = live.pruned[key]
-    expected = oracle.tokens([images[1]], live.config).attention[0]
+    expected = oracle.tokens([images[1]], live.config).signals[Signal.ENCODER_ATTENTION][0]
     assert torch.allclose(tokens.signals[Signal.ENCODER_ATTENTION][row], expected, atol=1e-6)
-    other = oracle.tokens([images[1]]).attention[0]
+    other = oracle.tokens([images[1]]).signals[Signal.ENCODER_ATTENTION][0]
     assert not torch.allclose(tokens.signals[Signal.ENCODER_ATTENTION][row], other, atol=1e-4)
 
 

@@ -56,17 +56,17 @@ def moved(segment):
 def test_positions_that_vllm_carries(engine, setup, ask, images):
     live = engine(setup())
     seen = []
-    add_to = live.model.anchor_offsets.add_to
+    add_to = live.model.step_state.anchor_offsets.add_to
 
     def spy(carried):
         seen.append(add_to(carried).clone())
         return seen[-1]
 
-    live.model.anchor_offsets.add_to = spy
+    live.model.step_state.anchor_offsets.add_to = spy
     try:
         live.ask([ask("is the order of tokens right?", images[11], rate=0.5)], steps=3)
     finally:
-        del live.model.anchor_offsets.add_to
+        del live.model.step_state.anchor_offsets.add_to
     prompt, *decoded = [x.tolist() for x in seen if len(x) != 8]  # without padded dummy batches
     (anchors,) = [r.anchors[i] for t, r, i in live.pruned.values() if r.anchors.shape[1] == 72][-1:]
     before = prompt.index(3 + anchors[0].item())
@@ -81,7 +81,7 @@ def test_idle_dummy_batches_move_nothing(engine, setup, ask, images, exact):
     live = engine(setup())
     request = ask("what shape is red?", images[9])
     exact(live, [request], live.ask([request]))
-    offsets = live.model.anchor_offsets
+    offsets = live.model.step_state.anchor_offsets
     for _ in range(3):  # what an idle data-parallel rank runs: forward without embed_input_ids
         live.runner._dummy_run(8)
         assert not offsets.offsets.any()
@@ -129,8 +129,10 @@ def test_a_position_past_the_table_ends_at_its_last_row():
 
     from era_vllm.vllm_plugin.positions import AnchorOffsets
 
-    offsets = AnchorOffsets(4, table_rows=100)
-    assert offsets.add_to(torch.tensor([[7, 99, 100, 5760]] * 3)).tolist() == [7, 99, 99, 99]
+    offsets = AnchorOffsets(4, 1, table_rows=100)
+    carried = torch.tensor([[7, 99, 100, 5760]] * 3)
+    assert offsets.add_to(carried).tolist() == [7, 99, 99, 99]
+    assert AnchorOffsets(4, 3, table_rows=100).add_to(carried).tolist() == [[7, 99, 99, 99]] * 3
 
 
 def test_more_images_than_the_table_has_rows_for_harm_nobody_else(
@@ -214,7 +216,7 @@ def test_tower_passes_are_as_large_as_profiled(engine, setup, ask, images, exact
         answers = live.ask(requests)
     finally:
         tower.remove()
-    assert live.model.images_per_pass == 2  # 300 // 144
+    assert live.model.tokens_per_pass == 300  # two pictures of 144
     assert sum(sizes) == 6 and max(sizes) == 2
     exact(live, requests, answers)
 

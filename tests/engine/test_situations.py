@@ -130,6 +130,28 @@ def test_memory_is_profiled_for_images_at_the_lowest_rate(engine, setup, lowest)
     assert image.length == 144 * (1 - lowest)
 
 
+def test_memory_is_profiled_with_the_reducer_at_its_largest(
+    engine, setup, ask, images, monkeypatch
+):
+    """At rate 0 there is nothing to prune: a full GPU would die at the first real picture."""
+    from era_vllm.vllm_plugin import reducer
+
+    calls, prune = [], reducer.prune
+
+    def counted(tokens, num_anchors, *rest, **more):
+        calls.append((tokens.segments, tokens.n, num_anchors))
+        return prune(tokens, num_anchors, *rest, **more)
+
+    monkeypatch.setattr(reducer, "prune", counted)
+    live = engine(setup(min_pruning_rate=0.0, llm={"max_num_batched_tokens": 600}))
+    live.runner.profile_run()  # which a CPU does not where its cache has a given size
+    most = 600 // 144
+    assert (most, 144, 143) in calls and (most, 144, 144) in calls
+    calls.clear()
+    live.ask([ask("how many shapes?", images[0], rate=0.5)])
+    assert calls == [(1, 144, 72)]  # once is enough
+
+
 def test_a_sliding_window_is_refused():
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backend import AttentionType

@@ -67,9 +67,11 @@ def random_tokens(size: Size, width: int, dtype: torch.dtype, device: str) -> Vi
     return VisualTokens(
         torch.randn(segments, n, width, device=device, generator=noise).to(dtype),
         (rows, n // rows),
-        attention=scores.softmax(-1),
-        scores=scores,
-        seeds=torch.arange(segments, device=device),
+        {
+            Signal.ENCODER_ATTENTION: scores.softmax(-1),
+            Signal.ENCODER_SCORES: scores,
+            Signal.PIXEL_HASH: torch.arange(segments, device=device),
+        },
     )
 
 

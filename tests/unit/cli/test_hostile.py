@@ -100,6 +100,6 @@ def test_inspect_refuses_what_the_engine_refuses(
 def test_a_misspelt_rate_is_refused_and_other_arguments_are_not(key: str) -> None:
     config = EraConfig()
     with pytest.raises(ConfigError, match=f"got '{key}', needed 'era'"):
-        effective_rates({key: 0.5}, 1, config)
+        effective_rates({key: 0.5}, {"image": 1}, config)
     others = {"era": 0.5, "video_pruning_rate": 0.1, "do_resize": False, "rate": 2, "num_crops": 4}
-    assert effective_rates(others, 1, config) == [0.5]
+    assert effective_rates(others, {"image": 1}, config) == {"image": [0.5]}

@@ -1,0 +1,34 @@
+"""What will be done with an item: its layout and K of each segment, known before it is encoded.
+
+Made once a request, from the item's sizes and its rate alone; everything behind it (placeholders,
+identity, reducer, reports) reads the plan. Leaves out: where rates come from (``vllm_plugin``).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from era_vllm.config import EraConfig
+from era_vllm.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One item's."""
+
+    layout: Layout
+    num_anchors: tuple[int, ...]
+    """K of each segment, in [1, n]."""
+
+    @cached_property
+    def kept(self) -> tuple[int, ...]:
+        """Tokens that stay of each run, separators included."""
+        kept = list(self.layout.separators_of_run)
+        for run, count in zip(self.layout.run_of_segment, self.num_anchors, strict=True):
+            kept[run] += count
+        return tuple(kept)
+
+
+def plan(layout: Layout, pruning_rate: float, config: EraConfig) -> Plan:
+    """Return the plan of an item: K of each segment follows from its own n and the rate."""
+    counts = tuple(config.num_anchors(segment.n, pruning_rate) for segment in layout.segments)
+    return Plan(layout, counts)

@@ -1,0 +1,120 @@
+"""The laws of a model adapter, run on every family's, over sizes of every kind.
+
+A family that is new has a row in ``CASES``; the rest is found.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from era_vllm.config import EraConfig
+from era_vllm.contracts import ModelAdapter
+from era_vllm.layout import Layout
+from era_vllm.plan import plan
+from era_vllm.vllm_plugin.families import FAMILIES
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+
+class Case(NamedTuple):
+    """What the laws need to know of a family: a small config, and the shape of an item."""
+
+    hf_config: Callable[[], Any]
+    shape: Callable[[str, int, int, int], tuple[int, ...]]
+    """(modality, height, width, frames) -> what ``item_shape`` would return."""
+
+
+def _llava() -> Any:
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    return LlavaConfig(vision_config=CLIPVisionConfig(image_size=336, patch_size=14).to_dict())
+
+
+CASES: Final = {"LlavaForConditionalGeneration": Case(_llava, lambda *_: ())}
+SIZE: Final = st.floats(0, math.log(4000)).map(lambda x: round(math.exp(x)))
+"""Log-uniform."""
+SIZES: Final = st.one_of(
+    st.tuples(SIZE, SIZE), st.sampled_from([(1, 1), (4000, 10), (10, 4000), (336, 336)])
+)
+each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def adapter(name: str) -> ModelAdapter:
+    """Return a family's."""
+    module, _, cls = FAMILIES[name].target.partition(":")
+    return getattr(importlib.import_module(module), cls).adapter
+
+
+@each_family
+def test_its_row_says_what_it_is(name: str) -> None:
+    own = adapter(name)
+    assert isinstance(own, ModelAdapter) and name in CASES
+    assert FAMILIES[name].axes in (1, 3) and FAMILIES[name].modalities
+    own.check(CASES[name].hf_config())
+
+
+@each_family
+@given(size=SIZES, frames=st.integers(1, 40), rate=st.floats(0, 0.99), data=st.data())
+def test_every_place_is_a_segments_a_separator_or_dropped(
+    name: str, size: tuple[int, int], frames: int, rate: float, data: st.DataObject
+) -> None:
+    own, case = adapter(name), CASES[name]
+    config = case.hf_config()
+    modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
+    shape = case.shape(modality, *size, frames)
+    layout = own.layout(config, modality, shape)
+    assert layout.shape == shape and layout.work >= len(layout.segments) > 0
+    taken = torch.cat([*(segment.places for segment in layout.segments), layout.separators])
+    assert len(set(taken.tolist())) == len(taken), "none twice"
+    assert int(taken.min()) >= 0 and int(taken.max()) < layout.length
+    for segment, run in zip(layout.segments, layout.run_of_segment, strict=True):
+        assert (segment.places.diff() > 0).all(), "raster order"
+        start = sum(layout.run_lengths[:run])
+        assert start <= segment.places[0] and segment.places[-1] < start + layout.run_lengths[run]
+    assert layout.position_offsets.shape == (layout.length, FAMILIES[name].axes)
+    assert int(layout.position_offsets.min()) >= 0 and int(layout.position_offsets.max()) < 2**16
+    assert all(span > 0 for span in layout.spans)
+    for count, segment in zip(
+        plan(layout, rate, EraConfig()).num_anchors, layout.segments, strict=True
+    ):
+        assert 1 <= count <= segment.n
+    assert _same(layout, own.layout(case.hf_config(), modality, shape)), "of the integers alone"
+
+
+@each_family
+@given(sizes=st.lists(SIZES, min_size=1, max_size=4), data=st.data())
+def test_signals_stand_where_their_tokens_do(
+    name: str, sizes: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    own, case = adapter(name), CASES[name]
+    config = case.hf_config()
+    modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
+    layouts = [own.layout(config, modality, case.shape(modality, *size, 3)) for size in sizes]
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    units = sum(layout.units for layout in layouts)
+    tapped = torch.rand(units, 2, side * side)
+    found = own.signals(config, tapped, layouts)
+    assert [x.shape for x in found] == [(2, layout.length) for layout in layouts]
+    for x, layout in zip(found, layouts, strict=True):
+        assert not x[:, layout.separators].any()
+        assert all(x[:, segment.places].all() for segment in layout.segments)
+
+
+def _same(one: Layout, other: Layout) -> bool:
+    return (
+        (one.length, one.run_lengths, one.spans) == (other.length, other.run_lengths, other.spans)
+        and torch.equal(one.separators, other.separators)
+        and torch.equal(one.position_offsets, other.position_offsets)
+        and len(one.segments) == len(other.segments)
+        and all(
+            a.grid == b.grid and torch.equal(a.places, b.places)
+            for a, b in zip(one.segments, other.segments, strict=True)
+        )
+    )
