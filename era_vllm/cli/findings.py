@@ -22,7 +22,8 @@ from era_vllm.layout import Layout as ItemLayout
 from era_vllm.plan import plan
 from era_vllm.policies import policy_class, policy_names
 from era_vllm.types import Signal
-from era_vllm.vllm_plugin.launch import PLUGIN, plugins_to_allow
+from era_vllm.vllm_plugin.launch import plugins_to_allow
+from era_vllm.vllm_plugin.names import PLUGIN
 from era_vllm.vllm_plugin.version import INSTALL, TESTED, check_vllm_version
 
 if TYPE_CHECKING:

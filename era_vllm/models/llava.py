@@ -47,9 +47,8 @@ class LlavaAdapter(ModelAdapter):
     ) -> TappedLayer:
         """That layer of the built tower."""
         built = model.vision_tower.vision_model.encoder.layers
-        index = self.encoder_layer(hf_config, layer)
-        heads = hf_config.vision_config.num_attention_heads
-        return TappedLayer(built[index - 1].self_attn.attn, heads, skipped_keys=1)
+        tapped = built[self.encoder_layer(hf_config, layer) - 1].self_attn.attn
+        return TappedLayer(tapped, hf_config.vision_config.num_attention_heads, skipped_keys=1)
 
 
 EraLlavaForConditionalGeneration = pruned_model(

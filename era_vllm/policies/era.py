@@ -2,7 +2,7 @@
 Rectification.
 
 Source: Wang et al. 2026, arXiv:2606.31982. The paper has no code; every point that had to be
-reconstructed is an option here, with the recommended default and its number in METHODS.
+reconstructed is an option here, with the recommended default and its number in docs/method.md.
 """
 
 from dataclasses import dataclass, replace

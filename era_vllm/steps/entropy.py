@@ -1,7 +1,7 @@
 """Head-wise attention entropy: how evenly a token's attention is spread over the vision heads.
 
 Low entropy = a few heads single the token out = salient. Source: ERA Sec. "DEP" (figures); the
-normalisation is reconstructed (METHODS X2-X4).
+normalisation is reconstructed (docs/method.md, X2 to X4).
 """
 
 import math

@@ -1,6 +1,7 @@
 """Token merging: every pruned token joins an anchor, and the anchor becomes the cluster's mean.
 
-Source: ERA Sec. "BTR"; cosine matching and the plain mean are reconstructed (METHODS X7, X8).
+Source: ERA Sec. "BTR"; cosine matching and the plain mean are reconstructed (docs/method.md,
+X7, X8).
 """
 
 from typing import Literal

@@ -1,8 +1,8 @@
 """Attention that each key receives, recomputed from one encoder layer's queries and keys.
 
 Fused attention kernels do not give probabilities, so a policy's encoder attention is one extra
-n x n x hv product a segment. Source: ERA Fig. 6; the mean over queries is reconstructed (METHODS
-X1).
+n x n x hv product a segment. Source: ERA Fig. 6; the mean over queries is reconstructed
+(docs/method.md, X1).
 """
 
 from typing import Literal

@@ -32,7 +32,7 @@ def farthest_first(
         weight: alpha; distance - alpha penalty is what the next anchor has most of.
         multiplicative: distance (1 - penalty) instead.
 
-    Source: ERA Sec. "DEP", "entropy-penalised greedy search"; form reconstructed (METHODS X6).
+    Source: ERA Sec. "DEP", "entropy-penalised greedy search"; reconstructed (docs/method.md, X6).
     """
     picked = [penalty.argmin(-1)]
     taken = torch.zeros_like(penalty, dtype=torch.bool)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from era_vllm.errors import UnsupportedError
-
-PREFIX: Final = "Era"
+from era_vllm.vllm_plugin.names import PREFIX
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,8 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.policies import make_policy
 from era_vllm.vllm_plugin.families import era_architecture
-from era_vllm.vllm_plugin.register import TOKENIZER_MODE
+from era_vllm.vllm_plugin.names import PLUGIN, TOKENIZER_MODE
 from era_vllm.vllm_plugin.version import check_vllm_version
-
-PLUGIN = "era"
 
 
 @dataclass(frozen=True, slots=True)

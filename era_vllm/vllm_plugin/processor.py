@@ -29,8 +29,9 @@ from era_vllm.plan import Plan, plan
 from era_vllm.vllm_plugin.cache_keys import pruned_hashes
 from era_vllm.vllm_plugin.families import Family, family_of
 from era_vllm.vllm_plugin.fields import NAMES, field, written
+from era_vllm.vllm_plugin.names import RATES
 from era_vllm.vllm_plugin.positions import table_rows
-from era_vllm.vllm_plugin.rates import KEY, effective_rates, without_rates
+from era_vllm.vllm_plugin.rates import effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.thin import thinned
 
@@ -117,7 +118,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
     def get_dummy_inputs(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201  # vLLM's signature
         """Profile memory with items at the lowest rate served: most rows in the encoder cache."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
-        lowest = {**inputs.hf_processor_mm_kwargs, KEY: self.info.era.min_pruning_rate}
+        lowest = {**inputs.hf_processor_mm_kwargs, RATES: self.info.era.min_pruning_rate}
         return dataclasses.replace(inputs, hf_processor_mm_kwargs=lowest)
 
     def _plans(

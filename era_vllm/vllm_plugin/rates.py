@@ -10,8 +10,8 @@ from typing import Final
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
+from era_vllm.vllm_plugin.names import RATES
 
-KEY: Final = "era"
 _MODALITIES: Final = ("image", "video")
 _NEAR: Final = 0.85  # so that EVS's video_pruning_rate is another name
 
@@ -31,10 +31,10 @@ def effective_rates(
             not as many rates as items; or a key that looks like a misspelt one.
     """
     refuse_misspelt(processor_kwargs)
-    given = processor_kwargs.get(KEY)
+    given = processor_kwargs.get(RATES)
     by_modality = given if isinstance(given, Mapping) else _of_modalities(given)
     if unknown := [name for name in by_modality if name not in _MODALITIES]:
-        raise ConfigError(f"{KEY}: got {unknown[0]!r}, allowed: {' and '.join(_MODALITIES)}")
+        raise ConfigError(f"{RATES}: got {unknown[0]!r}, allowed: {' and '.join(_MODALITIES)}")
     return {
         modality: _rates(by_modality.get(modality), modality, count, config)
         for modality, count in items.items()
@@ -54,7 +54,7 @@ def _rates(given: object, modality: str, count: int, config: EraConfig) -> list[
     rates = list(given) if isinstance(given, list | tuple) else [given] * count
     if len(rates) != count:
         raise ConfigError(
-            f"{KEY}: got {len(rates)} pruning rates for {count} {modality}s, needed one for each "
+            f"{RATES}: got {len(rates)} pruning rates for {count} {modality}s, needed one for each "
             "or a single number for all"
         )
     return [config.check_rate(rate) for rate in rates]
@@ -69,13 +69,13 @@ def refuse_misspelt(names: Iterable[str]) -> None:
     for name in names:
         small = name.lower().replace("-", "_")
         near = difflib.get_close_matches(small, ["pruning_rate"], cutoff=_NEAR)
-        if name != KEY and (near or small.startswith(KEY)):
+        if name != RATES and (near or small.startswith(RATES)):
             raise ConfigError(
-                f"mm_processor_kwargs: got {name!r}, needed {KEY!r}: one pruning rate for all "
+                f"mm_processor_kwargs: got {name!r}, needed {RATES!r}: one pruning rate for all "
                 "images of a prompt or a list with one an image"
             )
 
 
 def without_rates(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return the arguments that are the Hugging Face processor's own."""
-    return {name: value for name, value in processor_kwargs.items() if name != KEY}
+    return {name: value for name, value in processor_kwargs.items() if name != RATES}

@@ -8,13 +8,12 @@ import logging
 import os
 from typing import Final
 
-from era_vllm.vllm_plugin.families import FAMILIES, PREFIX, Family
+from era_vllm.vllm_plugin.families import FAMILIES, Family
+from era_vllm.vllm_plugin.names import PREFIX, TOKENIZER_MODE
 from era_vllm.vllm_plugin.version import TESTED, installed_version
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_MODE = "era"
-"""Value of ``--tokenizer-mode`` that selects our renderer."""
 _OUR_SERVER: Final = ("VLLM_MEDIA_CONNECTOR", "era")
 """A variable of every process of a server with our front, and of no other."""
 

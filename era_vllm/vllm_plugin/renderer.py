@@ -15,8 +15,9 @@ from vllm.renderers.hf import HfRenderer
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.cache_keys import namespace
+from era_vllm.vllm_plugin.names import RATES
 from era_vllm.vllm_plugin.processor import TOKENS_BEFORE
-from era_vllm.vllm_plugin.rates import KEY, effective_rates
+from era_vllm.vllm_plugin.rates import effective_rates
 from era_vllm.vllm_plugin.requests import (
     FIELD,
     ImageRate,
@@ -28,7 +29,7 @@ from era_vllm.vllm_plugin.requests import (
 from era_vllm.vllm_plugin.resolve import era_config
 
 _DETAILS = "era_details"
-_RATES = "era_rates"
+_ITEM_RATES = "era_rates"
 """Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
 _MOST_PIXELS: Final = 2**24
 """Larger pictures of a request are not kept until the engine has begun to answer it."""
@@ -66,11 +67,11 @@ class EraRenderer(HfRenderer):
 
         Mutates: prompts, the list; not the prompts in it, which may be the caller's own.
         """
-        if KEY in ((prompt_extras or {}).get("mm_processor_kwargs") or {}) and current():
+        if RATES in ((prompt_extras or {}).get("mm_processor_kwargs") or {}) and current():
             raise VLLMValidationError(  # where --trust-request-mm-kwargs lets it through
-                f"mm_processor_kwargs.{KEY}: a request says how much to prune by its field "
+                f"mm_processor_kwargs.{RATES}: a request says how much to prune by its field "
                 f"{FIELD!r}; leave the argument out",
-                parameter=f"mm_processor_kwargs.{KEY}",
+                parameter=f"mm_processor_kwargs.{RATES}",
             )
         super()._apply_prompt_extras(prompts, prompt_extras)
         for row, prompt in enumerate(prompts):
@@ -88,16 +89,16 @@ class EraRenderer(HfRenderer):
         try:
             rates = self._image_rates(kwargs, prompt.get(_DETAILS), _count(images))
         except ConfigError as error:
-            field = getattr(error, "field", f"mm_processor_kwargs.{KEY}")
+            field = getattr(error, "field", f"mm_processor_kwargs.{RATES}")
             raise VLLMValidationError(str(error), parameter=field) from error
-        kwargs[KEY] = [rate.pruning_rate for rate in rates]
-        return {"mm_processor_kwargs": kwargs, _RATES: rates}
+        kwargs[RATES] = [rate.pruning_rate for rate in rates]
+        return {"mm_processor_kwargs": kwargs, _ITEM_RATES: rates}
 
     def _image_rates(
         self, kwargs: dict[str, object], details: Sequence[object] | None, count: int
     ) -> list[ImageRate]:
         explicit = effective_rates(kwargs, {"image": count}, self.era)
-        if KEY in kwargs:
+        if RATES in kwargs:
             return [ImageRate(rate, "era") for rate in explicit["image"]]
         details = [None] * count if details is None else details
         if len(details) != count:
@@ -148,7 +149,7 @@ class EraRenderer(HfRenderer):
         if before is None or request is None or skip_mm_cache:
             return
         after = [place.get_num_embeds() for place in inputs["mm_placeholders"]["image"]]
-        request.report(reports(prompt[_RATES], before["image"], after, self.era))
+        request.report(reports(prompt[_ITEM_RATES], before["image"], after, self.era))
 
 
 def _details(messages: Iterable[object]) -> Sequence[object]:

@@ -11,11 +11,11 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.policies import make_policy
 from era_vllm.vllm_plugin.families import family_of
+from era_vllm.vllm_plugin.names import RATES, WORKER
 from era_vllm.vllm_plugin.positions import carry_positions
-from era_vllm.vllm_plugin.rates import KEY, refuse_misspelt
+from era_vllm.vllm_plugin.rates import refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
 from era_vllm.vllm_plugin.version import check_vllm_version
-from era_vllm.vllm_plugin.worker import WORKER
 
 
 def resolve(vllm_config: VllmConfig) -> None:
@@ -48,10 +48,10 @@ def _refuse_rate(vllm_config: VllmConfig) -> None:
     """Refuse a rate among the arguments of every picture: prompts carry theirs in its place."""
     of_images = vllm_config.model_config.multimodal_config
     given = (of_images.mm_processor_kwargs if of_images else None) or {}
-    if KEY in given:
+    if RATES in given:
         raise ConfigError(
-            f"mm_processor_kwargs of the engine: got {KEY!r}: {given[KEY]!r}, which is a prompt's; "
-            "set the engine's default rate with pruning_rate (engine_args(model, "
+            f"mm_processor_kwargs of the engine: got {RATES!r}: {given[RATES]!r}, which is a "
+            "prompt's; set the engine's default rate with pruning_rate (engine_args(model, "
             "pruning_rate=...)) or --era-pruning-rate"
         )
     refuse_misspelt(given)

@@ -5,23 +5,24 @@ user has none), so nothing is patched and nothing but plain values travels. Each
 two steps, on every rank. Leaves out: routes and limits (``server``).
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
+from torch import nn
 
+from era_vllm.contracts import PruningPolicy
 from era_vllm.errors import CacheError
 from era_vllm.vllm_plugin.inspector import Inspector, Watched
 from era_vllm.vllm_plugin.metrics import Counted
+from era_vllm.vllm_plugin.reducer import Reducer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from era_vllm.vllm_plugin.model_mixin import PrunedModelMixin
-
-WORKER: Final = "era_vllm.vllm_plugin.worker.EraWorker"
-"""``worker_extension_cls``."""
+    from era_vllm.attention.bias_buffer import BiasBuffer
 
 
 class ReadBack(TypedDict):
@@ -78,7 +79,17 @@ class EraWorker:
         return {"pruned": pruned, "read_back": read, "unreadable": unreadable}
 
 
-def _model(worker: EraWorker) -> "PrunedModelMixin":
+class _Pruned(Protocol):
+    """What is asked of the model (``model_mixin``)."""
+
+    policy: PruningPolicy
+    reducer: Reducer
+    bias_buffer: "BiasBuffer"
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+def _model(worker: EraWorker) -> _Pruned:
     return worker.model_runner.get_model()
 
 

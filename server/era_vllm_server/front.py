@@ -13,7 +13,8 @@ from importlib.metadata import entry_points
 from typing import Final
 
 from era_vllm.errors import ConfigError, UnsupportedError
-from era_vllm.vllm_plugin.launch import PLUGIN, Launch, plugins_to_allow
+from era_vllm.vllm_plugin.launch import Launch, plugins_to_allow
+from era_vllm.vllm_plugin.names import PLUGIN
 from era_vllm_server.addresses import allowed_hosts
 from era_vllm_server.keys import Keys, keys_of
 from era_vllm_server.settings import ServerSettings

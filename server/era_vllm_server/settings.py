@@ -1,6 +1,6 @@
 """What the front does: each setting is a flag of ``era-vllm serve`` and an ``ERA_`` variable.
 
-The flag wins. All server processes read the variables, which ``launch_front`` sets from the flags.
+The flag wins. All server processes read the variables, which ``with_front`` sets from the flags.
 Leaves out what decides which tokens are kept: that is ``EraConfig``, which travels with the model.
 """
 

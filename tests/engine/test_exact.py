@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from era_vllm.types import Signal
-from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE
+from tests import oracle as method
+from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, Segment, compare_with
 
 
 @pytest.mark.situation("one image")
@@ -170,3 +171,35 @@ def test_maximum_rate_0_is_stock_bit_for_bit(engine, setup, ask, images):
     for ours, theirs in zip(off.ask(requests), stock.ask(requests), strict=True):
         assert ours.token_ids == theirs.token_ids
         assert torch.equal(ours.log_probs, theirs.log_probs)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.778, 0.944])
+def test_the_method_in_numpy_decides_what_the_engine_answers(
+    engine, setup, ask, images, oracle, rate
+):
+    """From Hugging Face's features and attention, with nothing of the package's own mathematics."""
+    live, clear = engine(setup()), 0
+    for image in images[:6]:
+        request = ask("what shape is red?", image, rate=rate)
+        (answer,) = live.ask([request])
+        tokens = oracle.tokens([image])
+        embeds = tokens.embeds[0].double().numpy()
+        attention = tokens.signals[Signal.ENCODER_ATTENTION][0].double().numpy()
+        found, result, row = live.pruned[live._key(image, rate, oracle)]
+        chosen = method.select(embeds, attention, result.anchors.shape[1], 0.5, 0.3)
+        merged = method.recycle(embeds, chosen.anchors, method.head_entropy(attention), 0.39)
+        if min(chosen.margin, merged.margin) < 1e-5:
+            continue  # float32 may rightly decide otherwise
+        clear += 1
+        assert result.anchors[row].tolist() == chosen.anchors.tolist()
+        assert result.assignment[row].tolist() == merged.assignment.tolist()
+        bias = torch.from_numpy(merged.mass).log().float()
+        torch.testing.assert_close(result.log_bias[row], bias, rtol=0, atol=1e-4)
+        segment = Segment(
+            torch.from_numpy(merged.embeds).float(), bias, torch.from_numpy(chosen.anchors), found.n
+        )
+        ids = [*answer.prompt_ids, *answer.token_ids][:-1]
+        difference = compare_with(oracle, ids, [segment], answer.log_probs, live.config)
+        assert difference.exact < TOLERANCE
+        assert difference.without_bias > CONTROL_FACTOR * TOLERANCE
+    assert clear >= 3

@@ -71,7 +71,7 @@ def test_keys_files_are_read_before_anything_starts(tmp_path):
 def test_keys_that_the_server_would_refuse_are_refused_before_anything_starts(
     tmp_path, monkeypatch
 ):
-    """Not when the model is loaded: ``Guard`` checks by the same function."""
+    """Not when the model is loaded: ``Front`` checks by the same function."""
     file = tmp_path / "keys"
     file.write_text("one")
     front("m", user=flags(api_key=["two"]), allow_image_uuid=True)
