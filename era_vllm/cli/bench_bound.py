@@ -13,7 +13,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from era_vllm.compat import models_config_map
 from era_vllm.models.llava import EraLlavaInfo, EraLlavaProcessor
-from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH, ROWS
 from era_vllm.vllm_plugin.resolve import resolve
 
 ARCHITECTURE: Final = "EraBenchFirstTokens"
@@ -32,6 +32,7 @@ class FirstTokensLlava(LlavaForConditionalGeneration):
         """Return for each image [K, d]."""
         counts = kwargs.pop(NUM_ANCHORS)
         kwargs.pop(PIXEL_HASH, None)
+        kwargs.pop(ROWS, None)
         rows = super().embed_multimodal(**kwargs)
         kept = counts.flatten().tolist()
         return [image[:count] for image, count in zip(rows, kept, strict=True)]

@@ -32,7 +32,7 @@ from era_vllm.vllm_plugin.positions import (
     prompt_positions,
     table_rows,
 )
-from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH, ROWS
 from era_vllm.vllm_plugin.resolve import era_config
 
 OnPrune = Callable[[VisualTokens, PrunedTokens], None]
@@ -87,6 +87,7 @@ class PrunedModelMixin(nn.Module):
         pass the tower in parts of at most ``images_per_pass``.
         """
         counts, seeds = kwargs.pop(NUM_ANCHORS, None), kwargs.pop(PIXEL_HASH, None)
+        kwargs.pop(ROWS, None)  # the scheduler's
         done: list[Tensor] = []
         for inputs in self.adapter.split(kwargs, self.images_per_pass):
             self.tap.clear()

@@ -24,6 +24,8 @@ from era_vllm.vllm_plugin.resolve import era_config
 
 NUM_ANCHORS = "era_num_anchors"
 PIXEL_HASH = "era_pixel_hash"
+ROWS = "era_rows"
+"""N, by which the scheduler counts the encoder's work."""
 TOKENS_BEFORE = "era_tokens_before"
 """Key of a processed prompt, which the renderer takes out again."""
 
@@ -130,6 +132,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         rates = self._rates(hf_processor_mm_kwargs, len(images))
         anchors = [self._num_anchors(images, i, rate) for i, rate in enumerate(rates)]
         processed_data[NUM_ANCHORS] = torch.tensor(anchors)
+        rows = [self._num_tokens(images, item) for item in range(len(rates))]
+        processed_data[ROWS] = torch.tensor(rows)
         processed_data[PIXEL_HASH] = torch.tensor([pixel_hash(image) for image in pixels])
         return processed_data
 
@@ -139,7 +143,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         own = without_rates(hf_processor_mm_kwargs)
         on_cpu = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         stock = super()._get_mm_fields_config(hf_inputs, own)
-        return {**stock, NUM_ANCHORS: on_cpu, PIXEL_HASH: on_cpu}
+        return {**stock, NUM_ANCHORS: on_cpu, PIXEL_HASH: on_cpu, ROWS: on_cpu}
 
     def _get_prompt_updates(
         self,

@@ -5,6 +5,8 @@ parsed, checked against the engine's other settings, and kept in the model's con
 sends to all processes.
 """
 
+from typing import Final
+
 from vllm.config import VllmConfig
 
 from era_vllm.config import EraConfig
@@ -15,6 +17,9 @@ from era_vllm.vllm_plugin.rates import KEY, refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
 from era_vllm.vllm_plugin.version import check_vllm_version
 from era_vllm.vllm_plugin.worker import WORKER
+
+SCHEDULER: Final = "era_vllm.vllm_plugin.scheduler.EraScheduler"
+"""``scheduler_cls``."""
 
 
 def resolve(vllm_config: VllmConfig) -> None:
@@ -36,6 +41,18 @@ def resolve(vllm_config: VllmConfig) -> None:
         carry_positions(hf_config)
     if not vllm_config.parallel_config.worker_extension_cls:  # a user's own keeps its place
         vllm_config.parallel_config.worker_extension_cls = WORKER
+    _schedule(vllm_config)
+
+
+def _schedule(vllm_config: VllmConfig) -> None:
+    """Have our scheduler used, over the user's own if there is one."""
+    scheduling = vllm_config.scheduler_config
+    if scheduling.scheduler_cls not in (None, SCHEDULER):
+        from era_vllm.vllm_plugin.scheduler import importable_name
+
+        own = importable_name(scheduling.scheduler_cls)
+        vllm_config.model_config.hf_config.era_scheduler = own
+    scheduling.scheduler_cls = SCHEDULER
 
 
 def _refuse_rate(vllm_config: VllmConfig) -> None:
