@@ -4,19 +4,24 @@ First real schedulers, of both kinds, without a model; then engines.
 """
 
 import copy
+import json
 import random
 from unittest.mock import create_autospec
 
 import pytest
+from vllm import SamplingParams
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorBase
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import era_vllm
+from era_vllm.cli.bench_gap_engines import UNBOUNDED, register_unbounded
 from era_vllm.lab import CHECKPOINT
+from era_vllm.lab.bench.inputs import noise_pictures
 from era_vllm.vllm_plugin.resolve import SCHEDULER
 from era_vllm.vllm_plugin.scheduler import EraScheduler
+from tests.engine.conftest import TOLERANCE, python
 from tests.engine.scheduling import Item, make, request, worker
 
 MODEL = str(CHECKPOINT)
@@ -197,11 +202,13 @@ def test_what_waits_behind_a_cut_keeps_no_cached_item(config):
     scheduler.add_request(request("first", [1, PICTURES[0], 1]))
     run.run()
     assert scheduler.reset_prefix_cache()
-    parts = [1, *PICTURES[1:9], PICTURES[0], 1]  # the eighth new one is too much
-    scheduler.add_request(request("second", parts))
+    parts = [1, *PICTURES[1:9], PICTURES[0], PICTURES[1], 1]  # the eighth new one is too much
+    second = request("second", parts)
+    scheduler.add_request(second)
     run.step()
     assert run.tokens[-1] == {"second": 1 + 7 * 14}
     assert PICTURES[0].name in scheduler.encoder_cache_manager.freeable
+    assert not scheduler.encoder_cache_manager.get_cached_input_ids(second)  # the seven are in
 
 
 def test_items_of_unknown_rows_count_as_the_largest(config):
@@ -241,3 +248,94 @@ def test_vllms_own_by_name_is_what_vllm_takes(config):
 def test_another_class_is_refused_at_start(config, given, message):
     with pytest.raises(ValueError, match=message):  # pydantic's, around ours
         config(scheduler_cls=given)
+
+
+TOKENS = 144  # of the sample model's pictures
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """64 pictures that no cache has seen."""
+    pictures = noise_pictures(168)
+    return [next(pictures) for _ in range(64)]
+
+
+def stream_and_burst(live, pictures, steps=120):
+    """Decode a stream; let all pictures come.
+
+    Returns rows encoded in each step, whether the stream had a token in each, and the answers.
+    """
+    engine, ended = live.llm.llm_engine, {}
+    greedy = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, logprobs=2)
+    stream = SamplingParams(max_tokens=steps, temperature=0, ignore_eos=True)
+    engine.add_request("stream", {"prompt": "USER: how many shapes? ASSISTANT:"}, stream)
+    rows, tokens = [], []
+    while engine.has_unfinished_requests():
+        before = live.encoded
+        outputs = {output.request_id: output for output in engine.step()}
+        ended |= {name: output for name, output in outputs.items() if output.finished}
+        rows.append(TOKENS * (live.encoded - before))
+        tokens.append("stream" in outputs)
+        if len(rows) == 3:
+            for number, picture in enumerate(pictures):
+                prompt = {"prompt": "USER: <image> what shape is red? ASSISTANT:"}
+                prompt["multi_modal_data"] = {"image": picture}
+                prompt["mm_processor_kwargs"] = {"era": [0.9]}
+                engine.add_request(f"picture {number}", prompt, greedy)
+    return rows, tokens[:steps], [ended[f"picture {n}"].outputs[0] for n in range(len(pictures))]
+
+
+def forget(live):
+    """Empty the caches of encoder and language model, not that of the processor."""
+    assert live.core.scheduler.reset_prefix_cache()
+    live.core.reset_encoder_cache()
+
+
+@pytest.fixture(scope="module")
+def bounded(engine, setup):
+    """An engine with room for all pictures at once."""
+    return engine(setup(llm={"max_num_seqs": 72}))
+
+
+def test_an_engine_encodes_within_the_bound(bounded, noise):
+    rows, stream, together = stream_and_burst(bounded, noise)
+    assert max(rows) == 7 * TOKENS <= BOUND and sum(rows) == 64 * TOKENS
+    assert all(stream)
+    forget(bounded)
+    alone = []
+    for picture in noise[:12]:
+        _, _, (answer,) = stream_and_burst(bounded, [picture], steps=6)
+        alone.append(answer)
+        forget(bounded)
+    for one, other in zip(together, alone, strict=False):
+        assert one.token_ids == other.token_ids
+        for left, right in zip(one.logprobs, other.logprobs, strict=True):
+            first = next(iter(left))
+            assert abs(left[first].logprob - right[first].logprob) < TOLERANCE
+    assert len({tuple(answer.token_ids) for answer in together}) > 3  # they are not all alike
+
+
+def test_an_engine_with_vllms_own_scheduler_exceeds_it(engine, setup, noise):
+    register_unbounded()
+    llm = {"max_num_seqs": 72, "hf_overrides": {"architectures": [UNBOUNDED]}}
+    live = engine(setup(llm=llm))
+    assert type(live.core.scheduler) is Scheduler
+    rows, _, _ = stream_and_burst(live, noise)
+    assert max(rows) > 4 * BOUND and sum(rows) == 64 * TOKENS
+
+
+@pytest.mark.parametrize(
+    ("cache", "hits", "known"),
+    [
+        ({"mm_processor_cache_gb": 0}, 0, True),
+        ({"mm_processor_cache_type": "lru"}, 4, True),  # sent without data, found in the engine
+        ({"mm_processor_cache_type": "shm"}, 4, False),  # only workers read the shared memory
+    ],
+    ids=["none", "lru", "shm"],
+)
+def test_a_process_of_its_own_knows_the_rows(tmp_path, cache, hits, known):
+    python("run_scheduler.py", MODEL, json.dumps(cache), str(tmp_path / "out.json"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["rows"] == [TOKENS if known else None] * 8  # four pictures, sent twice
+    assert found["work"] == [TOKENS] * 8
+    assert found["hits"] == hits
