@@ -1,6 +1,7 @@
 """``era-vllm bench``: what pruning costs and saves, measured; figures as JSON and a picture.
 
-Leaves out the three benchmarks (``bench_reducer.py``, ``bench_attention.py``, ``bench_serve.py``).
+Leaves out the benchmarks (``bench_reducer.py``, ``bench_attention.py``, ``bench_serve.py``,
+``bench_gap.py``).
 """
 
 import argparse
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from era_vllm.cli import bench_attention, bench_reducer, bench_serve
+from era_vllm.cli import bench_attention, bench_gap, bench_reducer, bench_serve
 from era_vllm.cli.quiet import progress
 from era_vllm.errors import ConfigError, UnsupportedError
 
@@ -22,6 +23,7 @@ DESCRIPTION: Final = """Measure what pruning costs and what it saves, on this ma
   era-vllm bench reducer      the pruning step alone, its growth, against the vision tower
   era-vllm bench attention    the widened attention layer against vLLM's own; KV blocks
   era-vllm bench serve        first token, decode and encoder against stock vLLM and a bound
+  era-vllm bench gap          the longest pause of a running stream while pictures arrive
 
 One run measures all sides in interleaved rounds and reports medians and 90th percentiles; weights
 are dummies of a real model's shape. With a GPU everything runs there, without one on the CPU.
@@ -30,11 +32,12 @@ _BENCHES: Final = {
     "reducer": (bench_reducer, "the pruning step alone"),
     "attention": (bench_attention, "the widened attention layer"),
     "serve": (bench_serve, "requests to engines side by side"),
+    "gap": (bench_gap, "what a stream waits for while pictures arrive"),
 }
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand and its own three."""
+    """Add the subcommand and its own."""
     parser = commands.add_parser(
         "bench",
         description=DESCRIPTION,

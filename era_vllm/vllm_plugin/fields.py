@@ -72,6 +72,14 @@ def modality_of(inputs: Mapping[str, object], modalities: Sequence[str]) -> str:
     return next(name for name in modalities if field(SHAPE, name) in inputs)
 
 
+def work_of(data: Mapping[str, object] | None, modality: str) -> int | None:
+    """Return an item's work for the scheduler; None where this process does not hold it."""
+    name = field(WORK, modality)
+    if data is None or name not in data:
+        return None
+    return int(data[name].data)  # type: ignore[attr-defined]
+
+
 def shape_of(data: Mapping[str, object], modality: str) -> tuple[int, ...]:
     """Return an item's shape from what is left of it for the runner."""
     return tuple(data[field(SHAPE, modality)].data.tolist())  # type: ignore[attr-defined]

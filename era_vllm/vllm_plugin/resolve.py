@@ -11,7 +11,7 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.policies import make_policy
 from era_vllm.vllm_plugin.families import family_of
-from era_vllm.vllm_plugin.names import RATES, WORKER
+from era_vllm.vllm_plugin.names import RATES, SCHEDULER, WORKER
 from era_vllm.vllm_plugin.positions import carry_positions
 from era_vllm.vllm_plugin.rates import refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
@@ -42,6 +42,18 @@ def resolve(vllm_config: VllmConfig) -> None:
         carry_positions(hf_config)
     if not vllm_config.parallel_config.worker_extension_cls:  # a user's own keeps its place
         vllm_config.parallel_config.worker_extension_cls = WORKER
+    _schedule(vllm_config)
+
+
+def _schedule(vllm_config: VllmConfig) -> None:
+    """Have our scheduler used, over the user's own if there is one."""
+    scheduling = vllm_config.scheduler_config
+    if scheduling.scheduler_cls not in (None, SCHEDULER):
+        from era_vllm.vllm_plugin.scheduler import importable_name
+
+        own = importable_name(scheduling.scheduler_cls)
+        vllm_config.model_config.hf_config.era_scheduler = own
+    scheduling.scheduler_cls = SCHEDULER
 
 
 def _refuse_rate(vllm_config: VllmConfig) -> None:
