@@ -160,7 +160,7 @@ def test_the_bias_stores_are_those_that_exist_and_their_columns_fit() -> None:
     for store in STORES:
         for columns in (None, 1) if store == "value_column" else (None, 1, 2, 4):
             config = EraConfig.parse({"bias_store": store, "bias_columns": columns})
-            make_store(config.bias_store, config.bias_columns, torch.float32)
+            make_store(config.bias_store, config.bias_columns, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("feature_layer", [4, -2, [1, -2]])
