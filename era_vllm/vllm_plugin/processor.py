@@ -21,6 +21,7 @@ from era_vllm.vllm_plugin.cache_keys import pruned_hashes
 from era_vllm.vllm_plugin.positions import table_rows
 from era_vllm.vllm_plugin.rates import KEY, effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
+from era_vllm.vllm_plugin.trained_range import bounded
 
 NUM_ANCHORS = "era_num_anchors"
 PIXEL_HASH = "era_pixel_hash"
@@ -62,6 +63,10 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             self._check_length(len(inputs.prompt) + sum(tokens) - len(tokens))
         result = super().apply(inputs, timing_ctx)
         result[TOKENS_BEFORE] = tokens
+        if self.info.era.positions == "original" and not self.info.era.allow_extrapolation:
+            kept = sum(place.length for place in result["mm_placeholders"]["image"])
+            text = self.info.get_hf_config().get_text_config()
+            result["mm_hashes"] = bounded(result["mm_hashes"], sum(tokens) - kept, text)
         return result
 
     def get_dummy_inputs(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201  # vLLM's signature

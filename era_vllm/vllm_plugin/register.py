@@ -42,12 +42,14 @@ def _register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    from era_vllm.compat import models_config_map
+    from era_vllm.compat import input_processor, models_config_map
     from era_vllm.vllm_plugin.resolve import resolve
+    from era_vllm.vllm_plugin.trained_range import end_in_time
 
     if PREFIX + next(iter(FAMILIES)) in ModelRegistry.get_supported_archs():
         return
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
+    input_processor.then(end_in_time)
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "era_vllm.vllm_plugin.renderer", "EraRenderer")
     end_together()
     for architecture, target in FAMILIES.items():

@@ -27,7 +27,6 @@ def rectified_layers(engine):
     [
         ("key_columns", "float32", "auto", 1e-6),
         ("key_columns", "bfloat16", "auto", 1e-4),
-        ("key_columns", "bfloat16", "float16", 1e-4),
         ("key_columns", "bfloat16", "fp8", 1e-2),
         ("value_column", "float32", "auto", 1e-6),
         ("value_column", "bfloat16", "auto", 4e-3),

@@ -31,11 +31,15 @@ OTHER: dict[str, object] = {
     "bias_store": "value_column",
     "bias_columns": 1,
     "positions": "compact",
+    "allow_extrapolation": True,
     "gamma": [[1.0, 0.5], [0.9, 0.0]],
 }
 """Another valid value for every setting."""
-NOT_HASHED = {"pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"}
-"""Each image's own rate is part of its identity instead."""
+NOT_HASHED = {
+    *("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"),
+    "allow_extrapolation",
+}
+"""Each image's own rate is part of its identity instead; where an answer ends changes no number."""
 NAN, INF = float("nan"), float("inf")
 
 
@@ -93,6 +97,7 @@ def test_unknown_settings_name_the_nearest() -> None:
         ("min_anchors", [0, -1, 1.0, "1", None, True]),
         ("merge", [0, 1, "true", None]),
         ("bias", [0, 1, "true", None]),
+        ("allow_extrapolation", [0, 1, "true", None]),
         ("policy", [None, 3, b"era", ["era"]]),
         ("bias_store", [None, 3, "key_column", "Key_Columns", ["key_columns"]]),
         ("attention_layer", [1.0, "last", True, [1]]),
