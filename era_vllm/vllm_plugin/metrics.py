@@ -28,9 +28,10 @@ class Counted(TypedDict):
     seconds: float
     """Spent in the reducer, over all its passes."""
     passes: list[int]
-    """Passes of the reducer in each bucket, each counted once."""
+    """Passes of the reducer in each bucket, each counted once; one that raised is among them."""
     images: int
-    """Images that were encoded and reduced; one that a cache answers is not."""
+    """Images that were encoded and reduced; one that a cache answers is not, nor one of a pass that
+    raised."""
     degenerate: dict[str, int]
     """Values that were repaired, by kind."""
 
@@ -48,22 +49,29 @@ class ReducerMetrics:
     def timed(self, images: int, device: torch.device) -> Iterator[None]:
         """Measure what is done, or launched on a GPU, within.
 
+        A pass that raises counts with the time that it took, and with no image.
+
         Args:
             images: How many are reduced.
             device: Where.
         """
-        self._images += images
         if device.type != "cuda":
             started = perf_counter()
-            yield
-            self._count(perf_counter() - started)
+            try:
+                yield
+                self._images += images
+            finally:
+                self._count(perf_counter() - started)
             return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        yield
-        end.record()
-        self._running.append((start, end))
-        self._collect()
+        try:
+            yield
+            self._images += images
+        finally:
+            end.record()
+            self._running.append((start, end))
+            self._collect()
 
     def counted(self, degenerate: Tensor) -> Counted:
         """Return the counts; waits for a GPU, so not for use within a step.

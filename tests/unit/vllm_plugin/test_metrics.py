@@ -36,3 +36,57 @@ def test_counts_handed_out_are_not_changed_later():
     with counts.timed(1, torch.device("cpu")):
         pass
     assert sum(before["passes"]) == before["images"] == 0
+
+
+class FakeEvent:
+    """A GPU's event: past once the device is, and never to be waited for."""
+
+    device_s = 0.0
+    is_past = False
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.at = None
+
+    def record(self):
+        self.at = FakeEvent.device_s
+
+    def query(self):
+        assert self.at is not None
+        return FakeEvent.is_past
+
+    def elapsed_time(self, other):
+        assert FakeEvent.is_past
+        return 1e3 * (other.at - self.at)
+
+    def synchronize(self):
+        pytest.fail("waited for the device")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device of this kind without one: what is recorded on it, and whether it is past that."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "is_past", False)
+    monkeypatch.setattr(FakeEvent, "device_s", 0.0)
+    return FakeEvent
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_pass_that_raises_counts_with_its_time_and_no_image(monkeypatch, gpu, kind):
+    gpu.is_past = True
+    now = iter([0.0, 0.02, 1.0, 1.02])
+    monkeypatch.setattr(metrics, "perf_counter", lambda: next(now))
+    counts = ReducerMetrics()
+    for images, fault in ((3, "out of memory"), (2, None)):
+        try:
+            with counts.timed(images, torch.device(kind)):
+                gpu.device_s += 0.02
+                if fault:
+                    raise RuntimeError(fault)
+        except RuntimeError as error:
+            assert str(error) == fault
+    monkeypatch.setattr(gpu, "synchronize", lambda self: None)
+    counted = counts.counted(torch.zeros(DEGENERATE_KINDS))
+    assert (counted["images"], sum(counted["passes"])) == (2, 2)
+    assert counted["seconds"] == pytest.approx(0.04)
