@@ -1,9 +1,13 @@
 """Reads attention out of one layer of a vision tower while it runs: no second pass, no patch.
 
-A forward pre-hook on the layer's attention sees its queries and keys. Under tensor parallelism
-each rank holds some heads; the results are gathered, so that every rank chooses the same anchors.
+A forward pre-hook on the layer's attention sees its queries and keys, and reads them only within
+``reading``: whoever else runs the tower (warm-ups, graph captures) leaves nothing behind. Under
+tensor parallelism each rank holds some heads; the results are gathered, so that every rank chooses
+the same anchors.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -20,7 +24,7 @@ from era_vllm.types import Signal
 
 
 class EncoderTap:
-    """Signals of the images that pass the tower between two calls of ``take``."""
+    """Signals of the images that pass the tower within ``reading``."""
 
     def __init__(
         self,
@@ -39,22 +43,31 @@ class EncoderTap:
         self._signals = signals
         self._queries: Literal["all", "cls"] = queries
         self._taken: dict[Signal, list[Tensor]] = {}
-        self.clear()
+        self._reading = False
         if signals:
             layer.attention.register_forward_pre_hook(self._read)
 
-    def clear(self) -> None:
-        """Forget what a failed pass through the tower may have left."""
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read what passes the tower within; what is read of a pass that fails is forgotten."""
         self._taken = {signal: [] for signal in self._signals}
+        self._reading = True
+        try:
+            yield
+        except BaseException:
+            self._taken.clear()
+            raise
+        finally:
+            self._reading = False
 
     def take(self, signal: Signal) -> Float32[Tensor, "s hv n"] | None:
-        """Return what was read since the last call, or None if the signal is not computed."""
-        if signal not in self._taken:
-            return None
-        parts, self._taken[signal] = self._taken[signal], []
-        return torch.cat(parts)
+        """Return what was read, and forget it; None if the signal is not computed."""
+        parts = self._taken.pop(signal, None)
+        return None if parts is None else torch.cat(parts)
 
     def _read(self, attention: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not self._reading:
+            return
         heads, size = attention.num_heads, attention.head_size
         query, key = (x.unflatten(-1, (heads, size)) for x in inputs[:2])
         for signal in self._signals:

@@ -89,8 +89,8 @@ class PrunedModelMixin(nn.Module):
         counts, seeds = kwargs.pop(NUM_ANCHORS, None), kwargs.pop(PIXEL_HASH, None)
         done: list[Tensor] = []
         for inputs in self.adapter.split(kwargs, self.images_per_pass):
-            self.tap.clear()
-            encoded = super().embed_multimodal(**inputs)
+            with self.tap.reading():
+                encoded = super().embed_multimodal(**inputs)
             embeds = encoded if isinstance(encoded, Tensor) else torch.stack(list(encoded))
             part = slice(len(done), len(done) + len(embeds))
             tokens = VisualTokens(
