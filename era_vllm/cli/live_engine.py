@@ -71,7 +71,7 @@ def live_answer(
     taken: list[PrunedTokens] = []
 
     def listen(model: torch.nn.Module) -> Built:
-        model.on_prune = lambda tokens, pruned: taken.append(_on_cpu(pruned))
+        model.listeners.append(lambda tokens, pruned: taken.append(_on_cpu(pruned)))
         layers = [part for part in model.modules() if isinstance(part, RectifiedAttention)]
         return Built(len(layers), layers[0].head_size, layers[0].attn_backend.get_name())
 

@@ -1,10 +1,12 @@
 """Keeps what a worker pruned for somebody who watches for one image (``/v1/era/inspect``).
 
-A model's ``on_prune``. An image is known by the hash of its pixels and its number of anchors: the
-model sees no request ids. So a neighbour with the same picture at the same rate may be caught in
-its place, and is the same thing. Bounded in number and time, and idle while nobody watches.
+One of a model's ``listeners`` while somebody watches, and none otherwise. An image is known by the
+hash of its pixels and its number of anchors: the model sees no request ids. So a neighbour with the
+same picture at the same rate may be caught in its place, and is the same thing. Bounded in number
+and time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Final, NamedTuple
@@ -43,8 +45,18 @@ class Found:
 class Inspector:
     """Catches watched images while they are pruned."""
 
-    def __init__(self, policy: PruningPolicy) -> None:
+    def __init__(
+        self,
+        policy: PruningPolicy,
+        listeners: list[Callable[[VisualTokens, PrunedTokens], None]],
+    ) -> None:
+        """Keep out of the list until the first watch.
+
+        Args:
+            listeners: The model's, which this joins while it watches.
+        """
         self._policy = policy
+        self._listeners = listeners
         self._until: dict[Watched, float] = {}
         self._found: dict[Watched, Found] = {}
 
@@ -54,6 +66,8 @@ class Inspector:
         self._until[image] = monotonic() + seconds
         while len(self._until) > _MOST:
             self._forget(next(iter(self._until)))
+        if self not in self._listeners:
+            self._listeners.append(self)
 
     def take(self, image: Watched) -> Found | None:
         """Return what was caught, and forget it; None = it was not pruned since."""
@@ -62,7 +76,7 @@ class Inspector:
         return found
 
     def __call__(self, tokens: VisualTokens, result: PrunedTokens) -> None:
-        """Look at one pass of the reducer; waits for the device only while somebody watches."""
+        """Look at one pass of the reducer; waits for the device."""
         self._drop_late()
         if not self._until or tokens.seeds is None:
             return
@@ -90,6 +104,8 @@ class Inspector:
     def _forget(self, image: Watched) -> None:
         self._until.pop(image, None)
         self._found.pop(image, None)
+        if not self._until and self in self._listeners:
+            self._listeners.remove(self)
 
 
 def token_entropy(policy: PruningPolicy, tokens: VisualTokens) -> Float32[Tensor, "s n"] | None:

@@ -44,8 +44,9 @@ class PrunedModelMixin(nn.Module):
     supports_mrope: ClassVar[Literal[True]] = True
     """Read by vLLM where positions are carried (``positions`` "original")."""
     adapter: ClassVar[ModelAdapter]
-    on_prune: OnPrune | None = None
-    """Called with what was pruned and what came out; for inspection and tests."""
+    listeners: list[OnPrune]
+    """Each is called with what was pruned and what came out; for inspection and tests. They come
+    and go as they like."""
     images_per_pass: int
     """Images that go through the tower at once: as many as vLLM profiled memory for."""
     degenerate: Tensor
@@ -79,6 +80,7 @@ class PrunedModelMixin(nn.Module):
         counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
         self.register_buffer("degenerate", counts, persistent=False)
         self.reducer_metrics = ReducerMetrics()
+        self.listeners = []
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """Return for each image [K, d + 5]: retained embeddings, their bias and index.
@@ -158,8 +160,8 @@ class PrunedModelMixin(nn.Module):
             group = tokens if len(groups) == 1 else _take(tokens, images)
             result = prune(group, count, self.policy, merge=self.era.merge, bias=self.era.bias)
             self.degenerate += result.degenerate
-            if self.on_prune is not None:
-                self.on_prune(group, result)
+            for listen in tuple(self.listeners):
+                listen(group, result)
             rows = pack(result.embeds, result.log_bias, result.anchors)
             packed.update(zip(images, rows, strict=True))
         return [packed[image] for image in range(len(num_anchors))]

@@ -43,6 +43,8 @@ class EraWorker:
 
     model_runner: "GPUModelRunner"
     vllm_config: "VllmConfig"
+    era_inspector: Inspector | None = None
+    """Made when it is first asked for."""
 
     def era_metrics(self) -> Counted:
         """Return what this rank counted."""
@@ -83,10 +85,10 @@ def _model(worker: EraWorker) -> "PrunedModelMixin":
 
 
 def _inspector(worker: EraWorker) -> Inspector:
-    model = _model(worker)
-    if not isinstance(model.on_prune, Inspector):
-        model.on_prune = Inspector(model.policy)
-    return model.on_prune
+    if worker.era_inspector is None:
+        model = _model(worker)
+        worker.era_inspector = Inspector(model.policy, model.listeners)
+    return worker.era_inspector
 
 
 def _read_back(worker: EraWorker, request_id: str, log_bias: list[float]) -> ReadBack | None:

@@ -271,7 +271,7 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
             pruning = era_vllm.engine_args(MODEL, **settings)
             alive[wanted] = Engine(LLM(**{**pruning, **arguments}), EraConfig.parse(settings))
             if hasattr(alive[wanted].model, "policy"):
-                alive[wanted].model.on_prune = alive[wanted].record
+                alive[wanted].model.listeners.append(alive[wanted].record)
         return alive[wanted]
 
     yield start

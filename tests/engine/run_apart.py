@@ -27,7 +27,8 @@ def listen(worker):
     """Keep what this rank prunes."""
     model = worker.get_model()
     model.seen = []  # stays empty in stock vLLM
-    model.on_prune = lambda tokens, result: model.seen.append((tokens, result))
+    if hasattr(model, "listeners"):
+        model.listeners.append(lambda tokens, result: model.seen.append((tokens, result)))
 
 
 def collect(worker):
