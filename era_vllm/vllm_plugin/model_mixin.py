@@ -103,7 +103,7 @@ class PrunedModelMixin(nn.Module):
                 seeds=seeds.flatten()[part].to(embeds.device, non_blocking=True),
             )
             num_anchors = counts.flatten()[part].tolist()  # CPU tensor: no sync
-            with self.reducer_metrics.timed(tokens.segments, embeds.device):
+            with self.reducer_metrics.timed(tokens.segments, self.degenerate):
                 done += self._pruned(tokens, num_anchors)
         return done
 

@@ -48,8 +48,7 @@ class EraWorker:
 
     def era_metrics(self) -> Counted:
         """Return what this rank counted."""
-        model = _model(self)
-        return model.reducer_metrics.counted(model.degenerate)
+        return _model(self).reducer_metrics.counted()
 
     def era_watch(self, pixel_hash: int, num_anchors: int, seconds: float) -> None:
         """Catch an image when it is pruned."""
