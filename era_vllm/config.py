@@ -62,6 +62,9 @@ class EraConfig:
     positions: Literal["original", "compact"] = "original"
     """``original``: anchors and text keep the positions they have unpruned; ``compact``: K tokens
     take K positions. Source: docs/method.md, X11."""
+    allow_extrapolation: bool = False
+    """With original positions, generate past those that the model was trained on; else an answer
+    ends there, as unpruned."""
     bias_store: BiasStoreName = "key_columns"
     """Where a slot's bias is kept."""
     bias_columns: int | None = None
@@ -94,7 +97,7 @@ class EraConfig:
             self.min_anchors,
             "an integer >= 1",
         )
-        for name in ("merge", "bias"):
+        for name in ("merge", "bias", "allow_extrapolation"):
             _check(
                 isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"
             )
@@ -194,10 +197,12 @@ class EraConfig:
         """Hash of every setting that changes the numbers, for cache keys.
 
         The rates and their names are left out: each image's effective rate enters its own key, so
-        that a default of .778 and a request for .778 or for medium share caches.
+        that a default of .778 and a request for .778 or for medium share caches. So is what only
+        ends answers.
         """
         values = self.as_dict()
-        for name in ("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"):
+        rates = ("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels")
+        for name in (*rates, "allow_extrapolation"):
             del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

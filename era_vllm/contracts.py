@@ -218,7 +218,11 @@ class BiasStore(Protocol):
     def columns(
         self, bias: Float32[Tensor, "*r"], width: int, scale: float, dtype: torch.dtype
     ) -> Float[Tensor, "*r w"]:
-        """Return the columns that stand for each bias; the exponent is in the bias."""
+        """Return the columns that stand for each bias; the exponent is in the bias.
+
+        Args:
+            dtype: The model's, in which columns come to the cache: both must hold each exactly.
+        """
         ...
 
     def before(

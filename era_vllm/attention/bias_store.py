@@ -30,13 +30,15 @@ from era_vllm.errors import ConfigError, unknown_name
 
 _FP8: Final = torch.float8_e4m3fn
 _LARGEST_FP8: Final = 448.0
+_LARGEST_FLOAT16: Final = 65280.0
+_LARGEST_BFLOAT16: Final = torch.finfo(torch.bfloat16).max
 _MASS_UNIT: Final = 4.0
 """Smallest scale of fp8 values times mass. Masses are rounded on its grid, which is also the grid
 of every larger power of two up to ``_COARSEST``: the cache does not round them again."""
 _COARSEST: Final = 64.0
 """Largest scale of fp8 values times mass: a mass of 1 is still a normal number (2^-6)."""
 _LARGEST_MASS: Final = _LARGEST_FP8 * _MASS_UNIT
-"""1792, held in fp8 and float16 caches; an anchor stands for no more than its segment's tokens."""
+"""1792, held in fp8 and float16; an anchor stands for no more than its segment's tokens."""
 _HEADROOM: Final = 500.0
 """A calibrated value scale covers values; this mass times the largest of them must fit too."""
 _UNCALIBRATED: Final = 8.0
@@ -55,14 +57,14 @@ _FINEST_QUERY_SCALE: Final = 2.0**-5
 class KeyColumns:
     """Bias in spare key columns; the query holds a constant there.
 
-    The first column holds the bias rounded to the cache's dtype, the next the remainder, so that
-    two columns of bf16 carry about 16 bits. Source: ERA README, "LAR" kernel form.
+    The first column holds the rounded bias, the next the remainder, so that two columns of bf16
+    carry about 16 bits. Source: ERA README, "LAR" kernel form.
     """
 
     num_columns: int
-    """1 is exact for float32; bf16 and fp8 need 2."""
+    """1 is exact where model and cache are float32; else 2 are needed."""
     kv_dtype: torch.dtype
-    """What the cache stores, which is what each column is rounded to."""
+    """What the cache stores. A column is rounded to what both it and the model's dtype hold."""
 
     limits: ClassVar[StoreLimits] = StoreLimits(
         kv_dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, _FP8}),
@@ -89,7 +91,7 @@ class KeyColumns:
         rest = bias / (scale * self.query_constant)
         parts = []
         for _ in range(self.num_columns):
-            stored = _rounded(rest, self.kv_dtype)
+            stored = _rounded(rest, self.kv_dtype, dtype)
             parts.append(stored)
             rest = rest - stored
         return pad(torch.stack(parts, -1), (0, width - self.num_columns)).to(dtype)
@@ -136,7 +138,9 @@ class ValueColumn:
     """Mass in one spare value column: for layers whose keys have no room, and soft-capped scores.
 
     The kernel returns sum(p m v) and sum(p m), whose ratio is rectified attention exactly. The
-    same rounded m multiplies the values and fills the column.
+    same rounded m multiplies the values and fills the column. Within 1e-4 only where model and
+    cache are float32: further columns would not help the others, since the kernel rounds its last
+    output column, the denominator, to the model's dtype.
     """
 
     num_columns: int
@@ -167,10 +171,10 @@ class ValueColumn:
         """Return for each bias: the rounded mass (1 for text), then zeros."""
         del scale
         mass = bias.exp()
-        if self.kv_dtype in (_FP8, torch.float16):
+        if {self.kv_dtype, dtype} & {_FP8, torch.float16}:
             mass = mass.clamp_max(_LARGEST_MASS)
         unit = _MASS_UNIT if self.kv_dtype == _FP8 else 1.0
-        mass = _rounded(mass / unit, self.kv_dtype) * unit
+        mass = _rounded(mass / unit, self.kv_dtype, dtype) * unit
         return pad(mass[..., None], (0, width - 1)).to(dtype)
 
     def before(
@@ -214,11 +218,23 @@ class ValueColumn:
         return rows[..., head_size].float().log()
 
 
-def _rounded(x: Float32[Tensor, "*r"], dtype: torch.dtype) -> Float32[Tensor, "*r"]:
-    """Round to a cache's number format; fp8 saturates (torch's own cast may give NaN)."""
-    if dtype == _FP8:
-        x = x.clamp(-_LARGEST_FP8, _LARGEST_FP8)
-    return x.to(dtype).float()
+def _rounded(
+    x: Float32[Tensor, "*r"], kv_dtype: torch.dtype, dtype: torch.dtype
+) -> Float32[Tensor, "*r"]:
+    """Round to a number that the cache's format and the model's both hold: neither cast changes it.
+
+    To the format of fewer bits first: the other then changes only the smallest numbers of float16
+    (bfloat16 goes lower), by taking bits away. Saturates where torch's own casts may give NaN or
+    infinity.
+    """
+    largest = min(_largest(kv_dtype), _largest(dtype))
+    coarser, finer = sorted((kv_dtype, dtype), key=lambda one: torch.finfo(one).eps, reverse=True)
+    return x.clamp(-largest, largest).to(coarser).to(finer).float()
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """Return the largest of a format's numbers that bfloat16 holds too."""
+    return {_FP8: _LARGEST_FP8, torch.float16: _LARGEST_FLOAT16}.get(dtype, _LARGEST_BFLOAT16)
 
 
 def _power_of_two(x: float) -> float:
@@ -229,8 +245,15 @@ STORES: Final = {"key_columns": KeyColumns, "value_column": ValueColumn}
 """Public name -> store."""
 
 
-def make_store(name: str, num_columns: int | None, kv_dtype: torch.dtype) -> BiasStore:
-    """Build a bias store for a cache of the given dtype.
+def make_store(
+    name: str, num_columns: int | None, kv_dtype: torch.dtype, dtype: torch.dtype
+) -> BiasStore:
+    """Build a bias store for a cache of the given dtype and a model of another.
+
+    Args:
+        num_columns: ``EraConfig.bias_columns``; None = as many as hold the bias.
+        kv_dtype: What the cache stores.
+        dtype: The model's, in which columns come to the cache.
 
     Raises:
         ConfigError: unknown store, or a cache dtype that it cannot hold a bias in.
@@ -241,5 +264,6 @@ def make_store(name: str, num_columns: int | None, kv_dtype: torch.dtype) -> Bia
     if kv_dtype not in allowed:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in allowed))
         raise ConfigError(f"bias store {name!r}: got a KV cache of {kv_dtype}, allowed: {names}")
-    enough = 1 if kv_dtype == torch.float32 or name == "value_column" else 2
+    exact = kv_dtype == dtype == torch.float32
+    enough = 1 if exact or name == "value_column" else 2
     return STORES[name](num_columns or enough, kv_dtype)

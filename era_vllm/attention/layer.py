@@ -120,13 +120,14 @@ def swap(language_model: nn.Module, vllm_config: VllmConfig, era: EraConfig) -> 
             "so a bias cannot be attached; allowed: decoder-only models with standard attention"
         )
     first: Attention = owners[0].attn
-    store = make_store(era.bias_store, era.bias_columns, stored_dtype(first))
+    dtype = torch.get_default_dtype()
+    store = make_store(era.bias_store, era.bias_columns, stored_dtype(first), dtype)
     width = widened_head_size(first, store) - first.head_size
     scheduler = vllm_config.scheduler_config
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     rows = max(scheduler.max_num_batched_tokens, graphs)
     scale, gamma = attention_impl.scale_of(first), _exponents(era, owners, vllm_config)
-    buffer = BiasBuffer(rows, width, store, scale, torch.get_default_dtype(), gamma)
+    buffer = BiasBuffer(rows, width, store, scale, dtype, gamma)
     for index, owner in enumerate(owners):
         stock: Attention = owner.attn
         _check(stock, first, store)

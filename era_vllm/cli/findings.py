@@ -221,7 +221,7 @@ def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int
     dtype = kv_cache_dtype_str_to_dtype(cache, config.model_config)
     if cache in ("fp8", "fp8_e4m3"):  # vLLM keeps them as bytes
         dtype = torch.float8_e4m3fn
-    store = make_store(era.bias_store, era.bias_columns, dtype)
+    store = make_store(era.bias_store, era.bias_columns, dtype, config.model_config.dtype)
     with set_current_vllm_config(config):
         backend = get_attn_backend(stock, config.model_config.dtype, cache)
         wide = widened_head_size(_Layer("language model", stock, cache, backend), store)
@@ -234,12 +234,10 @@ def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int
         why = f"vLLM's choice for heads of {wide}"
         fits = f"rounded up to a multiple of {16 if cache.startswith('fp8') else 8}"
     kind = str(dtype).removeprefix("torch.")
-    precision = {
-        "float32": "one column of float32 is exact",
-        "bfloat16": "the second holds what rounding to bfloat16 leaves",
-        "float16": "the second holds what rounding to float16 leaves",
-    }.get(kind, "the further ones hold what rounding leaves")
     count = store.extra_columns
+    precision = "exact" if count == 1 else "the second holds what rounding leaves"
+    if store.scaled == "v":
+        precision = "a mass, rounded once"
     chosen = "chosen by --era-bias-columns" if era.bias_columns else precision
     columns = "1 column" if count == 1 else f"{count} columns"
     section = "Attention"

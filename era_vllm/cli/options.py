@@ -85,8 +85,11 @@ _FLAGS: Final[dict[str, dict[str, object]]] = {
 _SWITCHES: Final = {
     "merge": "average pruned tokens into anchors",
     "bias": "add the log-bias to attention scores",
+    "allow_extrapolation": "with original positions, answer past those that the model was trained "
+    "on",
 }
-
+_ON: Final = frozenset({"merge", "bias"})
+"""Switches that are on by default."""
 
 _PREFIX: Final = "ERA_"
 
@@ -106,7 +109,8 @@ def add_era_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, what in _SWITCHES.items():
         on, *off = _switch(name)
-        for flags, value, said in (([on], True, f"{what} (default)"), (off, False, "do not")):
+        yes, no = (f"{what} (default)", "do not") if name in _ON else (what, "do not (default)")
+        for flags, value, said in (([on], True, yes), (off, False, no)):
             group.add_argument(
                 *flags, dest=f"era_{name}", action="store_const", const=value, help=said
             )
@@ -169,6 +173,7 @@ def refuse_unknown_era_flags(rest: list[str], more: Iterable[str] = ()) -> None:
 
 def _switch(name: str) -> tuple[str, str, str]:
     """Flags that switch a setting on, off, and off as argparse spells it."""
+    name = name.replace("_", "-")
     return f"--era-{name}", f"--era-no-{name}", f"--no-era-{name}"
 
 

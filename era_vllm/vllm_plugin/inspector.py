@@ -1,8 +1,9 @@
 """Keeps what a worker pruned for somebody who watches for one item (``/v1/era/inspect``).
 
-A listener of the reducer. An item is known by the hash of its pixels and K of its segments: the
-model sees no request ids. So a neighbour with the same picture at the same rate may be caught in
-its place, and is the same thing. Bounded in number and time, and idle while nobody watches.
+One of the reducer's listeners while somebody watches, and none otherwise. An item is known by the
+hash of its pixels and K of its segments: the model sees no request ids. So a neighbour with the
+same picture at the same rate may be caught in its place, and is the same thing. Bounded in number
+and time.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from era_vllm.contracts import PruningPolicy
 from era_vllm.policies import era
 from era_vllm.steps.entropy import head_entropy, head_profile, unattended
 from era_vllm.types import Signal, VisualTokens
-from era_vllm.vllm_plugin.reducer import PrunedItem, PrunedSegment
+from era_vllm.vllm_plugin.reducer import Listener, PrunedItem, PrunedSegment
 
 _MOST: Final = 8
 """Items watched for at once: one an API server is usual."""
@@ -56,8 +57,18 @@ class Found:
 class Inspector:
     """Catches watched images while they are pruned."""
 
-    def __init__(self, policy: PruningPolicy) -> None:
+    def __init__(
+        self,
+        policy: PruningPolicy,
+        listeners: list[Listener],
+    ) -> None:
+        """Keep out of the list until the first watch.
+
+        Args:
+            listeners: The reducer's, which this joins while it watches.
+        """
         self._policy = policy
+        self._listeners = listeners
         self._until: dict[Watched, float] = {}
         self._found: dict[Watched, Found] = {}
 
@@ -67,6 +78,8 @@ class Inspector:
         self._until[item] = monotonic() + seconds
         while len(self._until) > _MOST:
             self._forget(next(iter(self._until)))
+        if self not in self._listeners:
+            self._listeners.append(self)
 
     def take(self, item: Watched) -> Found | None:
         """Return what was caught, and forget it; None = it was not pruned since."""
@@ -75,7 +88,7 @@ class Inspector:
         return found
 
     def __call__(self, items: Sequence[PrunedItem]) -> None:
-        """Look at one pass of the reducer; waits for the device only while somebody watches."""
+        """Look at one pass of the reducer; waits for the device."""
         self._drop_late()
         for one in items if self._until else ():
             watched = Watched(one.item.pixel_hash, one.item.plan.num_anchors)
@@ -102,6 +115,8 @@ class Inspector:
     def _forget(self, item: Watched) -> None:
         self._until.pop(item, None)
         self._found.pop(item, None)
+        if not self._until and self in self._listeners:
+            self._listeners.remove(self)
 
 
 def _of_slots(one: PrunedItem) -> Float32[Tensor, "k"]:

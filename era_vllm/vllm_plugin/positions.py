@@ -135,7 +135,7 @@ def carry_positions(hf_config: PretrainedConfig) -> None:
 
 def rope_types(text_config: PretrainedConfig) -> set[str]:
     """Return the kinds of rotary embedding of a language model, one or one a type of layer."""
-    found = _rope_parameters(text_config)
+    found = rope_parameters(text_config)
     return {
         "mrope" if "mrope_section" in one else str(one.get("rope_type", "default")) for one in found
     } or {"none"}
@@ -145,13 +145,13 @@ def table_rows(text_config: PretrainedConfig) -> int:
     """Return the positions that the rotary table has; linear scaling makes it longer."""
     factors = [
         float(one.get("factor", 1.0))
-        for one in _rope_parameters(text_config)
+        for one in rope_parameters(text_config)
         if one.get("rope_type") == "linear"
     ]
     return int(text_config.max_position_embeddings * min(factors, default=1.0))
 
 
-def _rope_parameters(text_config: PretrainedConfig) -> list[dict[str, object]]:
+def rope_parameters(text_config: PretrainedConfig) -> list[dict[str, object]]:
     """Return them as a list; Transformers nests them where layers differ."""
     found = getattr(text_config, "rope_parameters", None)
     if not isinstance(found, dict):
@@ -165,7 +165,8 @@ def longer_rope_table(text_config: PretrainedConfig, more: int) -> Iterator[None
     """Build the language model with ``more`` further rows in its rotary table.
 
     Prompts end within ``max_position_embeddings`` (``PrunedProcessorMixin.apply``) and generation
-    adds at most ``max_model_len``, so a table of both can never be overrun.
+    adds at most ``max_model_len``, so a table of both can never be overrun: by answers that may
+    leave the trained positions, or what speculation and look-ahead compute behind the last token.
     """
     rows = text_config.max_position_embeddings
     text_config.max_position_embeddings = rows + more

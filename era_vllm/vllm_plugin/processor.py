@@ -34,6 +34,7 @@ from era_vllm.vllm_plugin.positions import table_rows
 from era_vllm.vllm_plugin.rates import effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.thin import thinned
+from era_vllm.vllm_plugin.trained_range import bounded
 
 TOKENS_BEFORE = "era_tokens_before"
 """Key of a processed prompt, which the renderer takes out again: modality -> N of each item."""
@@ -109,10 +110,16 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             self._check_length(len(inputs.prompt) + longer)
         inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=PlannedKwargs(own, plans))
         result = super().apply(inputs, timing_ctx)
-        if plans:
-            result[TOKENS_BEFORE] = {
-                modality: [one.layout.length for one in some] for modality, some in plans.items()
-            }
+        if not plans:
+            return result
+        result[TOKENS_BEFORE] = {
+            modality: [one.layout.length for one in some] for modality, some in plans.items()
+        }
+        if self.info.era.positions == "original" and not self.info.era.allow_extrapolation:
+            every = [one for some in plans.values() for one in some]
+            ahead = sum(sum(one.layout.spans) - sum(one.kept) for one in every)
+            text = self.info.get_hf_config().get_text_config()
+            result["mm_hashes"] = bounded(result["mm_hashes"], ahead, text)
         return result
 
     def get_dummy_inputs(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201  # vLLM's signature

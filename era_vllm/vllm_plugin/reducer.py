@@ -72,7 +72,7 @@ class Reducer(nn.Module):
     def forward(self, items: Sequence[Encoded]) -> list[Tensor]:
         """Return for each item [kept, d + r + c]: what stays, in its unpruned order, packed."""
         found: dict[tuple[int, int], PrunedSegment] = {}
-        with self.metrics.timed(len(items), items[0].rows.device):
+        with self.metrics.timed(len(items), self.degenerate):
             for num_anchors, members in _groups(items):
                 tokens = self._stacked(items, members)
                 result = self._prune(tokens, num_anchors)
@@ -85,7 +85,7 @@ class Reducer(nn.Module):
                 for i, item in enumerate(items)
             ]
             done = [_assembled(*pair) for pair in zip(items, pruned, strict=True)]
-        for listener in self.listeners:
+        for listener in tuple(self.listeners):
             listener(pruned)
         return done
 

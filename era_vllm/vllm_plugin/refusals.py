@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 from era_vllm.attention.bias_store import STORES
 from era_vllm.compat import cpu_attention
+from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
+from era_vllm.policies import make_policy
+from era_vllm.types import Signal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -74,6 +77,38 @@ REFUSALS: Final = (
         lambda config: config.compilation_config.cudagraph_mm_encoder,
     ),
     Refusal(
+        "a compiled encoder (compile_mm_encoder)",
+        "attention is read by a hook within its blocks, which a compiled block does not call",
+        "leave it off",
+        lambda config: config.compilation_config.compile_mm_encoder,
+    ),
+    Refusal(
+        "encoders that share out images (--mm-encoder-tp-mode data) with a policy that reads the "
+        "encoder's attention",
+        "a rank would read that of other images than it prunes",
+        "use --mm-encoder-tp-mode weights, or --era-policy dpp",
+        lambda config: bool(
+            config.model_config.multimodal_config
+            and config.model_config.multimodal_config.mm_encoder_tp_mode == "data"
+            and _reads_attention(config)
+        ),
+    ),
+    Refusal(
+        "vLLM's own pruning of videos (--video-pruning-rate)",
+        "it puts channels behind every embedding and takes the last ones away again: ours",
+        "leave it out; --era-pruning-rate says how much is pruned",
+        lambda config: bool(
+            config.model_config.multimodal_config
+            and config.model_config.multimodal_config.video_pruning_rate
+        ),
+    ),
+    Refusal(
+        "layers without attention (hybrid and attention-free models)",
+        "they have no keys for a bias, and take a merged token for one",
+        "choose a model with attention in every layer",
+        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
+    ),
+    Refusal(
         "given embeddings (--enable-mm-embeds)",
         "they have no encoder to read attention from",
         "send pictures",
@@ -118,6 +153,11 @@ REFUSALS: Final = (
         lambda config: config.is_mm_encoder_only,
     ),
 )
+
+
+def _reads_attention(config: "VllmConfig") -> bool:
+    policy = make_policy(EraConfig.parse(config.model_config.hf_config.era))
+    return bool(policy.needs & {Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
 
 
 def refuse(vllm_config: "VllmConfig") -> None:

@@ -12,6 +12,7 @@ from typing import Final
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
+from era_vllm.compat import input_processor
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.cache_keys import namespace
@@ -27,6 +28,7 @@ from era_vllm.vllm_plugin.requests import (
     reports,
 )
 from era_vllm.vllm_plugin.resolve import era_config
+from era_vllm.vllm_plugin.trained_range import end_in_time
 
 _DETAILS = "era_details"
 _ITEM_RATES = "era_rates"
@@ -40,6 +42,10 @@ that renders the prompt anew. Whoever gives the input to the engine takes it out
 
 class EraRenderer(HfRenderer):
     """vLLM's Hugging Face renderer that puts the list of rates on each prompt with images."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        input_processor.then(end_in_time)
 
     @cached_property
     def era(self) -> EraConfig:

@@ -44,11 +44,12 @@ class EraWorker:
 
     model_runner: "GPUModelRunner"
     vllm_config: "VllmConfig"
+    era_inspector: Inspector | None = None
+    """Made when it is first asked for."""
 
     def era_metrics(self) -> Counted:
         """Return what this rank counted."""
-        model = _model(self)
-        return model.reducer.metrics.counted(model.reducer.degenerate)
+        return _model(self).reducer.metrics.counted()
 
     def era_watch(self, pixel_hash: int, num_anchors: list[int], seconds: float) -> None:
         """Catch an item when it is pruned."""
@@ -94,12 +95,10 @@ def _model(worker: EraWorker) -> _Pruned:
 
 
 def _inspector(worker: EraWorker) -> Inspector:
-    model = _model(worker)
-    listeners = model.reducer.listeners
-    found = next((one for one in listeners if isinstance(one, Inspector)), None)
-    if found is None:
-        listeners.append(found := Inspector(model.policy))
-    return found
+    if worker.era_inspector is None:
+        model = _model(worker)
+        worker.era_inspector = Inspector(model.policy, model.reducer.listeners)
+    return worker.era_inspector
 
 
 def _read_back(worker: EraWorker, request_id: str, log_bias: list[float]) -> ReadBack | None:

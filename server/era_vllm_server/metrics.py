@@ -5,15 +5,17 @@ multiprocess mode, which vLLM sets up). What workers counted (``era_vllm/vllm_pl
 is asked of them when somebody scrapes, rank 0 of each engine, and added behind vLLM's own text: so
 it is counted once whatever the number of ranks and API servers, needs no folder of counter files,
 and leaves vLLM's figures in the mode they are in. Where the workers do not answer in time their
-families are left out: an older figure would read as a counter that was reset, for another API
-server may have told a newer one.
+families are left out: a figure older than a second would read as a counter that was reset, for
+another API server may have told a newer one.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from time import monotonic
 from typing import Final
 
 from fastapi import APIRouter, Request
@@ -52,6 +54,9 @@ for _status in ("500", "504"):  # a rate sees no first failure that no 0 went be
 _WAIT_S: Final = 5.0
 """A scrape waits so long for the workers, who answer between two steps. Prometheus gives up after
 10."""
+FRESH_S: Final = 1.0
+"""How long an answer is given again. Whoever scrapes no more often than that never sees a counter
+go back, whichever API servers answer: each figure is younger than the scrape before."""
 
 router = APIRouter()
 
@@ -67,21 +72,24 @@ async def metrics(raw_request: Request) -> Response:
 
 
 class WorkerMetrics:
-    """Asks for the workers' figures; one question at a time, whoever scrapes."""
+    """Asks for the workers' figures; one question at a time and one a second, whoever scrapes."""
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine
         self._asking: asyncio.Task[Figures | None] | None = None
+        self._asked_at = -math.inf
 
     async def ask(self) -> "Figures | None":
-        """Ask the workers, unless a question is still open; wait for at most ``_WAIT_S``.
+        """Ask the workers, unless a question is still open or young; wait for at most ``_WAIT_S``.
 
         Returns:
-            What they say now; None where they do not.
+            What they said within the last ``FRESH_S``; None where they do not.
         """
-        if self._asking is None or self._asking.done():
+        due = monotonic() - self._asked_at >= FRESH_S
+        if self._asking is None or (self._asking.done() and due):
             if self._engine.errored:
                 return None
+            self._asked_at = monotonic()
             self._asking = asyncio.create_task(self._answer())
         asked = self._asking
         await asyncio.wait({asked}, timeout=_WAIT_S)

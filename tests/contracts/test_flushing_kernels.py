@@ -81,7 +81,7 @@ def errors(name: str, seed: int, ks: float, vs: float, heaviest: float, flush: b
     q = q / q.abs().max() / k.abs().max() * SIZE**0.5  # scores of a few units
     bias = torch.zeros(COUNT)
     bias[::4] = torch.linspace(0, math.log(heaviest), len(bias[::4]))
-    store = make_store(name, None, FP8)
+    store = make_store(name, None, FP8, torch.float32)
     columns = store.columns(bias, WIDTH, SCALE, torch.float32)[:, None]
     wide_q = store.before(q, k[:3], v[:3], columns[:3])[0]
     _, wide_k, wide_v = store.before(k.repeat(1, 2, 1), k, v, columns)

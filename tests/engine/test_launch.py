@@ -166,6 +166,12 @@ WANTED = {
     "micro-batches": {"parallel_config.ubatch_size": 2},
     "speculative decoding": {"speculative_config": SimpleNamespace(method="eagle")},
     "encoder CUDA graphs": {"compilation_config.cudagraph_mm_encoder": True},
+    "a compiled encoder": {"compilation_config.compile_mm_encoder": True},
+    "encoders that share out": {"model_config.multimodal_config.mm_encoder_tp_mode": "data"},
+    "vLLM's own pruning": {"model_config.multimodal_config.video_pruning_rate": 0.5},
+    "layers without": {
+        "model_config._model_info": SimpleNamespace(is_hybrid=True, is_attention_free=False)
+    },
     "given embeddings": {"model_config.multimodal_config.enable_mm_embeds": True},
     "prompt embeddings": {"model_config.enable_prompt_embeds": True},
     "LoRA adapters of": {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)},
@@ -232,6 +238,8 @@ def changed(config, values):
         ({"enable_mm_embeds": True}, "--enable-mm-embeds"),
         ({"mm_encoder_only": True}, "--mm-encoder-only"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
+        ({"video_pruning_rate": 0.5}, "--video-pruning-rate"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype"),
         ({"enable_lora": True, "enable_tower_connector_lora": True}, "vision tower"),
         ({"additional_config": {"era": {"pruning_rat": 1}}}, "did you mean 'pruning_rate'"),

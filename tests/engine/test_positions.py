@@ -111,17 +111,133 @@ def test_the_same_prompt_is_served_with_compact_positions(engine, setup, ask, im
     assert len(answer.token_ids) == 9
 
 
-@pytest.mark.situation("decoding past the rope table")
-def test_decoding_past_the_rope_table(engine, setup, ask, images, exact):
+LIMIT = 2048
+"""Positions that the sample model was trained on."""
+
+
+@pytest.fixture
+def nearly_full(ask, images):
+    """A question whose prompt leaves so many positions of ``LIMIT``, unpruned, and few tokens."""
+
+    def make(left, rate=0.944):
+        pictures = [images[i % 12] for i in range((LIMIT - 40) // 144)]
+        words = LIMIT - 144 * len(pictures) - 5 - left  # <s> USER : ASSISTANT :
+        return ask(" ".join(["red"] * words), *pictures, rate=rate)
+
+    return make
+
+
+@pytest.fixture
+def finished():
+    """Answer a request with given sampling parameters; the output, and the positions it ends at."""
+
+    def answer(live, request, **how):
+        from vllm import SamplingParams
+
+        params = SamplingParams(**{"temperature": 0, "ignore_eos": True, **how})
+        (out,) = live.llm.generate([request.prompt()], params, use_tqdm=False)
+        tokens_before = len(out.prompt_token_ids) + (144 - 8) * len(request.images)
+        return out, tokens_before
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"), [(None, 12), (900, 12), (13, 12), (12, 12), (11, 11)]
+)
+def test_an_answer_ends_at_the_last_trained_position(
+    engine, setup, nearly_full, finished, max_tokens, expected
+):
     live = engine(setup())
-    limit = live.core.vllm_config.model_config.hf_config.text_config.max_position_embeddings
-    pictures = [images[i % 12] for i in range((limit - 10) // 144)]
-    filler = limit - 144 * len(pictures) - 7
-    request = ask(" ".join(["red"] * filler), *pictures, rate=0.944)
+    out, before = finished(live, nearly_full(12), max_tokens=max_tokens)
+    assert live.core.vllm_config.model_config.max_model_len - len(out.prompt_token_ids) > 500
+    assert before == LIMIT - 12
+    (answer,) = out.outputs
+    assert (len(answer.token_ids), answer.finish_reason) == (expected, "length")
+
+
+def test_every_way_to_ask_for_more_ends_there(engine, setup, nearly_full, finished):
+    live = engine(setup())
+    out, _ = finished(live, nearly_full(5), max_tokens=50, min_tokens=20, n=2, temperature=1)
+    assert [len(answer.token_ids) for answer in out.outputs] == [5, 5]
+    out, before = finished(live, nearly_full(0), max_tokens=50)
+    assert before == LIMIT and len(out.outputs[0].token_ids) == 1
+    # As a raw prompt, which vLLM renders late.
+    from vllm import SamplingParams
+
+    core = live.llm.llm_engine
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=50)
+    core.add_request("raw", nearly_full(7).prompt(), params)
+    done = []
+    while core.has_unfinished_requests():
+        done += [out for out in core.step() if out.finished]
+    assert [len(out.outputs[0].token_ids) for out in done] == [7]
+
+
+def test_beam_search_is_refused_there(engine, setup, nearly_full):
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    live = engine(setup())
+    prompt = nearly_full(3).prompt()
+    params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
+    (found,) = live.llm.beam_search([prompt], params)
+    assert len(found.sequences) == 2
+    params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
+    with pytest.raises(
+        VLLMValidationError, match="ask for fewer max_tokens, or serve with --era-p"
+    ):
+        live.llm.beam_search([prompt], params)
+
+
+def test_what_is_not_pruned_or_compact_ends_as_in_stock(
+    engine, setup, ask, images, nearly_full, finished
+):
+    live = engine(setup())
+    for request in (ask("red"), ask("red", images[0], rate=0.0)):
+        out, _ = finished(live, request, max_tokens=None)
+        assert len(out.prompt_token_ids) + len(out.outputs[0].token_ids) == 1024
+    out, _ = finished(engine(setup(positions="compact")), nearly_full(12), max_tokens=30)
+    assert len(out.outputs[0].token_ids) == 30
+
+
+@pytest.mark.situation("decoding past the rope table")
+def test_decoding_past_the_rope_table(engine, setup, nearly_full, exact):
+    """Where that is allowed; the oracle extrapolates too."""
+    live = engine(setup(allow_extrapolation=True))
+    request = nearly_full(3)
     (answer,) = live.ask([request], steps=12)
-    removed = (144 - 8) * len(pictures)
-    assert len(answer.prompt_ids) + removed <= limit < len(answer.prompt_ids) + removed + 12
+    before = len(answer.prompt_ids) + (144 - 8) * len(request.images)
+    assert before <= LIMIT < before + 12
     exact(live, [request], [answer])
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 32),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        ({"rope_type": "default", "mrope_section": [1, 1, 2]}, 64),
+        ({"full": {"rope_type": "linear", "factor": 4.0}, "other": {"rope_type": "default"}}, 64),
+        (None, 64),
+    ],
+)
+def test_trained_positions(rope, expected):
+    from types import SimpleNamespace
+
+    from era_vllm.vllm_plugin.positions import longer_rope_table
+    from era_vllm.vllm_plugin.trained_range import trained_positions
+
+    text = SimpleNamespace(max_position_embeddings=64, rope_parameters=rope)
+    assert trained_positions(text) == expected
+    with longer_rope_table(text, 1000):
+        pass
+    assert trained_positions(text) == expected
 
 
 def test_a_position_past_the_table_ends_at_its_last_row():
@@ -139,7 +255,8 @@ def test_more_images_than_the_table_has_rows_for_harm_nobody_else(
     engine, setup, ask, images, exact, monkeypatch
 ):
     """As where a prompt comes in past the processor: a wrong answer, but no NaN in the cache."""
-    live = engine(setup(llm={"max_model_len": 1024, "num_gpu_blocks_override": 12}))
+    llm = {"max_model_len": 1024, "num_gpu_blocks_override": 12}
+    live = engine(setup(allow_extrapolation=True, llm=llm))
     limit = live.core.vllm_config.model_config.hf_config.text_config.max_position_embeddings
     processor = live.llm.llm_engine.renderer.mm_processor
     many = [images[i % 12] for i in range((limit + 1024) // 144 + 8)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -47,6 +48,7 @@ def ask(server, *parts, **options):
 def scraped(server):
     """Every sample on /metrics: (name, labels) -> value."""
     settled(server, "vllm:request_success_total")  # vLLM counts a little after it has answered
+    time.sleep(metrics.FRESH_S)  # what workers said before is given again for so long
     reply = httpx.get(f"{server.url}/metrics", timeout=30)
     assert reply.status_code == 200
     assert reply.headers["content-type"].startswith("text/plain; version=")
@@ -154,7 +156,31 @@ def test_workers_that_do_not_answer_in_time_leave_a_gap(monkeypatch):
 
     monkeypatch.setattr(metrics, "ask_workers", ask_workers)
     monkeypatch.setattr(metrics, "_WAIT_S", 0.05)
+    monkeypatch.setattr(metrics, "FRESH_S", 0.0)
     assert asyncio.run(run()) == [10, None, 5000, None]
+
+
+def test_workers_are_asked_once_a_second_whoever_scrapes(monkeypatch):
+    now, asked = 100.0, []
+
+    async def ask_workers(engine, method):
+        asked.append(now)
+        return [[{"images": len(asked)}]]
+
+    async def run():
+        nonlocal now
+        workers = metrics.WorkerMetrics(SimpleNamespace(errored=False))
+        seen = []
+        for passed in (0.0, 0.0, 0.5, 0.49, 0.01, 0.99, 0.02, 60.0):
+            now += passed
+            figures = await asyncio.gather(workers.ask(), workers.ask())
+            seen.append([one.engines[0]["images"] for one in figures])
+        return seen
+
+    monkeypatch.setattr(metrics, "ask_workers", ask_workers)
+    monkeypatch.setattr(metrics, "monotonic", lambda: now)
+    expected = [1, 1, 1, 1, 2, 2, 3, 4]
+    assert asyncio.run(run()) == [[images, images] for images in expected]
 
 
 def test_the_histogram_adds_up(servers):

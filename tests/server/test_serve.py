@@ -34,9 +34,8 @@ def content(question, *images):
 def chat(url, question, *images, **options):
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     messages = [{"role": "user", "content": content(question, *images)}]
-    return client.chat.completions.create(
-        model="era-sample", messages=messages, max_tokens=8, temperature=0, **options
-    )
+    options = {"max_tokens": 8, "temperature": 0, **options}
+    return client.chat.completions.create(model="era-sample", messages=messages, **options)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +109,26 @@ def test_a_prompt_beyond_the_rope_table_is_a_400_and_harms_nobody(servers):
     for picture in pictures[:2]:  # also in the refused prompt, so the caches know them
         alone = chat(servers[0].url, "how many shapes?", picture).choices[0].message.content
         assert alone == chat(servers[1].url, "how many shapes?", picture).choices[0].message.content
+
+
+def test_an_answer_ends_at_the_last_trained_position(servers):
+    """Of 2,048: the prompt is 2,0.. tokens long before pruning, and few of 1,024 after."""
+    pictures = [sample.image for sample in load_samples()]
+    pictures += pictures[:1]
+    long = "red " * 150
+    how = {"max_tokens": None, "extra_body": {"ignore_eos": True, "era": {"level": "extreme"}}}
+    left = set()
+    for server in servers:
+        for most in ({}, {"max_tokens": 500}, {"max_completion_tokens": 500}):
+            answer = chat(server.url, long, *pictures, **{**how, **most})
+            before = answer.usage.prompt_tokens + len(pictures) * (144 - 8)
+            assert answer.usage.total_tokens < 700
+            assert answer.choices[0].finish_reason == "length"
+            assert before + answer.usage.completion_tokens == 2048
+            left.add(answer.usage.completion_tokens)
+        *_, last = chat(server.url, long, *pictures, stream=True, **how)
+        assert last.choices[0].finish_reason == "length"
+    assert len(left) == 1 and 1 < min(left) < 200
 
 
 def test_clients_cannot_set_processor_arguments(servers):

@@ -31,11 +31,15 @@ OTHER: dict[str, object] = {
     "bias_store": "value_column",
     "bias_columns": 1,
     "positions": "compact",
+    "allow_extrapolation": True,
     "gamma": [[1.0, 0.5], [0.9, 0.0]],
 }
 """Another valid value for every setting."""
-NOT_HASHED = {"pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"}
-"""Each image's own rate is part of its identity instead."""
+NOT_HASHED = {
+    *("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"),
+    "allow_extrapolation",
+}
+"""Each image's own rate is part of its identity instead; where an answer ends changes no number."""
 NAN, INF = float("nan"), float("inf")
 
 
@@ -93,6 +97,7 @@ def test_unknown_settings_name_the_nearest() -> None:
         ("min_anchors", [0, -1, 1.0, "1", None, True]),
         ("merge", [0, 1, "true", None]),
         ("bias", [0, 1, "true", None]),
+        ("allow_extrapolation", [0, 1, "true", None]),
         ("policy", [None, 3, b"era", ["era"]]),
         ("bias_store", [None, 3, "key_column", "Key_Columns", ["key_columns"]]),
         ("attention_layer", [1.0, "last", True, [1]]),
@@ -160,7 +165,7 @@ def test_the_bias_stores_are_those_that_exist_and_their_columns_fit() -> None:
     for store in STORES:
         for columns in (None, 1) if store == "value_column" else (None, 1, 2, 4):
             config = EraConfig.parse({"bias_store": store, "bias_columns": columns})
-            make_store(config.bias_store, config.bias_columns, torch.float32)
+            make_store(config.bias_store, config.bias_columns, torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("feature_layer", [4, -2, [1, -2]])

@@ -24,6 +24,7 @@ VALUES: dict[str, object] = {
     "attention_layer": -1,
     "attention_queries": "cls",
     "positions": "compact",
+    "allow_extrapolation": True,
     "bias_store": "value_column",
     "bias_columns": 1,
     "gamma": [1.0, 0.5],
@@ -49,8 +50,9 @@ def test_every_field_has_a_flag_and_a_variable() -> None:
 
 def test_variables_say_what_flags_say() -> None:
     words = ["--era-no-merge", "--era-no-bias", "--era-option", "ridge=0.2"]
+    words += ["--era-allow-extrapolation"]
     for name, value in VALUES.items():
-        if name not in ("merge", "bias", "policy_options"):
+        if name not in ("merge", "bias", "allow_extrapolation", "policy_options"):
             words.append(f"--era-{name.replace('_', '-')}={_said(value)}")
     variables = {PREFIX + name.upper(): _said(value) for name, value in VALUES.items()}
     assert _settings(words) == _settings([], variables) == VALUES

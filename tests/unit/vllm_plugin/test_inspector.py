@@ -1,5 +1,7 @@
 """The catch of one image out of what a worker prunes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def items(tokens, result):
 
 def test_the_watched_image_is_caught_and_no_other(tokens):
     result = prune(tokens, 4, era.Policy())
-    catch = Inspector(era.Policy())
+    catch = Inspector(era.Policy(), [])
     for image in (Watched(22, (4,)), Watched(33, (5,))):
         catch.watch(image, 60)
     catch(items(tokens, result))
@@ -59,7 +61,7 @@ def test_entropy_is_the_policys_own_and_none_where_it_has_none(tokens):
     policy = era.Policy(saliency="softmax", temperature=0.5)
     caught = []
     for each in (policy, dpp.Policy()):
-        catch = Inspector(each)
+        catch = Inspector(each, [])
         catch.watch(Watched(11, (4,)), 60)
         catch(items(tokens, prune(tokens, 4, each)))
         caught.append(catch.take(Watched(11, (4,))).segments[0].entropy)
@@ -71,7 +73,7 @@ def test_entropy_is_the_policys_own_and_none_where_it_has_none(tokens):
 def test_watching_is_bounded_in_time_and_number(tokens, monkeypatch):
     now = 0.0
     monkeypatch.setattr(inspector, "monotonic", lambda: now)
-    catch, result = Inspector(era.Policy()), prune(tokens, 4, era.Policy())
+    catch, result = Inspector(era.Policy(), []), prune(tokens, 4, era.Policy())
     catch.watch(Watched(11, (4,)), 10)
     now = 10.1
     catch(items(tokens, result))
@@ -81,3 +83,49 @@ def test_watching_is_bounded_in_time_and_number(tokens, monkeypatch):
         catch.watch(Watched(other, (4,)), 10)
     catch(items(tokens, result))
     assert catch.take(Watched(11, (4,))) is None
+
+
+def test_it_listens_only_while_somebody_watches_and_lets_others_listen(tokens, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(inspector, "monotonic", lambda: now)
+
+    def others(pruned):
+        """Was there before, and stays."""
+
+    listeners = [others]
+    catch, result = Inspector(era.Policy(), listeners), prune(tokens, 4, era.Policy())
+    assert listeners == [others]
+    for image in (Watched(11, (4,)), Watched(22, (4,)), Watched(11, (4,))):
+        catch.watch(image, 10)
+        assert listeners == [others, catch]
+    for listen in tuple(listeners):
+        listen(items(tokens, result))
+    assert catch.take(Watched(11, (4,))) is not None
+    assert listeners == [others, catch]
+    assert catch.take(Watched(22, (4,))) is not None
+    assert listeners == [others]
+    catch.watch(Watched(33, (4,)), 10)
+    now = 10.1  # nobody came for it
+    for listen in tuple(listeners):
+        listen(items(tokens, result))
+    assert listeners == [others]
+    assert catch.take(Watched(33, (4,))) is None
+
+
+def test_a_worker_keeps_other_listeners_and_its_own_inspector():
+    from era_vllm.vllm_plugin.worker import EraWorker
+
+    heard = []
+    model = SimpleNamespace(policy=era.Policy(), reducer=SimpleNamespace(listeners=[heard.append]))
+    worker = EraWorker()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    worker.era_watch(11, [4], 60)
+    first = worker.era_inspector
+    model.reducer.listeners.append(len)  # comes while it watches
+    worker.era_watch(22, [4], 60)
+    assert worker.era_inspector is first and model.reducer.listeners == [heard.append, first, len]
+    for pixel_hash in (11, 22):
+        worker.era_take(pixel_hash, [4], None)
+    assert model.reducer.listeners == [heard.append, len]
+    worker.era_watch(11, [4], 60)
+    assert model.reducer.listeners == [heard.append, len, first]

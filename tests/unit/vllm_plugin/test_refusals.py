@@ -1,4 +1,4 @@
-"""The pair that one kind of CPU does not bear, by the name of vLLM's kernel; no such CPU needed."""
+"""Refusals that need a machine or model that is not here: by what vLLM's config says of them."""
 
 from types import SimpleNamespace
 
@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from era_vllm.compat import cpu_attention
+from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.vllm_plugin.refusals import REFUSALS
+from era_vllm.vllm_plugin.refusals import REFUSALS, Refusal
 
-(ROW,) = (row for row in REFUSALS if "value_column" in row.feature)
+
+def row_about(word: str) -> Refusal:
+    (found,) = (row for row in REFUSALS if word in row.feature)
+    return found
+
+
+ROW = row_about("value_column")
 
 
 def config(store: str, cache: str) -> SimpleNamespace:
@@ -72,3 +79,34 @@ def test_a_cpu_without_a_kernel_for_fp8_is_refused_in_words_of_ours(
     else:
         flushes = cpu_attention.fp8_kernel(torch.bfloat16) in cpu_attention.FLUSHING
         assert flushes is amx
+
+
+@pytest.mark.parametrize("mode", ["weights", "data"])
+@pytest.mark.parametrize(
+    ("policy", "reads"),
+    [("era", True), ("dpp", False), ("pool", False), ("random", False), ("uniform", False)],
+)
+def test_images_are_shared_out_only_where_no_attention_is_read(
+    mode: str, policy: str, reads: bool
+) -> None:
+    era = EraConfig(policy=policy).as_dict()
+    of_images = SimpleNamespace(mm_encoder_tp_mode=mode)
+    model = SimpleNamespace(hf_config=SimpleNamespace(era=era), multimodal_config=of_images)
+    refused = row_about("--mm-encoder-tp-mode").wanted(SimpleNamespace(model_config=model))
+    assert refused is (reads and mode == "data")
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, 0.5])
+def test_vllms_own_pruning_is_refused_where_it_is_on(rate: float | None) -> None:
+    of_images = SimpleNamespace(video_pruning_rate=rate)
+    model = SimpleNamespace(multimodal_config=of_images)
+    refused = row_about("--video-pruning-rate").wanted(SimpleNamespace(model_config=model))
+    assert refused is bool(rate)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("free", [False, True])
+def test_every_layer_must_attend(hybrid: bool, free: bool) -> None:
+    model = SimpleNamespace(is_hybrid=hybrid, is_attention_free=free)
+    refused = row_about("hybrid").wanted(SimpleNamespace(model_config=model))
+    assert refused is (hybrid or free)
