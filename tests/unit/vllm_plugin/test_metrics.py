@@ -27,6 +27,7 @@ def test_a_pass_falls_into_the_bucket_that_holds_its_duration(monkeypatch):
         "non_finite_attention": 1,
         "no_attention": 2,
         "too_few_tokens": 3,
+        "policy_output": 4,
     }
 
 
