@@ -6,8 +6,6 @@ own cache write into a scratch block, and the inverse of what came out is applie
 Slow, and never in the path of a step.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
@@ -16,40 +14,7 @@ from era_vllm.attention.layer import RectifiedAttention, stored_dtype
 from era_vllm.compat import attention_impl
 from era_vllm.errors import CacheError
 
-if TYPE_CHECKING:
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
 _BASE = 16  # digits + 1 are exact in every cache dtype, fp8-e4m3 included
-
-
-def request_slots(
-    runner: "GPUModelRunner", request_id: str, block_size: int
-) -> tuple[str, Int[Tensor, "t"]] | None:
-    """Return a running request's own name in the engine, and the slots of its prompt.
-
-    Args:
-        runner: vLLM's, V1 (V2 keeps its requests otherwise).
-        request_id: As given to ``generate``; the engine appends to it.
-        block_size: Slots of a block.
-
-    Returns:
-        None where it holds no slots: not yet started, preempted or ended.
-
-    Raises:
-        CacheError: another model runner.
-    """
-    batch = getattr(runner, "input_batch", None)
-    if batch is None or not hasattr(batch, "req_id_to_index"):
-        raise CacheError(
-            f"model runner {type(runner).__name__}: reading a request's slots back is only known "
-            "for vLLM's model runner V1"
-        )
-    for name, row in batch.req_id_to_index.items():
-        if name == request_id or name.startswith(request_id + "-"):
-            position = torch.arange(runner.requests[name].num_prompt_tokens)
-            table = batch.block_table[0].get_cpu_tensor()[row]
-            return name, table[position // block_size].long() * block_size + position % block_size
-    return None
 
 
 def read_bias(

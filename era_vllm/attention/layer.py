@@ -15,7 +15,6 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType
 
 from era_vllm.attention.bias_buffer import BiasBuffer
 from era_vllm.attention.bias_store import make_store
@@ -197,7 +196,7 @@ def widened_head_size(stock: Attention, store: BiasStore) -> int:
 
 def _check(stock: Attention, first: Attention, store: BiasStore) -> None:
     name = stock.layer_name
-    if type(stock) is not Attention or stock.attn_type != AttentionType.DECODER:
+    if type(stock) is not Attention or stock.attn_type != attention_impl.DECODER:
         raise UnsupportedError(
             f"{name}: got {type(stock).__name__} ({stock.attn_type}); only vLLM's plain decoder "
             "Attention can carry a bias"

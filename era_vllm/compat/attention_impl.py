@@ -18,10 +18,12 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
 
 from era_vllm.errors import UnsupportedError
 
 Scaled = Literal["q", "k", "v"]
+DECODER: Final = AttentionType.DECODER
 SCALED: Final[tuple[Scaled, ...]] = ("q", "k", "v")
 
 

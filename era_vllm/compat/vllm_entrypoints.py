@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.responses import api_router as responses_api
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.tokenize import api_router as tokenize_api
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 try:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -37,6 +38,7 @@ __all__ = [
     "chat_api",
     "cli_env_setup",
     "create_error_response",
+    "get_prometheus_registry",
     "messages_api",
     "responses_api",
     "tokenize_api",

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.import_utils import resolve_obj_by_qualname
-from vllm.v1.core.sched.scheduler import Scheduler
 
-from era_vllm.compat.encoder_inputs import WorkBoundScheduler
+from era_vllm.compat.encoder_inputs import Scheduler, WorkBoundScheduler
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.vllm_plugin.fields import work_of
 

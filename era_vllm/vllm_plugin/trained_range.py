@@ -19,7 +19,8 @@ from era_vllm.vllm_plugin.positions import rope_parameters
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput
-    from vllm.v1.engine import EngineCoreRequest
+
+    from era_vllm.compat.input_processor import EngineCoreRequest
 
 
 class BoundedHashes(dict[str, list[str]]):

@@ -7,11 +7,12 @@ two steps, on every rank. Leaves out: routes and limits (``server``).
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import nn
 
+from era_vllm.compat.model_runner import request_slots
 from era_vllm.contracts import PruningPolicy
 from era_vllm.errors import CacheError
 from era_vllm.vllm_plugin.inspector import Inspector, Watched
@@ -20,7 +21,6 @@ from era_vllm.vllm_plugin.reducer import Reducer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from era_vllm.attention.bias_buffer import BiasBuffer
 
@@ -42,7 +42,7 @@ class ReadBack(TypedDict):
 class EraWorker:
     """Mixed into vLLM's worker."""
 
-    model_runner: "GPUModelRunner"
+    model_runner: Any  # vLLM's, V1 or V2
     vllm_config: "VllmConfig"
     era_inspector: Inspector | None = None
     """Made when it is first asked for."""
@@ -102,18 +102,13 @@ def _inspector(worker: EraWorker) -> Inspector:
 
 
 def _read_back(worker: EraWorker, request_id: str, log_bias: list[float]) -> ReadBack | None:
-    from era_vllm.attention.cache_reader import read_bias, request_slots
+    from era_vllm.attention.cache_reader import read_bias
     from era_vllm.attention.layer import RectifiedAttention
 
-    runner, model = worker.model_runner, _model(worker)
-    size = worker.vllm_config.cache_config.block_size
-    if (held := request_slots(runner, request_id, size)) is None:
+    model, size = _model(worker), worker.vllm_config.cache_config.block_size
+    if (found := request_slots(worker.model_runner, request_id, size)) is None:
         return None
-    name, slots = held
-    place = runner.requests[name].mm_features[0].mm_position
-    image = torch.zeros(len(slots), dtype=torch.bool)
-    for first, last in place.extract_embeds_range():
-        image[first : last + 1] = True
+    slots, image = found
     layers = [layer for layer in model.modules() if isinstance(layer, RectifiedAttention)]
     read = torch.stack([read_bias(layer, slots, size) for layer in layers])  # [l, t, h]
     gamma = model.bias_buffer.gamma

@@ -24,8 +24,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from vllm.engine.protocol import EngineClient
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from era_vllm.compat.vllm_entrypoints import get_prometheus_registry
 from era_vllm.vllm_plugin.metrics import BUCKETS_S, Counted
 from era_vllm_server.workers import ask_workers
 
