@@ -69,7 +69,10 @@ def select(embeds: Array, attention: Array, count: int, lam: float, alpha: float
 
 
 def recycle(embeds: Array, anchors: Index, entropy: Array, rho: float) -> Recycled:
-    """Join pruned tokens to their most similar anchor; b = 1 + sum of rho s / mean(s)."""
+    """Join pruned tokens to their most similar anchor; b = 1 + sum of rho s / mean(s).
+
+    Where mean(s) is below 1e-3, the part mean(s) / 1e-3 of that, and the rest of rho evenly.
+    """
     rows = _unit(embeds)
     chosen = [int(anchor) for anchor in anchors]
     assignment = np.zeros(len(rows), dtype=np.int64)
@@ -82,9 +85,11 @@ def recycle(embeds: Array, anchors: Index, entropy: Array, rho: float) -> Recycl
         margins.append(margin)
     saliency = 1.0 - entropy
     mean = float(np.mean([saliency[token] for token in pruned])) if pruned else 0.0
+    part = min(1.0, mean / 1e-3)
     mass = np.ones(len(chosen))
     for token in pruned:
-        mass[assignment[token]] += rho * (saliency[token] / mean if mean > 1e-5 else 1.0)
+        own = saliency[token] / mean if mean > 0 else 1.0
+        mass[assignment[token]] += rho * (part * own + (1.0 - part))
     merged = np.stack([embeds[assignment == row].mean(axis=0) for row in range(len(chosen))])
     return Recycled(merged, mass, assignment, min(margins))
 

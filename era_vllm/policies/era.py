@@ -14,12 +14,16 @@ from torch import Tensor
 
 from era_vllm.errors import ConfigError
 from era_vllm.steps.bias import is_pruned, log_cluster_size, log_weighted_size
-from era_vllm.steps.entropy import FLAT, Saliency, head_entropy, head_profile, min_max, unattended
+from era_vllm.steps.entropy import Saliency, head_concentration, head_profile, min_max, unattended
 from era_vllm.steps.merge import Matching, nearest
 from era_vllm.steps.search import dpp_map, farthest_first
 from era_vllm.steps.similarity import gram, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
 
+_EVEN: Final = 1e-3
+"""Mean saliency below which weights turn even, continuously, with the same mean: attention is known
+to 1e-6 of itself, and dividing by less would make more than about 1e-5 of that in ln b
+(tests/unit/policies/test_flat_attention.py)."""
 _LARGE: Final = 1e3  # beyond it nothing changes any more but float32 overflows
 
 
@@ -75,13 +79,13 @@ class Policy:
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """DEP: greedy search in the dual view, penalised by head entropy."""
-        profile, entropy = self._view(tokens)
+        profile, concentration = self._view(tokens)
         views = (
             (1 - self.profile_weight) ** 0.5 * unit(tokens.embeds),
             self.profile_weight**0.5 * unit(profile),
         )
         similarity = gram(torch.cat(views, -1))
-        penalty = min_max(entropy)
+        penalty = min_max(-concentration)  # of the entropy, whose last bits 1 - it has lost
         if self.search == "dpp":
             quality = (1.0 - penalty).clamp_min(1e-3)
             kernel = quality[:, :, None] * similarity * quality[:, None]
@@ -107,7 +111,7 @@ class Policy:
         return log_weighted_size(clusters, self._weights(tokens, clusters))
 
     def _weights(self, tokens: VisualTokens, clusters: Clusters) -> Float32[Tensor, "s n"]:
-        saliency = 1.0 - self._view(tokens)[1]
+        saliency = self._view(tokens)[1]
         if self.weighting == "none":
             return torch.zeros_like(saliency)
         if self.weighting == "log_size":
@@ -117,11 +121,11 @@ class Policy:
         pruned = is_pruned(clusters.anchors, clusters.assignment)
         count = pruned.sum(-1, keepdim=True).clamp_min(1)
         mean = torch.where(pruned, saliency, 0.0).sum(-1, keepdim=True) / count
-        even = torch.full_like(saliency, self.mass_scale)
-        return torch.where(mean < FLAT, even, self.mass_scale * saliency / mean.clamp_min(FLAT))
+        even = (1.0 - mean / _EVEN).clamp_min(0.0)
+        return self.mass_scale * (saliency / mean.clamp_min(_EVEN) + even)
 
     def _view(
         self, tokens: VisualTokens
     ) -> tuple[Float32[Tensor, "s n hv"], Float32[Tensor, "s n"]]:
         profile = head_profile(tokens, self.saliency, self.temperature)
-        return profile, head_entropy(profile, unattended(tokens, self.mass_guard))
+        return profile, head_concentration(profile, unattended(tokens, self.mass_guard))

@@ -16,7 +16,7 @@ from era_vllm.types import Signal, VisualTokens
 Saliency = Literal["share", "softmax", "zscore", "logit"]
 _NO_MASS: Final = 1e-12
 FLAT: Final = 1e-5
-"""Entropies that differ by less are equal: float32 leaves noise of about 3e-7 on them."""
+"""Entropies that differ by less are equal."""
 
 
 def head_profile(
@@ -47,11 +47,24 @@ def head_entropy(
     profile: Float32[Tensor, "s n hv"], unattended: Bool[Tensor, "s n"]
 ) -> Float32[Tensor, "s n"]:
     """Return -sum y ln y / ln H in [0, 1]; 1 with a single head and for unattended tokens."""
+    return 1.0 - head_concentration(profile, unattended)
+
+
+def head_concentration(
+    profile: Float32[Tensor, "s n hv"], unattended: Bool[Tensor, "s n"]
+) -> Float32[Tensor, "s n"]:
+    """Return 1 - ``head_entropy``, to a few bits of its own size however small it is.
+
+    Even attention makes it small, and weights divide by its mean: float32's 1 - e would keep only
+    what is above 1e-7. So it is summed as y H ln(y H) - (y H - 1), of which no term is below 0, in
+    float64.
+    """
     heads = profile.shape[-1]
     if heads == 1:
-        return torch.ones_like(profile[..., 0])
-    entropy = (-torch.xlogy(profile, profile).sum(-1) / math.log(heads)).clamp(0.0, 1.0)
-    return entropy.masked_fill(unattended, 1.0)
+        return torch.zeros_like(profile[..., 0])
+    ratio = profile.double() * heads
+    total = (torch.xlogy(ratio, ratio) - (ratio - 1.0)).sum(-1) / (heads * math.log(heads))
+    return total.clamp(0.0, 1.0).masked_fill(unattended, 0.0).float()
 
 
 def unattended(tokens: VisualTokens, mass_guard: float) -> Bool[Tensor, "s n"]:
