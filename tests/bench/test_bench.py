@@ -60,3 +60,20 @@ def test_attention_compares_layers_and_steps(tmp_path: Path) -> None:
                 step = cell[f"{prefix}language_model"]["values_s"]
                 assert all(0 < own < whole for own, whole in zip(layers, step, strict=True))
     assert all(goal["value"] is not None for goal in found["goals"])
+
+
+def test_gap_counts_the_pictures_of_a_step(tmp_path: Path) -> None:
+    short = ("--shape", "tiny", "--pictures", "8", "--step-tokens", "1200", "--rounds", "1")
+    command = [sys.executable, "-m", "era_vllm.cli.main", "bench", "gap", *short]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench-gap.json").read_text())
+    assert found["facts"]["pictures_within_the_budget"] == 2
+    assert found["facts"]["most_pictures_between_two_tokens"] == {
+        "stock": 2,
+        "era": 2,
+        "era, not bounded": 8,
+    }
+    for cell in found["samples"].values():
+        tower, longest, all_s = (cell[name]["median_s"] for name in ("tower", "longest", "all"))
+        assert 0 < tower < longest <= all_s

@@ -327,7 +327,7 @@ def test_an_engine_with_vllms_own_scheduler_exceeds_it(engine, setup, noise):
 @pytest.mark.parametrize(
     ("cache", "hits", "known"),
     [
-        ({"mm_processor_cache_gb": 0}, 0, True),
+        pytest.param({"mm_processor_cache_gb": 0}, 0, True, marks=pytest.mark.slow),
         ({"mm_processor_cache_type": "lru"}, 4, True),  # sent without data, found in the engine
         ({"mm_processor_cache_type": "shm"}, 4, False),  # only workers read the shared memory
     ],

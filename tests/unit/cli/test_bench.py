@@ -17,7 +17,7 @@ from era_vllm.lab.bench.clock import Samples
 pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
 
 
-@pytest.mark.parametrize("what", ["reducer", "attention", "serve"])
+@pytest.mark.parametrize("what", ["reducer", "attention", "serve", "gap"])
 def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", what, "--help"])
@@ -37,6 +37,7 @@ def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--rates", ".5,1.0"], "different numbers in [0, 1)"),
         (["serve", "--rates", ".5,.5"], "different numbers"),
         (["attention", "--shape", "13b"], "invalid choice"),
+        (["gap", "--pictures", "0"], "an integer >= 1"),
         ([], "WHAT"),
     ],
 )
@@ -53,6 +54,7 @@ def test_bad_options_are_refused_by_the_parser(
     ("flags", "said"),
     [
         (["reducer", "--policies", "era,dppp"], "did you mean 'dpp'?"),
+        (["gap", "--rate", ".97"], "raise --era-max-pruning-rate"),
         (["serve", "--rates", ".97"], "raise --era-max-pruning-rate"),
         (["attention", "--text-tokens", "5000"], "allowed: up to 4096"),
     ],
