@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from era_vllm.policies.era import Policy
-from era_vllm.types import Clusters, VisualTokens
+from era_vllm.steps.merge import cluster_sizes
+from era_vllm.types import Clusters, Signal, VisualTokens
 
 SEGMENTS, TOKENS, ANCHORS = 3, 144, 32
 FLOOR = 1e-3
@@ -24,11 +25,11 @@ def tower(heads: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
 def clusters_of(embeds: Tensor) -> Clusters:
     """Return clusters that do not depend on the attention."""
     anchors = torch.arange(0, TOKENS, TOKENS // ANCHORS)[:ANCHORS].expand(SEGMENTS, -1)
-    return Policy().merge(VisualTokens(embeds, (12, 12)), anchors)
+    return Policy().assign(VisualTokens(embeds, (12, 12)), anchors)
 
 
 def log_bias(embeds: Tensor, attention: Tensor, clusters: Clusters) -> Tensor:
-    tokens = VisualTokens(embeds, (12, 12), attention=attention.float())
+    tokens = VisualTokens(embeds, (12, 12), {Signal.ENCODER_ATTENTION: attention.float()})
     return Policy().log_bias(tokens, clusters)
 
 
@@ -74,7 +75,7 @@ def test_above_the_floor_weights_are_the_paper_s_and_below_they_turn_even(heads:
         embeds, attention = tower(heads, spread, 7)
         clusters = clusters_of(embeds)
         found = log_bias(embeds, attention, clusters).double()
-        even = torch.log(1 + 0.39 * (clusters.sizes - 1).double())
+        even = torch.log(1 + 0.39 * (cluster_sizes(clusters) - 1).double())
         ideal, mean = exact(attention, clusters, 1e-15)
         if mean.min() >= FLOOR:
             torch.testing.assert_close(found, ideal, rtol=0, atol=2e-6)
