@@ -2,7 +2,7 @@
 
 Encoder and projector alone run in plain transformers, in the server's number format; the
 reduction is the core's: the same choice that the server makes, up to near-ties that the last bit of
-a feature decides. Leaves out the drawing (``lab/picture.py``).
+a feature decides. Leaves out the drawing (``viz.py``).
 """
 
 import argparse
@@ -28,14 +28,8 @@ DESCRIPTION = """Draw which visual tokens of an image are kept, and what each of
 FORMATS: Final = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "inspect",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="checkpoint folder or name (default: the sample)"
@@ -51,7 +45,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, default=Path("kept.png"), help="where to draw (default kept.png)"
     )
     add_era_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -84,7 +77,7 @@ def kept_picture(
     oracle: "Oracle", image: "Image", config: EraConfig
 ) -> "tuple[Image, PrunedTokens]":
     """Prune an image at the config's rate and draw what is kept."""
-    from era_vllm.lab.picture import draw, seen
+    from era_vllm.viz import draw, seen
 
     pruned = oracle.reduce([image], config, config.pruning_rate)
     processor = oracle.processor.image_processor

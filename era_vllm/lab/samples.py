@@ -7,7 +7,7 @@ This command makes them anew:
 
     python -m era_vllm.lab.samples
 
-Leaves out: how pictures are made (`data.py`), which is imported only to make them anew.
+Leaves out: how pictures are made (`synth/`), which is imported only to make them anew.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from PIL import Image
 
 if TYPE_CHECKING:
-    from era_vllm.lab.data import Question
+    from era_vllm.lab.synth.questions import Question
 
 SEEDS: Final = range(12)
 QUESTIONS_PER_SAMPLE: Final = 4
@@ -58,7 +58,7 @@ def load_samples() -> tuple[Sample, ...]:
 
     Source: era_vllm/lab/samples/samples.json.
     """
-    from era_vllm.lab.questions import Question
+    from era_vllm.lab.synth.questions import Question
 
     folder = resources.files("era_vllm.lab").joinpath("samples")
     index = json.loads(folder.joinpath(_INDEX).read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def write_samples(folder: Path) -> None:
     Raises:  ConfigError: the lab packages are not installed.
     Mutates: PNG files and samples.json in folder, which is made if need be.
     """
-    from era_vllm.lab.data import generate
+    from era_vllm.lab.synth.dataset import generate
 
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, object]] = []

@@ -20,7 +20,7 @@ from typing import Final, Self
 from tqdm import tqdm
 
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.progress import interval_s
+from era_vllm.lab.screen import interval_s
 
 START_LIMIT_S: Final = 300.0
 _STOP_LIMIT_S: Final = 5.0

@@ -36,8 +36,8 @@ from era_vllm.compat.vllm_entrypoints import (
 )
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.picture import draw, seen
 from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
+from era_vllm.viz import draw, seen
 from era_vllm.vllm_plugin.processor import NUM_ANCHORS, PIXEL_HASH
 from era_vllm.vllm_plugin.requests import FieldError, ImageRate, asked_rate, image_rates
 from era_vllm_server import probe

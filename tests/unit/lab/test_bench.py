@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from era_vllm.bench import plots
+from era_vllm.bench.clock import Samples, interleave, p90
+from era_vllm.bench.first_token import measure
+from era_vllm.bench.fit import power_law
+from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
+from era_vllm.bench.pruning_step import Size, random_tokens, reducer_cell
+from era_vllm.bench.report import Goal, Report, percent, shown, table, times
+from era_vllm.bench.stages import StageClock
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.bench import plots
-from era_vllm.lab.bench.clock import Samples, interleave, p90
-from era_vllm.lab.bench.fit import power_law
-from era_vllm.lab.bench.inputs import image_prompt, noise_pictures, word_prompts
-from era_vllm.lab.bench.reducer import Size, random_tokens, reducer_cell
-from era_vllm.lab.bench.report import Goal, Report, percent, shown, table, times
-from era_vllm.lab.bench.stages import StageClock
-from era_vllm.lab.demo_speed import measure
 from era_vllm.lab.dummy import SIZES, make_dummy_llava
 from era_vllm.policies import policy_names
 

@@ -3,7 +3,7 @@
     for example in generate(count=100, seed=7):
         example.image, example.questions[0].text, example.questions[0].answer
 
-Flow of one picture: material (photos, digits) -> scenes (what is where) -> painting (pixels)
+Flow of one picture: assets (photos, digits) -> scene (what is where) -> render (pixels)
 -> questions. A picture is a function of the seed and its number alone, so asking for more
 pictures or more questions leaves the first pictures as they were. Lots come from `random.Random`,
 whose sequence Python keeps, so scenes and answers are the same everywhere; edges and JPEG photos
@@ -20,28 +20,16 @@ from pathlib import Path
 from PIL import Image
 
 from era_vllm.errors import ConfigError
-from era_vllm.lab.material import Material, Split, load_material
-from era_vllm.lab.painting import paint
-from era_vllm.lab.questions import (
-    FAMILIES,
+from era_vllm.lab.synth.assets import Material, Split, load_material
+from era_vllm.lab.synth.questions import (
     LEARNED_FAMILIES,
     Family,
     Question,
     ask_about,
     check_families,
 )
-from era_vllm.lab.scenes import PICTURE_SIZE, Scene, draw_scene
-
-__all__ = [
-    "FAMILIES",
-    "LEARNED_FAMILIES",
-    "PICTURE_SIZE",
-    "Example",
-    "Family",
-    "Question",
-    "Scene",
-    "generate",
-]
+from era_vllm.lab.synth.render import paint
+from era_vllm.lab.synth.scene import Scene, draw_scene
 
 
 @dataclass(frozen=True, slots=True)

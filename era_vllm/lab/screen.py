@@ -1,4 +1,4 @@
-"""Keep vLLM's log off the screen, and what it said at hand for when it fails."""
+"""What is said on standard error while a page is made: progress, and nothing of vLLM's log."""
 
 import os
 import sys
@@ -7,13 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from era_vllm.errors import EraError
+from tqdm import tqdm
 
 QUIET: Final[Mapping[str, str]] = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """Environment of a process that starts an engine and prints a page of its own."""
+IN_PROCESS: Final[Mapping[str, str]] = {**QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""The same for engines that live in the process itself."""
+LOG_INTERVAL_S: Final = 10.0
+_TERMINAL_INTERVAL_S: Final = 0.5
 
 
 @contextmanager
@@ -43,22 +47,11 @@ def progress(text: str) -> None:
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
-def reason(error: BaseException) -> str:
-    """Return one line about an error: ours if one is in its chain, else the innermost."""
-    if own := ours(error):
-        return str(own)
-    innermost = _chain(error)[-1]
-    lines = str(innermost).strip().splitlines() or ["no text"]
-    return f"{type(innermost).__name__}: {lines[0][:300]}"
+def interval_s() -> float:
+    """Return how often a line should be written: a log keeps each of them."""
+    return _TERMINAL_INTERVAL_S if sys.stderr.isatty() else LOG_INTERVAL_S
 
 
-def ours(error: BaseException) -> EraError | None:
-    """Return the error of ours that another library has wrapped, if there is one."""
-    return next((link for link in _chain(error) if isinstance(link, EraError)), None)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-    return chain
+def bar(total: int, description: str, unit: str) -> "tqdm[None]":
+    """Return a progress bar on standard error; a context manager."""
+    return tqdm(total=total, desc=description, unit=unit, mininterval=interval_s())

@@ -1,6 +1,6 @@
 """Paint a scene: photo, bar chart, number plate, word sign and shapes, as one RGB picture.
 
-Third step of the generator (material -> scenes -> painting -> questions). Draws no lots: the same
+Third step of the generator (assets -> scene -> render -> questions). Draws no lots: the same
 scene and material give the same pixels. Leaves out the order of objects, which does not matter,
 because they never overlap.
 """
@@ -10,9 +10,8 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-from era_vllm.lab.glyphs import shape_mask, word_mask
-from era_vllm.lab.material import DIGIT_SIZE, Material
-from era_vllm.lab.scenes import (
+from era_vllm.lab.synth.assets import DIGIT_SIZE, Material, shape_mask, word_mask
+from era_vllm.lab.synth.scene import (
     MAX_VALUE,
     PICTURE_SIZE,
     Backdrop,

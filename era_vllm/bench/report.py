@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from era_vllm.lab.bench.clock import Samples
+from era_vllm.bench.clock import Samples
 
 SCHEMA: Final = 1
 """Raised when a key of the JSON changes its meaning."""
@@ -113,3 +113,20 @@ def percent(share: float | None) -> str:
 def times(ratio: float | None) -> str:
     """Return a factor; a dash for none."""
     return "-" if ratio is None else f"{ratio:.3f}x"
+
+
+def engine_table(engines: Mapping[str, Mapping[str, object]], base: str = "") -> str:
+    """Return heads and KV cache as a table.
+
+    Args:
+        engines: The facts by name.
+        base: The one that the tokens held are compared with in a last column; none by default.
+    """
+    keys = ("head_size", "attention_backend", "kv_blocks", "kv_block_tokens", "kv_tokens")
+    header = ["engine", *(key.replace("_", " ") for key in keys)]
+    rows = [[name, *(str(fact[key]) for key in keys)] for name, fact in engines.items()]
+    if base:
+        held = {name: int(str(fact["kv_tokens"])) for name, fact in engines.items()}
+        header.append(f"of {base}")
+        rows = [[*row, times(held[row[0]] / held[base])] for row in rows]
+    return table(header, rows)

@@ -9,16 +9,16 @@ batch of as many images as the tokens come from. Leaves out vLLM.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from era_vllm.bench.clock import seconds
+from era_vllm.bench.provenance import free_memory
 from era_vllm.config import EraConfig
 from era_vllm.contracts import PruningPolicy
-from era_vllm.lab.bench.clock import seconds
 from era_vllm.lab.dummy import CLIP_L, IMAGE_SIZE, IMAGE_TOKENS
 from era_vllm.pipeline import prune
 from era_vllm.policies import make_policy
@@ -114,11 +114,4 @@ def tower_cell(
 
 def free_bytes(device: str) -> int | None:
     """Return the memory that is left; None where the system does not tell."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()

@@ -1,42 +1,21 @@
-"""What the benchmarks share before an engine exists: options, environment, checkpoint folders.
+"""The options of ``era-vllm bench``, and what they say: parsed, resolved, refused. No torch.
 
-vLLM reads its environment as it is imported, so this file does not import it.
+Leaves out the benchmarks (``bench/``) and running one (``bench.py``).
 """
 
 import argparse
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from era_vllm.bench.setup import FIXED_K, FIXED_N, EngineOptions, device
 from era_vllm.cli.options import era_settings
-from era_vllm.cli.quiet import QUIET
+from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
-from era_vllm.lab.dummy import MAX_CONTEXT, SIZES, LlamaSize
+from era_vllm.lab.dummy import MAX_CONTEXT, SIZES
+from era_vllm.policies import policy_names
 
-DTYPES: Final = ("bfloat16", "float16", "float32")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What all engines of a benchmark have in common."""
-
-    dtype: str
-    eager: bool
-    kv_bytes: int
-    context: int
-    """Tokens of a request, of a step, and half of what the cache must hold."""
-
-
-def set_environment(*, eager: bool) -> None:
-    """Make engines live in this process and say little; call before vLLM is imported."""
-    from era_vllm.cli.findings import core_count
-
-    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(core_count())}
-    if eager:
-        own["TORCH_COMPILE_DISABLE"] = "1"
-    for name, value in {**QUIET, **own}.items():
-        os.environ.setdefault(name, value)
+_ELEMENT_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -63,7 +42,10 @@ def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
         "try the command: its times mean nothing); tower CLIP-L/14-336 (default %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="number format (default %(default)s)"
+        "--dtype",
+        choices=_ELEMENT_BYTES,
+        default="bfloat16",
+        help="number format (default %(default)s)",
     )
     parser.add_argument("--out", default="out", metavar="DIR", help="folder (default %(default)s)")
 
@@ -113,21 +95,52 @@ def add_engine_options(
     )
 
 
-def engine_settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """Return the options of a benchmark that runs engines, as they were used."""
-    names = ("rounds", "warm_ups", "shape", "dtype", "rates", "text_tokens", "decode_tokens")
-    options = engine_options(arguments)
-    return {
-        **{name: getattr(arguments, name) for name in names},
-        "eager": options.eager,
-        "kv_bytes": options.kv_bytes,
-        "context": options.context,
-        "era": era_settings(arguments),
-    }
+def add_reducer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the benchmark of the pruning step."""
+    parser.add_argument(
+        "--policies",
+        type=lambda text: text.split(","),
+        default=["era", "dpp"],
+        metavar="P,P",
+        help=f"of {', '.join(policy_names())} (default era,dpp)",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=sizes,
+        default="576:64,5x576:32,2880:160,16x1024:102,16384:1638",
+        metavar="SxN:K,N:K",
+        help="(default %(default)s)",
+    )
+    parser.add_argument(
+        "--n-sweep",
+        type=numbers(int, FIXED_K + 1),
+        default="256,576,1024,2304,4096",
+        metavar="N,N",
+        help=f"at K = {FIXED_K}; one value = no fit (default %(default)s)",
+    )
+    parser.add_argument(
+        "--k-sweep",
+        type=numbers(int, 1, FIXED_N),
+        default="16,32,64,128,256,512",
+        metavar="K,K",
+        help=f"at N = {FIXED_N}; one value = no fit (default %(default)s)",
+    )
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    """Return the engines' options; the same KV cache memory for each."""
+    """Return the engines' options; the same KV cache memory for each.
+
+    Raises:
+        ConfigError: a request that no engine takes, or a rate that it would refuse after half a
+            minute.
+    """
+    era = era_settings(arguments)
+    highest = EraConfig.parse(era).max_pruning_rate
+    if max(arguments.rates) > highest:
+        raise ConfigError(
+            f"--rates: got {max(arguments.rates):g}, allowed: [0, {highest:g}] "
+            "(raise --era-max-pruning-rate)"
+        )
     longest = max(arguments.text_tokens, 600) + arguments.decode_tokens
     context = -(-longest // 256) * 256
     if context > MAX_CONTEXT:
@@ -135,32 +148,34 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
             f"--text-tokens + --decode-tokens: got {longest}, allowed: up to {MAX_CONTEXT}"
         )
     size = SIZES[arguments.shape]
-    bytes_per_token = 2 * element_bytes(arguments.dtype) * size.layers * size.hidden
+    bytes_per_token = 2 * _ELEMENT_BYTES[arguments.dtype] * size.layers * size.hidden
     room = 3 * context * bytes_per_token * 2  # twice: heads may be widened, blocks are whole
-    kv_bytes = arguments.kv_mib * 2**20 if arguments.kv_mib else max(room, 32 * 2**20)
-    eager = device() == "cpu" if arguments.eager is None else arguments.eager
-    return EngineOptions(arguments.dtype, eager, kv_bytes, context)
-
-
-def element_bytes(dtype: str) -> int:
-    """Return the bytes of a number."""
-    return 4 if dtype == "float32" else 2
-
-
-def device() -> str:
-    """Return where torch should work."""
-    import torch  # a second that `era-vllm --help` can do without
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def named(size: LlamaSize) -> str:
-    """Return a model's description for a reader."""
-    tower = "CLIP-L/14-336" if size.tower_layers == 24 else f"{size.tower_layers} layers of CLIP-L"
-    return (
-        f"{size.parameters / 1e9:.2f} B Llama ({size.layers} layers x {size.hidden}) behind "
-        f"{tower}, dummy weights"
+    return EngineOptions(
+        rounds=arguments.rounds,
+        warm_ups=arguments.warm_ups,
+        shape=arguments.shape,
+        dtype=arguments.dtype,
+        rates=arguments.rates,
+        text_tokens=arguments.text_tokens,
+        decode_tokens=arguments.decode_tokens,
+        eager=device() == "cpu" if arguments.eager is None else arguments.eager,
+        kv_bytes=arguments.kv_mib * 2**20 if arguments.kv_mib else max(room, 32 * 2**20),
+        context=context,
+        era=era,
     )
+
+
+def sizes(text: str) -> list[tuple[int, int, int]]:
+    """Parse ``SxN:K,N:K`` into (n, k, segments)."""
+    parts = [re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*):([1-9]\d*)", p) for p in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, allowed: SxN:K or N:K with commas between (5x576:32,576:64)"
+        )
+    found = [(int(p[2]), int(p[3]), int(p[1] or 1)) for p in parts if p]
+    if wrong := [f"{n}:{k}" for n, k, _ in found if k >= n]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(wrong)}, needed K < N")
+    return found
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -195,14 +210,3 @@ def numbers(
         )
 
     return parse
-
-
-def check_rates(rates: list[float], settings: Mapping[str, object]) -> None:
-    """Refuse rates that the engine would refuse after half a minute."""
-    from era_vllm.config import EraConfig
-
-    highest = EraConfig.parse(settings).max_pruning_rate
-    if max(rates) > highest:
-        raise ConfigError(
-            f"--rates: got {max(rates):g}, allowed: [0, {highest:g}] (raise --era-max-pruning-rate)"
-        )

@@ -2,7 +2,7 @@
 
 Ends with a live check: a real engine answers a question about a picture and is compared with
 plain transformers. Exit code 0 = all is well. Leaves out how each thing is found
-(``findings.py``) and the live check (``live_check.py``).
+(``findings.py``) and the live check (``live.py``).
 """
 
 import argparse
@@ -14,12 +14,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
-from era_vllm.cli.quiet import QUIET, muted, ours, progress, reason
 from era_vllm.config import EraConfig
+from era_vllm.lab.screen import IN_PROCESS, muted, progress
 from era_vllm.policies import make_policy
 
 if TYPE_CHECKING:
-    from era_vllm.cli.findings import Finding, Layout
+    from era_vllm.cli.doctor.findings import Finding, Layout
 
 DESCRIPTION = """Check this installation with a model, and a real answer against plain transformers.
 
@@ -29,7 +29,7 @@ DESCRIPTION = """Check this installation with a model, and a real answer against
 """
 SECTIONS: Final = ("Versions", "Machine", "Plugin", "Model", "Attention", "Live check")
 _ENGINE: Final = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    **IN_PROCESS,
     "TORCH_COMPILE_DISABLE": "1",  # an eager engine compiles a few helpers all the same: 18 s
     # float32 is float32: on a GPU Triton and cuBLAS would round its products to TF32.
     "TRITON_F32_DEFAULT": "ieee",
@@ -39,14 +39,8 @@ _WIDTH: Final = 100
 _NAME: Final = 14
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "doctor",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -61,7 +55,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="start no engine: for a model that does not fit twice into memory as float32",
     )
     add_era_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -101,11 +94,11 @@ def page(found: "Sequence[Finding]") -> str:
 
 
 def _examine(model: str, settings: dict[str, object], *, check: bool) -> "Iterator[Finding]":
-    for name, value in {**QUIET, **_ENGINE}.items():
+    for name, value in _ENGINE.items():
         os.environ.setdefault(name, value)
     progress("importing torch, transformers and vLLM")
     with muted():
-        from era_vllm.cli import findings
+        from era_vllm.cli.doctor import findings
 
         versions = list(findings.versions())
     yield from versions
@@ -118,8 +111,8 @@ def _examine(model: str, settings: dict[str, object], *, check: bool) -> "Iterat
         with muted():
             arguments, of_model, layout = _planned(model, settings)
     except Exception as error:  # vLLM wraps refusals, ours too, in errors of many kinds
-        advice = "choose another model or setting" if ours(error) else findings.BROKEN
-        yield findings.Finding("Model", "model", reason(error), advice)
+        advice = "choose another model or setting" if findings.ours(error) else findings.BROKEN
+        yield findings.Finding("Model", "model", findings.reason(error), advice)
         return
     yield from of_model
     if layout is None:
@@ -128,18 +121,19 @@ def _examine(model: str, settings: dict[str, object], *, check: bool) -> "Iterat
         yield findings.Finding(SECTIONS[-1], "left out", "--no-check")
         return
     try:
-        from era_vllm.cli.live_check import live_check
+        with muted():
+            from era_vllm.cli.doctor.live import live_check
 
         yield from live_check(model, arguments, EraConfig.parse(settings), layout)
     except Exception as error:  # whatever an engine dies of, the page must say it
         advice = "see the engine's own log: era-vllm serve with the same arguments"
-        yield findings.Finding(SECTIONS[-1], "engine", reason(error), advice)
+        yield findings.Finding(SECTIONS[-1], "engine", findings.reason(error), advice)
 
 
 def _planned(
     model: str, settings: dict[str, object]
 ) -> "tuple[dict[str, object], list[Finding], Layout | None]":
-    from era_vllm.cli import findings
+    from era_vllm.cli.doctor import findings
     from era_vllm.cli.loading import architectures, display_name, model_config
     from era_vllm.vllm_plugin.launch import plan
 

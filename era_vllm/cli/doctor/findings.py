@@ -2,7 +2,7 @@
 
 Each thing looked at is a finding; one that does not work carries what to do about it. Everything
 is read from vLLM's own config, built as ``era-vllm serve`` would build it. Leaves out the page
-(``doctor.py``) and the live check (``live_engine.py``, ``lab/check.py``).
+(``__init__.py``) and the live check (``live.py``, ``check.py``).
 """
 
 import os
@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 import era_vllm
-from era_vllm.cli.quiet import reason
+from era_vllm.bench.provenance import core_count, cpu_name
 from era_vllm.config import EraConfig
-from era_vllm.errors import UnsupportedError
+from era_vllm.errors import EraError, UnsupportedError
 from era_vllm.policies import policy_class, policy_names
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.launch import PLUGIN, plugins_to_allow
@@ -45,19 +45,8 @@ class Layout:
     """Sizes of the pruned model, as ``era-vllm serve`` builds it."""
 
     image_tokens: int
-    kept: int
     bytes_per_token: int
     """Of a float32 KV cache with the widened head, for the live check."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """What ``attention.layer`` needs to know of a layer that is not built yet."""
-
-    layer_name: str
-    head_size: int
-    kv_cache_dtype: str
-    attn_backend: type
 
 
 def versions() -> Iterator[Finding]:
@@ -81,23 +70,6 @@ def machine() -> Finding:
         name = current_platform.get_device_name()
         return Finding("Machine", "platform", f"{current_platform.device_type}: {name}")
     return Finding("Machine", "platform", f"CPU: {cpu_name()}, {core_count()} cores")
-
-
-def cpu_name() -> str:
-    """Return the processor's name, or its architecture where the system does not tell."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            named = [line for line in lines if line.startswith("model name")]
-    except OSError:
-        named = []
-    return named[0].partition(":")[2].strip() if named else platform.machine()
-
-
-def core_count() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def plugin() -> Iterator[Finding]:
@@ -159,7 +131,7 @@ def model(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], Layout]:
     ]
     attention, head_size = _attention(config, era)
     per_layer = 2 * 4 * of_model.get_num_kv_heads(parallel) * head_size
-    return [*findings, *attention], Layout(n, kept, per_layer * of_model.get_num_layers(parallel))
+    return [*findings, *attention], Layout(n, per_layer * of_model.get_num_layers(parallel))
 
 
 def _vllm_version(section: str) -> Finding:
@@ -206,7 +178,7 @@ def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int
     store = make_store(era.bias_store, era.bias_columns, dtype)
     with set_current_vllm_config(config):
         backend = get_attn_backend(stock, config.model_config.dtype, cache)
-        wide = widened_head_size(_Layer("language model", stock, cache, backend), store)
+        wide = widened_head_size(stock, cache, backend, store)
         if not current_platform.is_cpu():
             backend = get_attn_backend(wide, config.model_config.dtype, cache)
     if current_platform.is_cpu():
@@ -231,3 +203,24 @@ def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int
         Finding(section, "bias store", f"{era.bias_store}, {columns} a key ({chosen})"),
         Finding(section, "head size", f"{stock} -> {wide}: {stock} + {columns}, {fits}"),
     ], wide
+
+
+def reason(error: BaseException) -> str:
+    """Return one line about an error: ours if one is in its chain, else the innermost."""
+    if own := ours(error):
+        return str(own)
+    innermost = _chain(error)[-1]
+    lines = str(innermost).strip().splitlines() or ["no text"]
+    return f"{type(innermost).__name__}: {lines[0][:300]}"
+
+
+def ours(error: BaseException) -> EraError | None:
+    """Return the error of ours that another library has wrapped, if there is one."""
+    return next((link for link in _chain(error) if isinstance(link, EraError)), None)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain

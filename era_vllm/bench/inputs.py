@@ -6,7 +6,9 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-QUESTION: Final = "USER: <image>\nwhat color is the circle? ASSISTANT:"
+from era_vllm.lab.asking import prompt_of
+
+QUESTION: Final = "what color is the circle?"
 _WORDS: Final = (8, 80)  # token ids of plain words in the sample's tokenizer
 
 
@@ -24,9 +26,9 @@ def word_prompts(length: int, seed: int = 0) -> Iterator[list[int]]:
         yield noise.integers(*_WORDS, length).tolist()
 
 
-def image_prompt(picture: Image.Image, rate: float | None) -> dict[str, object]:
+def image_prompt(
+    picture: Image.Image, rate: float | None, question: str = QUESTION
+) -> dict[str, object]:
     """Return what ``LLM.generate`` takes; a rate of None is for an engine that cannot prune."""
-    prompt: dict[str, object] = {"prompt": QUESTION, "multi_modal_data": {"image": picture}}
-    if rate is not None:
-        prompt["mm_processor_kwargs"] = {"era": [rate]}
-    return prompt
+    prompt = {"prompt": prompt_of(question), "multi_modal_data": {"image": picture}}
+    return prompt if rate is None else {**prompt, "mm_processor_kwargs": {"era": [rate]}}

@@ -4,7 +4,7 @@ The oracle is given the engine's own reduced embeddings, so that a near-tie betw
 no false alarm; whether plain transformers chooses the same anchors is reported beside it. The
 control leaves the bias out: if that makes no difference, the check could not have seen a bug.
 
-Leaves out: starting an engine (``cli/live_engine.py``), and choosing what to ask.
+Leaves out: starting an engine, and choosing what to ask (``live.py``).
 """
 
 from collections.abc import Sequence

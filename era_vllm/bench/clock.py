@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from era_vllm.lab.progress import bar
+from era_vllm.lab.screen import bar
 
 Cell = Callable[[], Mapping[str, float]]
 """One pass; returns seconds by measure."""

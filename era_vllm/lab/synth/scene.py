@@ -1,7 +1,7 @@
 """Draw lots for one picture: which photo, shapes, digits, word and bar chart, and where.
 
-Second step of the generator (material -> scenes -> painting -> questions). A `Scene` says
-everything about a picture: `painting.paint` turns it into pixels without drawing lots again, and
+Second step of the generator (assets -> scene -> render -> questions). A `Scene` says
+everything about a picture: `render.paint` turns it into pixels without drawing lots again, and
 `questions.ask_about` reads the right answers off it. Leaves out: pixels, questions.
 """
 
@@ -9,8 +9,16 @@ import random
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from era_vllm.lab.glyphs import FONT_SIZES, SHAPES, TURNS, WORDS, ShapeKind, word_mask
-from era_vllm.lab.material import DIGIT_SIZE, Material
+from era_vllm.lab.synth.assets import (
+    DIGIT_SIZE,
+    FONT_SIZES,
+    SHAPES,
+    TURNS,
+    WORDS,
+    Material,
+    ShapeKind,
+    word_mask,
+)
 
 Color = Literal["red", "green", "blue", "yellow", "purple", "white", "black"]
 Rgb = tuple[int, int, int]

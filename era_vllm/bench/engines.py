@@ -1,14 +1,14 @@
-"""Engines side by side in this process, each asked one thing at a time and timed inside.
+"""Engines in this process: started and ended, asked about pictures, and timed inside.
 
-``set_environment`` of ``bench_setup.py`` comes before this module is imported. Leaves out who is
-asked what, and when (``bench_serve.py``, ``bench_attention.py``, ``speed_engine.py``).
+``set_environment`` of ``setup.py``, or an environment of the caller's, comes before this module is
+imported: vLLM reads it then. Leaves out who is asked what, and when (``serve.py``,
+``attention.py``, ``first_token.py``, ``cli/accuracy.py``, ``cli/doctor/``).
 """
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,31 +17,70 @@ from torch.profiler import profile as torch_profile
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.attention import Attention
 
-import era_vllm
-from era_vllm.cli import bench_bound
-from era_vllm.cli.bench_setup import EngineOptions
-from era_vllm.lab.bench.clock import Cell
-from era_vllm.lab.bench.stages import StageClock
+from era_vllm.bench.clock import Cell
+from era_vllm.bench.inputs import image_prompt
+from era_vllm.bench.stages import StageClock
+from era_vllm.lab.asking import MAX_TOKENS, Answer, Picture, cleaned
+from era_vllm.lab.screen import muted
 
 
-class BenchEngine:
-    """A real engine with dummy weights, hooked so that a request's time can be told apart."""
+@contextmanager
+def engine(
+    arguments: Mapping[str, object], *, context: int, kv_bytes: int, **more: object
+) -> Iterator[LLM]:
+    """Start an engine for one picture a prompt, without its log on the screen, and end it.
 
-    def __init__(self, arguments: Mapping[str, object], options: EngineOptions) -> None:
-        share = {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
-        self.llm = LLM(
-            **arguments,
-            **share,  # several engines share a GPU; the KV cache has a size of its own
-            load_format="dummy",
-            dtype=options.dtype,
-            enforce_eager=options.eager,
-            max_model_len=options.context,
-            max_num_batched_tokens=options.context,
-            max_num_seqs=2,
+    Args:
+        arguments: The model, and what switches pruning on.
+        context: Tokens of a request, and of a step where ``more`` does not say otherwise.
+        kv_bytes: Of the KV cache.
+        more: Further arguments of ``LLM``; eager unless they say otherwise.
+    """
+    usual = {"enforce_eager": True, "max_num_batched_tokens": context}
+    with muted():
+        llm = LLM(
+            **{**usual, **arguments, **more},
+            max_model_len=context,
             limit_mm_per_prompt={"image": 1},
-            kv_cache_memory_bytes=options.kv_bytes,
-            disable_log_stats=False,
+            kv_cache_memory_bytes=kv_bytes,
         )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+class EngineAsker:
+    """Asks a real engine about pictures, all questions at once, each at this rate."""
+
+    def __init__(self, llm: LLM, rate: float) -> None:
+        self._llm, self._rate = llm, rate
+
+    def ask(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
+        """Return for each picture its answers."""
+        prompts = [
+            image_prompt(picture.image, self._rate, question.text)
+            for picture in pictures
+            for question in picture.questions
+        ]
+        sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
+        image_token = self._llm.model_config.hf_config.image_token_index
+        answers = iter(
+            [
+                Answer(cleaned(output.outputs[0].text), output.prompt_token_ids.count(image_token))
+                for output in self._llm.generate(prompts, sampling, use_tqdm=False)
+            ]
+        )
+        return [[next(answers) for _ in picture.questions] for picture in pictures]
+
+
+class TimedEngine:
+    """A real engine, hooked so that a request's time can be told apart."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
         (self.model,) = self.llm.apply_model(lambda model: model)
         self._stages: StageClock | None = None
         self.prompt_tokens = 0
@@ -105,12 +144,6 @@ class BenchEngine:
             "kv_tokens": cache.num_gpu_blocks * cache.block_size,
         }
 
-    def stop(self) -> None:
-        """End the engine."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.model
-        gc.collect()
-
     def _attention_layers(self) -> list[nn.Module]:
         modules = self.model.language_model.modules()
         return [module for module in modules if isinstance(module, Attention)]
@@ -143,37 +176,6 @@ class BenchEngine:
         if "language_model" in told:
             told["rest"] = ttft - sum(told.get(part, 0.0) for part in parts)
         return told
-
-
-def stock(folder: Path, options: EngineOptions) -> BenchEngine:
-    """vLLM as it is."""
-    return BenchEngine({"model": str(folder)}, options)
-
-
-def pruned(
-    folder: Path, options: EngineOptions, settings: Mapping[str, object] | None = None
-) -> BenchEngine:
-    """Start an engine that prunes, each image at the rate of its prompt."""
-    return BenchEngine(era_vllm.engine_args(str(folder), **(settings or {})), options)
-
-
-def bound(folder: Path, options: EngineOptions) -> BenchEngine:
-    """Stock vLLM fed the first K rows (``bench_bound.py``)."""
-    bench_bound.register()
-    arguments = era_vllm.engine_args(str(folder), policy="uniform", positions="compact")
-    overrides = {"architectures": [bench_bound.ARCHITECTURE]}
-    return BenchEngine({**arguments, "hf_overrides": overrides}, options)
-
-
-@contextmanager
-def running() -> Iterator[dict[str, BenchEngine]]:
-    """Yield an empty dictionary; stop the engines that were put into it, however it ends."""
-    engines: dict[str, BenchEngine] = {}
-    try:
-        yield engines
-    finally:
-        for engine in engines.values():
-            engine.stop()
 
 
 def profile(cell: Cell, shown: int = 12) -> list[dict[str, object]]:

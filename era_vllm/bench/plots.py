@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from era_vllm.lab.bench.fit import PowerLaw
+from era_vllm.bench.fit import PowerLaw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,6 @@
 """Ask about a scene: nine families of questions, each with its one right answer.
 
-Last step of the generator (material -> scenes -> painting -> questions). Wordings are the ones
+Last step of the generator (assets -> scene -> render -> questions). Wordings are the ones
 the shipped checkpoint learned; its tokenizer folds capitals, plurals and punctuation into them.
 Leaves out the picture: right answers are read off the scene.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from era_vllm.errors import ConfigError, unknown_name
-from era_vllm.lab.glyphs import SHAPES
-from era_vllm.lab.scenes import COLORS, PICTURE_SIZE, Scene, Shape
+from era_vllm.lab.synth.assets import SHAPES
+from era_vllm.lab.synth.scene import COLORS, PICTURE_SIZE, Scene, Shape
 
 Family = Literal[
     "exist", "color", "shape", "count", "spatial", "where", "number", "word", "chart"

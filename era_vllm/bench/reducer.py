@@ -1,0 +1,131 @@
+"""``era-vllm bench reducer``: the pruning step alone, against the tower it follows."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from era_vllm.bench import plots
+from era_vllm.bench.clock import Samples, interleave
+from era_vllm.bench.fit import PowerLaw, power_law
+from era_vllm.bench.pruning_step import Size, free_bytes, reducer_cell, tower, tower_cell
+from era_vllm.bench.report import Goal, Report, percent, shown, table
+from era_vllm.bench.setup import FIXED_K, FIXED_N, ReducerOptions, device
+from era_vllm.config import EraConfig
+from era_vllm.errors import ConfigError
+from era_vllm.lab.dummy import SIZES
+from era_vllm.lab.screen import progress
+from era_vllm.policies import make_policy
+
+GOAL: Final = 0.05
+_GOAL_SIZES: Final = ("576->64", "5 x 576->32", "16 x 1024->102")
+
+
+def run(options: ReducerOptions, out: Path) -> Report:
+    """Measure, and draw."""
+    for policy in options.policies:
+        make_policy(EraConfig(policy=policy))
+    shape, place = SIZES[options.shape], device()
+    dtype = getattr(torch, options.dtype)
+    wanted = [Size(*size) for size in options.sizes]
+    fitting, notes = _fitting(wanted, place)
+    if not fitting:
+        raise ConfigError(f"--sizes: none fits into memory; {'; '.join(notes)}")
+    by_n = [Size(n, FIXED_K) for n in options.n_sweep]
+    by_k = [Size(FIXED_N, k) for k in options.k_sweep]
+    encoder = tower(dtype, place, shape.tower_layers)
+    progress(f"{place}, {options.dtype}, {shape.hidden} wide: sizes")
+    cells = {}
+    for size in fitting:
+        cells[f"tower {size}"] = tower_cell(encoder, size.images, dtype, place)
+        for policy in options.policies:
+            cells[f"{policy} {size}"] = reducer_cell(policy, size, shape.hidden, dtype, place)
+    main = interleave(cells, options.rounds, options.warm_ups)
+    progress("growth")
+    make = partial(reducer_cell, width=shape.hidden, dtype=dtype, device=place)
+    # by_n and by_k may share a size, which is then timed once
+    cells = {f"{p} {s}": make(p, s) for s in [*by_n, *by_k] for p in options.policies}
+    swept = interleave(cells, options.rounds, options.warm_ups)
+
+    shares: dict[str, dict[str, float]] = {policy: {} for policy in options.policies}
+    rows: list[list[str]] = []
+    for size in fitting:
+        base = f"tower {size}"
+        for policy in options.policies:
+            cell = f"{policy} {size}"
+            share = main.ratio(cell, base, "reducer", "tower") or 0.0
+            shares[policy][str(size)] = share
+            parts = [main.median(cell, measure) for measure in ("prune", "signal", "reducer")]
+            whole = shown(main.median(base, "tower"))
+            rows.append([f"{size}", policy, *map(shown, parts), whole, percent(share)])
+    header = ["tokens", "policy", "prune", "attention", "together", "tower", "share"]
+    laws = {
+        "n": {p: _law([(s.n, swept.median(f"{p} {s}", "prune")) for s in by_n]) for p in shares},
+        "k": {p: _law([(s.k, swept.median(f"{p} {s}", "prune")) for s in by_k]) for p in shares},
+    }
+    growth = [
+        [policy, *(_exponent(laws[axis][policy][2]) for axis in ("n", "k"))] for policy in shares
+    ]
+    title = f"pruning step, {options.dtype}, {shape.hidden} wide, {place}"
+    plots.growth(out / "bench-reducer.png", title, shares, GOAL, laws)
+    goals = [
+        Goal(
+            f"{policy} {size}, share of the tower",
+            None if (share := shares[policy].get(size)) is None else 100 * share,
+            "at most",
+            100 * GOAL,
+            " %",
+        )
+        for size in _GOAL_SIZES
+        for policy in shares
+    ]
+    return Report(
+        bench="reducer",
+        samples=Samples({**main.values, **swept.values}),
+        tables=(
+            table(header, rows),
+            table(["policy", f"N at K = {FIXED_K}", f"K at N = {FIXED_N}"], growth),
+        ),
+        goals=goals,
+        facts={
+            "device": place,
+            "share_of_tower": shares,
+            "growth": {
+                axis: {p: asdict(law) if law else None for p, (_, _, law) in of_policy.items()}
+                for axis, of_policy in laws.items()
+            },
+            "images": {str(size): size.images for size in fitting},
+        },
+        notes=(
+            *notes,
+            "the step works in float32 whatever the dtype of the tokens; growth is that of the "
+            "step alone, without the attention that is read from the tower",
+            "the tower is transformers'; the share inside vLLM, whose tower may be faster, is in "
+            "era-vllm bench serve",
+        ),
+    )
+
+
+def _fitting(wanted: Sequence[Size], place: str) -> tuple[list[Size], list[str]]:
+    left = free_bytes(place)
+    short = [size for size in wanted if left is not None and size.bytes_needed > left]
+    notes = [
+        f"{size} left out: it needs about {size.bytes_needed / 2**30:.1f} GiB, "
+        f"{(left or 0) / 2**30:.1f} GiB are free"
+        for size in short
+    ]
+    return [size for size in wanted if size not in short], notes
+
+
+def _law(
+    points: Sequence[tuple[int, float | None]],
+) -> tuple[list[int], list[float], PowerLaw | None]:
+    x, y = [point[0] for point in points], [point[1] or 0.0 for point in points]
+    return x, y, power_law(x, y) if len(x) > 1 else None
+
+
+def _exponent(law: PowerLaw | None) -> str:
+    return "-" if law is None else f"{law.exponent:.2f} (R2 {law.r_squared:.3f})"
