@@ -45,26 +45,24 @@ def draw(
     image: Image.Image,
     pruned: PrunedTokens,
     grid: tuple[int, int],
-    title: str = "",
-    segment: int = 0,
+    title: str,
 ) -> Image.Image:
-    """Draw one segment.
+    """Draw the first segment.
 
     Args:
         image: The segment as the model is given it, after resizing and cropping (``seen``).
         pruned: What the pipeline made of it.
         grid: Rows and columns of its visual tokens.
-        title: First line; the second says how many tokens are kept.
-        segment: Which of the segments in ``pruned``.
+        title: First line, to which is added how many tokens are kept.
 
     Returns:
         An RGB picture of 1500 x 900 pixels or more; ``cell_box`` says where each token lies in it.
     """
     rows, columns = grid
     cell = cell_size(grid)
-    anchors = pruned.anchors[segment].tolist()
-    assignment = pruned.assignment[segment].tolist()
-    biases = pruned.log_bias[segment].tolist()
+    anchors = pruned.anchors[0].tolist()
+    assignment = pruned.assignment[0].tolist()
+    biases = pruned.log_bias[0].tolist()
     top = max(max(biases), math.log(2))
     colours = [_colour(bias / top) for bias in biases]
     given = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
@@ -84,8 +82,8 @@ def draw(
         inner = (left + frame, upper + frame, right - 1 - frame, lower - 1 - frame)
         pen.rectangle(inner, outline=(0, 0, 0), width=1)
 
-    kept = f"{len(assignment)} visual tokens, {len(anchors)} kept"
-    pen.text((_MARGIN, 14), title or kept, _INK, _font(24))
+    kept = f"{title}: {len(assignment)} -> {len(anchors)} visual tokens"
+    pen.text((_MARGIN, 14), kept, _INK, _font(24))
     pen.text(
         (_MARGIN, _HEAD - 30), f"the model is given {len(assignment)} tokens", _FAINT, _font(17)
     )

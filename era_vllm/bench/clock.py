@@ -42,9 +42,15 @@ class Samples:
         self, cell: str, base: str, measure: str, base_measure: str | None = None
     ) -> float | None:
         """Median of cell / base, each pair of the same round; None if one does not measure it."""
+        found = self.ratios(cell, base, measure, base_measure)
+        return statistics.median(found) if found else None
+
+    def ratios(
+        self, cell: str, base: str, measure: str, base_measure: str | None = None
+    ) -> list[float]:
+        """Return cell / base, one number a round; empty if one does not measure it."""
         other = self.of(base, base_measure or measure)
-        pairs = list(zip(self.of(cell, measure), other, strict=False))
-        return statistics.median(own / other for own, other in pairs) if pairs else None
+        return [mine / base for mine, base in zip(self.of(cell, measure), other, strict=False)]
 
     def summary(self) -> dict[str, dict[str, dict[str, object]]]:
         """Return median, 90th percentile and values of everything, for JSON."""

@@ -8,18 +8,14 @@ benchmark, against stock vLLM and a bound, is ``era-vllm bench serve``.
 """
 
 import json
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from PIL.Image import Image
-
-from era_vllm.bench.clock import interleave
+from era_vllm.bench.clock import Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures
 from era_vllm.bench.provenance import hardware
 from era_vllm.bench.setup import named, set_environment
@@ -32,60 +28,35 @@ ROUNDS: Final = 3
 _DTYPE: Final = "bfloat16"
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds to the first token at one rate, one number a round."""
-
-    rate: float
-    prompt_tokens: int
-    seconds: tuple[float, ...]
-    ratios: tuple[float, ...]
-    """Against rate 0 of the same round."""
-    median_s: float
-    ratio: float
-    """Median of the ratios."""
-
-
-def measure(
-    first_token: Callable[[Image, float], tuple[float, int]],
-    image_size: int,
-    rates: Sequence[float] = RATES,
-    rounds: int = ROUNDS,
-) -> list[Timing]:
-    """Time every rate in every round, with a progress bar.
+def timings_of(samples: Samples, tokens: Mapping[float, int]) -> list[dict[str, float]]:
+    """Return for each rate its seconds, one a round, and ratios to the first rate's of that round.
 
     Args:
-        first_token: Answers about a picture at a rate with one token; returns the seconds and the
-            prompt's tokens.
-        image_size: Side of the pictures, pixels.
-        rates: The first is what the others are compared with.
-        rounds: Timed rounds, >= 1; one more is run first and thrown away.
+        samples: A cell a rate, named after it; ``ttft`` is its measure.
+        tokens: Rate -> the prompt's.
     """
-    pictures = noise_pictures(image_size)
-    tokens: dict[float, int] = {}
-
-    def one(rate: float) -> dict[str, float]:
-        elapsed, tokens[rate] = first_token(next(pictures), rate)
-        return {"ttft": elapsed}
-
-    def timing(rate: float) -> Timing:
-        seconds, base = (samples.of(f"rate {r:g}", "ttft") for r in (rate, rates[0]))
-        ratios = tuple(own / first for own, first in zip(seconds, base, strict=True))
-        medians = statistics.median(seconds), statistics.median(ratios)
-        return Timing(rate, tokens[rate], seconds, ratios, *medians)
-
-    samples = interleave({f"rate {rate:g}": partial(one, rate) for rate in rates}, rounds)
-    return [timing(rate) for rate in rates]
+    first = f"{next(iter(tokens)):g}"
+    return [
+        {
+            "rate": rate,
+            "prompt_tokens": prompt_tokens,
+            "seconds": samples.of(f"{rate:g}", "ttft"),
+            "ratios": samples.ratios(f"{rate:g}", first, "ttft"),
+            "median_s": samples.median(f"{rate:g}", "ttft"),
+            "ratio": samples.ratio(f"{rate:g}", first, "ttft"),
+        }
+        for rate, prompt_tokens in tokens.items()
+    ]
 
 
-def table(timings: Sequence[Timing]) -> str:
+def table(timings: Sequence[Mapping]) -> str:
     """Return medians and spread as a table."""
     lines = ["rate    prompt tokens   time to first token (least - most)   against rate 0"]
     for timing in timings:
-        spread = f"({min(timing.seconds):.2f} - {max(timing.seconds):.2f})"
+        spread = f"({min(timing['seconds']):.2f} - {max(timing['seconds']):.2f})"
         lines.append(
-            f"{timing.rate:<7g} {timing.prompt_tokens:>13}   {timing.median_s:>12.2f} s "
-            f"{spread:<19}   {timing.ratio:>13.2f}x"
+            f"{timing['rate']:<7g} {timing['prompt_tokens']:>13}   {timing['median_s']:>12.2f} s "
+            f"{spread:<19}   {timing['ratio']:>13.2f}x"
         )
     return "\n".join(lines)
 
@@ -102,13 +73,16 @@ def main() -> int:
         make_dummy_llava(Path(folder), size)
         arguments = arguments_of("pruned", Path(folder))
         with dummy_engine(arguments, _DTYPE, True, kv_bytes=512 << 20, context=1024) as llm:
-            engine = TimedEngine(llm)
+            engine, tokens = TimedEngine(llm), dict.fromkeys(RATES, 0)
+            pictures = noise_pictures(IMAGE_SIZE)
 
-            def first_token(picture: Image, rate: float) -> tuple[float, int]:
-                taken = engine.ask(image_prompt(picture, rate), decode_tokens=0)
-                return taken["ttft"], engine.prompt_tokens
+            def ask(rate: float) -> Mapping[str, float]:
+                taken = engine.ask(image_prompt(next(pictures), rate), decode_tokens=0)
+                tokens[rate] = engine.prompt_tokens
+                return taken
 
-            timings = measure(first_token, IMAGE_SIZE)
+            samples = interleave({f"{rate:g}": partial(ask, rate) for rate in RATES}, ROUNDS)
+    timings = timings_of(samples, tokens)
     report = {
         "model": named(size),
         "dtype": _DTYPE,
@@ -117,7 +91,7 @@ def main() -> int:
         "measured": "time of LLM.generate with max_tokens=1, eager",
         "warm_up_rounds": 1,
         "rounds": ROUNDS,
-        "timings": [asdict(timing) for timing in timings],
+        "timings": timings,
     }
     print(f"\n{report['model']}, {_DTYPE}, {hardware()}")
     print(f"{report['measured']}; medians of {ROUNDS} interleaved rounds\n")

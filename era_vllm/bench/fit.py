@@ -19,6 +19,9 @@ class PowerLaw:
         """Return y."""
         return self.factor * x**self.exponent
 
+    def __str__(self) -> str:
+        return f"{self.exponent:.2f} (R2 {self.r_squared:.3f})"
+
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     """Fit a line to log y over log x.

@@ -1,6 +1,6 @@
 """``era-vllm bench reducer``: the pruning step alone, against the tower it follows."""
 
-from collections.abc import Sequence
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,16 @@ def run(options: ReducerOptions, out: Path) -> Report:
         make_policy(EraConfig(policy=policy))
     shape, place = SIZES[options.shape], device()
     dtype = getattr(torch, options.dtype)
+    free = free_bytes(place)
+    free = sys.maxsize if free is None else free
     wanted = [Size(*size) for size in options.sizes]
-    fitting, notes = _fitting(wanted, place)
+    fitting = [size for size in wanted if size.bytes_needed <= free]
+    notes = [
+        f"{size} left out: it needs about {size.bytes_needed / 2**30:.1f} GiB, "
+        f"{free / 2**30:.1f} GiB are free"
+        for size in wanted
+        if size not in fitting
+    ]
     if not fitting:
         raise ConfigError(f"--sizes: none fits into memory; {'; '.join(notes)}")
     by_n = [Size(n, FIXED_K) for n in options.n_sweep]
@@ -62,25 +70,18 @@ def run(options: ReducerOptions, out: Path) -> Report:
             whole = shown(main.median(base, "tower"))
             rows.append([f"{size}", policy, *map(shown, parts), whole, percent(share)])
     header = ["tokens", "policy", "prune", "attention", "together", "tower", "share"]
-    laws = {
-        "n": {p: _law([(s.n, swept.median(f"{p} {s}", "prune")) for s in by_n]) for p in shares},
-        "k": {p: _law([(s.k, swept.median(f"{p} {s}", "prune")) for s in by_k]) for p in shares},
-    }
-    growth = [
-        [policy, *(_exponent(laws[axis][policy][2]) for axis in ("n", "k"))] for policy in shares
-    ]
+    laws: dict[str, dict[str, tuple[list[int], list[float], PowerLaw | None]]] = {}
+    for axis, of_axis in (("n", by_n), ("k", by_k)):
+        x = [getattr(size, axis) for size in of_axis]
+        y = {p: [swept.median(f"{p} {s}", "prune") or 0.0 for s in of_axis] for p in shares}
+        laws[axis] = {p: (x, y[p], power_law(x, y[p]) if len(x) > 1 else None) for p in shares}
+    growth = [[p, *(str(laws[axis][p][2] or "-") for axis in laws)] for p in shares]
     title = f"pruning step, {options.dtype}, {shape.hidden} wide, {place}"
     plots.growth(out / "bench-reducer.png", title, shares, GOAL, laws)
+    share_of = {(size, p): shares[p].get(size) for size in _GOAL_SIZES for p in shares}
     goals = [
-        Goal(
-            f"{policy} {size}, share of the tower",
-            None if (share := shares[policy].get(size)) is None else 100 * share,
-            "at most",
-            100 * GOAL,
-            " %",
-        )
-        for size in _GOAL_SIZES
-        for policy in shares
+        Goal(f"{p} {size}, share of the tower", share and 100 * share, "at most", 100 * GOAL, " %")
+        for (size, p), share in share_of.items()
     ]
     return Report(
         bench="reducer",
@@ -107,25 +108,3 @@ def run(options: ReducerOptions, out: Path) -> Report:
             "era-vllm bench serve",
         ),
     )
-
-
-def _fitting(wanted: Sequence[Size], place: str) -> tuple[list[Size], list[str]]:
-    left = free_bytes(place)
-    short = [size for size in wanted if left is not None and size.bytes_needed > left]
-    notes = [
-        f"{size} left out: it needs about {size.bytes_needed / 2**30:.1f} GiB, "
-        f"{(left or 0) / 2**30:.1f} GiB are free"
-        for size in short
-    ]
-    return [size for size in wanted if size not in short], notes
-
-
-def _law(
-    points: Sequence[tuple[int, float | None]],
-) -> tuple[list[int], list[float], PowerLaw | None]:
-    x, y = [point[0] for point in points], [point[1] or 0.0 for point in points]
-    return x, y, power_law(x, y) if len(x) > 1 else None
-
-
-def _exponent(law: PowerLaw | None) -> str:
-    return "-" if law is None else f"{law.exponent:.2f} (R2 {law.r_squared:.3f})"

@@ -1,7 +1,7 @@
 """What a benchmark hands back: its figures as JSON, a table, and goals judged plainly."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
 from era_vllm.bench.clock import Samples
@@ -36,14 +36,7 @@ class Goal:
 
     def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
-        return {
-            "name": self.name,
-            "value": self.value,
-            "sense": self.sense,
-            "limit": self.limit,
-            "unit": self.unit,
-            "met": self.met,
-        }
+        return {**asdict(self), "met": self.met}
 
 
 @dataclass(frozen=True, slots=True)

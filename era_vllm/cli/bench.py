@@ -18,6 +18,7 @@ from era_vllm.cli.bench_options import (
     add_common_options,
     add_engine_options,
     add_reducer_options,
+    add_switch,
     engine_options,
 )
 from era_vllm.cli.options import add_era_options
@@ -126,21 +127,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_reducer_options(add("reducer", REDUCER, "the pruning step alone", 5))
     kind = add("attention", ATTENTION, "the widened attention layer", 8)
     add_engine_options(kind, rates=(0.5, 0.889), eager=True)
-    kind.add_argument(
-        "--mirror",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start each engine twice, in mirrored order (default: %(default)s)",
-    )
+    text = "start each engine twice, in mirrored order (default: %(default)s)"
+    add_switch(kind, "--mirror", True, text)
     add_era_options(kind)
     kind = add("serve", SERVE, "requests to engines side by side", 7)
     add_engine_options(kind, rates=(0.5, 0.778, 0.889, 0.944))
-    kind.add_argument(
-        "--profile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="one more pruned request under torch.profiler (default: %(default)s)",
-    )
+    text = "one more pruned request under torch.profiler (default: %(default)s)"
+    add_switch(kind, "--profile", True, text)
     add_era_options(kind)
 
 

@@ -6,6 +6,9 @@ Leaves out the benchmarks (``bench/``) and running one (``bench.py``).
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from functools import partial
 from typing import Final
 
 from era_vllm.bench.setup import FIXED_K, FIXED_N, EngineOptions, device
@@ -20,20 +23,9 @@ _ELEMENT_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add the options of every benchmark."""
-    parser.add_argument(
-        "--rounds",
-        type=at_least(1),
-        default=rounds,
-        metavar="N",
-        help="timed (default %(default)s)",
-    )
-    parser.add_argument(
-        "--warm-ups",
-        type=at_least(0),
-        default=1,
-        metavar="N",
-        help="rounds run first and thrown away (default %(default)s)",
-    )
+    add = partial(_add, parser)
+    add("--rounds", at_least(1), rounds, "N", "timed (default %(default)s)")
+    add("--warm-ups", at_least(0), 1, "N", "rounds run first and thrown away (default %(default)s)")
     parser.add_argument(
         "--shape",
         choices=SIZES,
@@ -41,90 +33,61 @@ def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
         help="language model: 0.9b (2048 wide, 17 layers), 7b (LLaVA-1.5-7B: 4096, 32), tiny (to "
         "try the command: its times mean nothing); tower CLIP-L/14-336 (default %(default)s)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=_ELEMENT_BYTES,
-        default="bfloat16",
-        help="number format (default %(default)s)",
-    )
-    parser.add_argument("--out", default="out", metavar="DIR", help="folder (default %(default)s)")
+    what = "number format (default %(default)s)"
+    parser.add_argument("--dtype", choices=_ELEMENT_BYTES, default="bfloat16", help=what)
+    add("--out", str, "out", "DIR", "folder (default %(default)s)")
 
 
 def add_engine_options(
     parser: argparse.ArgumentParser, *, rates: Sequence[float], eager: bool | None = None
 ) -> None:
-    """Add the options of the benchmarks that run engines.
+    """Add the options of the benchmarks that run engines, those of pruning among them.
 
     Args:
         rates: Default.
         eager: Default; None = on a CPU, not on a GPU.
     """
-    parser.add_argument(
-        "--rates",
-        type=numbers(float, 0, 1),
-        default=list(rates),
-        metavar="R,R",
-        help=f"pruning rates (default {','.join(f'{rate:g}' for rate in rates)})",
-    )
-    parser.add_argument(
-        "--text-tokens",
-        type=at_least(1),
-        default=512,
-        metavar="N",
-        help="prompt of the text-only requests (default %(default)s)",
-    )
-    parser.add_argument(
-        "--decode-tokens",
-        type=at_least(1),
-        default=16,
-        metavar="N",
-        help="tokens decoded after the first (default %(default)s)",
-    )
-    parser.add_argument(
-        "--kv-mib",
-        type=at_least(1),
-        metavar="N",
-        help="KV cache of each engine, MiB (default: room for three requests)",
-    )
-    parser.add_argument(
-        "--eager",
-        action=argparse.BooleanOptionalAction,
-        default=eager,
-        help="no torch.compile and no CUDA graphs (default: "
-        + ("on a CPU, not on a GPU)" if eager is None else "%(default)s)"),
-    )
+    add = partial(_add, parser)
+    listed = ",".join(f"{rate:g}" for rate in rates)
+    add("--rates", numbers(float, 0, 1), list(rates), "R,R", f"pruning rates (default {listed})")
+    text = "prompt of the text-only requests (default %(default)s)"
+    add("--text-tokens", at_least(1), 512, "N", text)
+    text = "tokens decoded after the first (default %(default)s)"
+    add("--decode-tokens", at_least(1), 16, "N", text)
+    text = "KV cache of each engine, MiB (default: room for three requests)"
+    add("--kv-mib", at_least(1), None, "N", text)
+    usual = "on a CPU, not on a GPU" if eager is None else "%(default)s"
+    add_switch(parser, "--eager", eager, f"no torch.compile and no CUDA graphs (default: {usual})")
 
 
 def add_reducer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the benchmark of the pruning step."""
-    parser.add_argument(
-        "--policies",
-        type=lambda text: text.split(","),
-        default=["era", "dpp"],
-        metavar="P,P",
-        help=f"of {', '.join(policy_names())} (default era,dpp)",
-    )
-    parser.add_argument(
-        "--sizes",
-        type=sizes,
-        default="576:64,5x576:32,2880:160,16x1024:102,16384:1638",
-        metavar="SxN:K,N:K",
-        help="(default %(default)s)",
-    )
-    parser.add_argument(
-        "--n-sweep",
-        type=numbers(int, FIXED_K + 1),
-        default="256,576,1024,2304,4096",
-        metavar="N,N",
-        help=f"at K = {FIXED_K}; one value = no fit (default %(default)s)",
-    )
-    parser.add_argument(
-        "--k-sweep",
-        type=numbers(int, 1, FIXED_N),
-        default="16,32,64,128,256,512",
-        metavar="K,K",
-        help=f"at N = {FIXED_N}; one value = no fit (default %(default)s)",
-    )
+    add = partial(_add, parser)
+    names, fit = f"of {', '.join(policy_names())} (default era,dpp)", "one value = no fit (default"
+    add("--policies", lambda text: text.split(","), ["era", "dpp"], "P,P", names)
+    usual = "576:64,5x576:32,2880:160,16x1024:102,16384:1638"
+    add("--sizes", sizes, usual, "SxN:K,N:K", "(default %(default)s)")
+    text = f"at K = {FIXED_K}; {fit} %(default)s)"
+    add("--n-sweep", numbers(int, FIXED_K + 1), "256,576,1024,2304,4096", "N,N", text)
+    text = f"at N = {FIXED_N}; {fit} %(default)s)"
+    add("--k-sweep", numbers(int, 1, FIXED_N), "16,32,64,128,256,512", "K,K", text)
+
+
+def add_switch(parser: argparse.ArgumentParser, name: str, default: object, text: str) -> None:
+    """Add a flag with its ``--no-`` counterpart."""
+    on_off = argparse.BooleanOptionalAction
+    parser.add_argument(name, action=on_off, default=default, help=text)
+
+
+def _add(
+    parser: argparse.ArgumentParser,
+    name: str,
+    read: Callable[[str], object],
+    default: object,
+    metavar: str,
+    text: str,
+) -> None:
+    parser.add_argument(name, type=read, default=default, metavar=metavar, help=text)
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
@@ -150,28 +113,21 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     size = SIZES[arguments.shape]
     bytes_per_token = 2 * _ELEMENT_BYTES[arguments.dtype] * size.layers * size.hidden
     room = 3 * context * bytes_per_token * 2  # twice: heads may be widened, blocks are whole
-    return EngineOptions(
-        rounds=arguments.rounds,
-        warm_ups=arguments.warm_ups,
-        shape=arguments.shape,
-        dtype=arguments.dtype,
-        rates=arguments.rates,
-        text_tokens=arguments.text_tokens,
-        decode_tokens=arguments.decode_tokens,
-        eager=device() == "cpu" if arguments.eager is None else arguments.eager,
-        kv_bytes=arguments.kv_mib * 2**20 if arguments.kv_mib else max(room, 32 * 2**20),
-        context=context,
-        era=era,
-    )
+    resolved = {
+        "eager": device() == "cpu" if arguments.eager is None else arguments.eager,
+        "kv_bytes": arguments.kv_mib * 2**20 if arguments.kv_mib else max(room, 32 * 2**20),
+        "context": context,
+        "era": era,
+    }
+    as_given = {field.name for field in fields(EngineOptions)} - resolved.keys()
+    return EngineOptions(**resolved, **{name: getattr(arguments, name) for name in as_given})
 
 
 def sizes(text: str) -> list[tuple[int, int, int]]:
     """Parse ``SxN:K,N:K`` into (n, k, segments)."""
     parts = [re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*):([1-9]\d*)", p) for p in text.split(",")]
     if not all(parts):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, allowed: SxN:K or N:K with commas between (5x576:32,576:64)"
-        )
+        raise _refused(text, "allowed: SxN:K or N:K with commas between (5x576:32,576:64)")
     found = [(int(p[2]), int(p[3]), int(p[1] or 1)) for p in parts if p]
     if wrong := [f"{n}:{k}" for n, k, _ in found if k >= n]:
         raise argparse.ArgumentTypeError(f"got {', '.join(wrong)}, needed K < N")
@@ -182,12 +138,10 @@ def at_least(least: int) -> Callable[[str], int]:
     """Return an argparse type: an integer with a lower bound."""
 
     def parse(text: str) -> int:
-        try:
+        with suppress(ValueError):
             if (value := int(text)) >= least:
                 return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed: an integer >= {least}")
+        raise _refused(text, f"allowed: an integer >= {least}")
 
     return parse
 
@@ -198,15 +152,16 @@ def numbers(
     """Return an argparse type: numbers with commas between, without repeats."""
 
     def parse(text: str) -> list[float]:
-        try:
+        with suppress(ValueError):
             found = [kind(part) for part in text.split(",")]
             if all(least <= value < below for value in found) and len(set(found)) == len(found):
                 return found
-        except ValueError:
-            pass
         what = "integers" if kind is int else "numbers"
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, allowed: different {what} in [{least:g}, {below:g}), commas between"
-        )
+        bounds = f"[{least:g}, {below:g})"
+        raise _refused(text, f"allowed: different {what} in {bounds}, commas between")
 
     return parse
+
+
+def _refused(text: str, needed: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"got {text!r}, {needed}")

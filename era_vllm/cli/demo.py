@@ -153,9 +153,10 @@ def _draw_kept(path: Path) -> None:
 
 
 def _speed() -> dict[str, object]:
-    _say(
+    print(
         "speed: the sample model is too small to show it (its first token takes milliseconds), so\n"
-        "a larger one with DUMMY WEIGHTS: its answers mean nothing, its time is real"
+        "a larger one with DUMMY WEIGHTS: its answers mean nothing, its time is real",
+        flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"

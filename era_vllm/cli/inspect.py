@@ -30,20 +30,11 @@ FORMATS: Final = (".png", ".jpg", ".jpeg", ".webp")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="checkpoint folder or name (default: the sample)"
-    )
-    parser.add_argument(
-        "--pruning-rate",
-        type=float,
-        dest="era_pruning_rate",
-        metavar="R",
-        help="the same as --era-pruning-rate",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("kept.png"), help="where to draw (default kept.png)"
-    )
+    add, same = parser.add_argument, "the same as --era-pruning-rate"
+    add("image", type=Path, metavar="IMAGE", help="a picture file")
+    add("--model", default=DEFAULT_MODEL, help="checkpoint folder or name (default: the sample)")
+    add("--pruning-rate", type=float, dest="era_pruning_rate", metavar="R", help=same)
+    add("--out", type=Path, default=Path("kept.png"), help="where to draw (default kept.png)")
     add_era_options(parser)
 
 
@@ -84,10 +75,7 @@ def kept_picture(
     given = seen(oracle.pixels(image)[0], tuple(processor.image_mean), tuple(processor.image_std))
     vision = oracle.model.config.vision_config
     side = vision.image_size // vision.patch_size
-    n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]
-    title = (
-        f"policy {config.policy}, pruning rate {config.pruning_rate:g}: {n} -> {kept} visual tokens"
-    )
+    title = f"policy {config.policy}, pruning rate {config.pruning_rate:g}"
     return draw(given, pruned, (side, side), title), pruned
 
 

@@ -1,30 +1,16 @@
 """How often answers are right: one scorer for every asker, and its tables.
 
-    python -m era_vllm.lab.accuracy --pictures 100 --policies era dpp uniform --rates 0 .778 .889
-    python -m era_vllm.lab.accuracy --by-family --pictures 400 --seed 12345 --questions-per-image 8
-
-Asks plain transformers; ``era-vllm accuracy`` (``cli/accuracy.py``) asks the real engine the same.
-The second is the table of the model card. Leaves out the asking (``asking.py``).
+Leaves out the asking (``asking.py``), and the command (``cli/accuracy.py``).
 """
 
-import argparse
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import torch
-
-from era_vllm.config import EraConfig
-from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.asking import Answer, Asker, Picture, TransformersAsker
-from era_vllm.lab.oracle import Oracle
-from era_vllm.lab.synth.dataset import Example, generate
+from era_vllm.lab.asking import Answer, Asker, Picture
+from era_vllm.lab.synth.dataset import Example
 from era_vllm.lab.synth.questions import FAMILIES, LEARNED_FAMILIES, Family
-
-RATES = (0.0, 0.5, 0.778, 0.889, 0.944)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,49 +116,3 @@ def family_table(examples: Sequence[Example], answers: Sequence[Sequence[Answer]
         if learned:
             lines.append(f"{photo or 'all'}: {100 * mean_accuracy(learned):.1f} %")
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Print a Markdown table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(CHECKPOINT), help="default: the sample model")
-    parser.add_argument("--pictures", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=777)
-    parser.add_argument("--questions-per-image", type=int, default=4)
-    parser.add_argument("--backgrounds", type=Path, help="a folder of photos of your own")
-    parser.add_argument("--policies", nargs="+", default=["era", "dpp"])
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
-    parser.add_argument("--positions", choices=("original", "compact"), default="original")
-    parser.add_argument("--no-merge", action="store_true")
-    parser.add_argument("--no-bias", action="store_true")
-    parser.add_argument(
-        "--by-family", action="store_true", help="unpruned, every kind of question apart"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    asked = parser.parse_args()
-    oracle = Oracle(asked.model, torch.bfloat16)
-    families = FAMILIES if asked.by_family else LEARNED_FAMILIES
-    examples = list(
-        generate(asked.pictures, asked.seed, asked.backgrounds, families, asked.questions_per_image)
-    )
-    if asked.by_family:
-        answers = TransformersAsker(oracle, EraConfig(), 0.0).ask(examples)
-        print(family_table(examples, answers))
-        return
-    rows: list[Accuracy] = []
-    for policy in asked.policies:
-        config = EraConfig(
-            policy=policy,
-            positions=asked.positions,
-            merge=not asked.no_merge,
-            bias=not asked.no_bias,
-            max_pruning_rate=0.999,
-        )
-        for rate in asked.rates:
-            asker = TransformersAsker(oracle, config, rate)
-            rows.append(measure(asker, examples, policy, asked.positions, rate))
-    print(json.dumps([row.as_dict() for row in rows], indent=1) if asked.json else table(rows))
-
-
-if __name__ == "__main__":
-    main()

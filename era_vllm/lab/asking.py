@@ -12,31 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from PIL.Image import Image
-
 from era_vllm.config import EraConfig
 from era_vllm.lab.oracle import Oracle, segments_of
+from era_vllm.lab.samples import Sample
 from era_vllm.lab.screen import bar
+from era_vllm.lab.synth.dataset import Example
 from era_vllm.lab.synth.questions import Question
 
 MAX_TOKENS: Final = 8
 """Of an answer; the longest right one has three words, then the end."""
 _TIMEOUT_S: Final = 120.0
 _PICTURES_AT_ONCE: Final = 4
-
-
-class Picture(Protocol):
-    """What is asked about: a generated example or a shipped sample."""
-
-    @property
-    def image(self) -> Image:
-        """RGB."""
-        ...
-
-    @property
-    def questions(self) -> Sequence[Question]:
-        """At least one."""
-        ...
+Picture = Example | Sample
+"""What is asked about: a picture with its questions, at least one."""
 
 
 @dataclass(frozen=True, slots=True)

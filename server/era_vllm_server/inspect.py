@@ -246,9 +246,8 @@ def _draw(found: Pruned, processor: Any, title: str) -> bytes:  # noqa: ANN401  
     )
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     given = seen(found.image["pixel_values"].data, mean, std)
-    kept = f"{assignment.shape[1]} -> {anchors.shape[1]} visual tokens"
     buffer = io.BytesIO()
-    draw(given, drawn, tuple(pruned["grid"]), f"{title}: {kept}").save(buffer, "png")
+    draw(given, drawn, tuple(pruned["grid"]), title).save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -41,19 +41,11 @@ _NAME: Final = 14
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEFAULT_MODEL,
-        metavar="MODEL",
-        help="checkpoint folder or name (default: the sample model)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the page")
-    parser.add_argument(
-        "--no-check",
-        action="store_true",
-        help="start no engine: for a model that does not fit twice into memory as float32",
-    )
+    add, text = parser.add_argument, "checkpoint folder or name (default: the sample model)"
+    add("model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL", help=text)
+    add("--json", action="store_true", help="print JSON instead of the page")
+    text = "start no engine: for a model that does not fit twice into memory as float32"
+    add("--no-check", action="store_true", help=text)
     add_era_options(parser)
 
 

@@ -48,17 +48,16 @@ class Check:
     """Engine against an oracle without the bias; None where every bias is 0."""
     same_anchors: bool
     """Plain transformers, with features of its own, chooses the same anchors."""
-    tolerance: float = TOLERANCE
 
     @property
     def exact(self) -> bool:
         """Within the tolerance."""
-        return self.difference <= self.tolerance  # False for NaN
+        return self.difference <= TOLERANCE  # False for NaN
 
     @property
     def control_fails(self) -> bool:
         """The check can see the bias, or there is none to see."""
-        return self.without_bias is None or self.without_bias >= CONTROL_FACTOR * self.tolerance
+        return self.without_bias is None or self.without_bias >= CONTROL_FACTOR * TOLERANCE
 
 
 def compare(

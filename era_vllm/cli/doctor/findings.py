@@ -181,18 +181,16 @@ def _attention(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], int
         wide = widened_head_size(stock, cache, backend, store)
         if not current_platform.is_cpu():
             backend = get_attn_backend(wide, config.model_config.dtype, cache)
-    if current_platform.is_cpu():
-        why = "vLLM has no other for CPUs"
-        fits = "the next size that it takes"
-    else:
+    why, fits = "vLLM has no other for CPUs", "the next size that it takes"
+    if not current_platform.is_cpu():
         why = f"vLLM's choice for heads of {wide}"
         fits = f"rounded up to a multiple of {16 if cache.startswith('fp8') else 8}"
     kind = str(dtype).removeprefix("torch.")
-    precision = {
-        "float32": "one column of float32 is exact",
-        "bfloat16": "the second holds what rounding to bfloat16 leaves",
-        "float16": "the second holds what rounding to float16 leaves",
-    }.get(kind, "the further ones hold what rounding leaves")
+    precision = "the further ones hold what rounding leaves"
+    if kind in ("bfloat16", "float16"):
+        precision = f"the second holds what rounding to {kind} leaves"
+    elif kind == "float32":
+        precision = "one column of float32 is exact"
     count = store.extra_columns
     chosen = "chosen by --era-bias-columns" if era.bias_columns else precision
     columns = "1 column" if count == 1 else f"{count} columns"

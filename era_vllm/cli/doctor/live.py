@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from era_vllm.attention.layer import RectifiedAttention
 from era_vllm.bench.engines import engine
 from era_vllm.bench.inputs import image_prompt
-from era_vllm.cli.doctor.check import CONTROL_FACTOR, Check, EngineAnswer, compare
+from era_vllm.cli.doctor.check import CONTROL_FACTOR, TOLERANCE, Check, EngineAnswer, compare
 from era_vllm.cli.doctor.findings import Finding, Layout
 from era_vllm.cli.loading import lacking_memory, open_oracle
 from era_vllm.config import DEFAULT_PRUNING_RATE, EraConfig
@@ -128,7 +128,7 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
         "with bias",
         f"{result.difference:.1e}: largest log-probability difference from plain transformers, "
         f"{result.positions} positions (prompt, {result.positions - 1} decode steps) x "
-        f"{result.vocabulary} tokens; allowed {result.tolerance:g}",
+        f"{result.vocabulary} tokens; allowed {TOLERANCE:g}",
         ""
         if result.exact
         else "answers of this installation are wrong; do not serve with it. Is another plugin or "
@@ -138,7 +138,7 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
         text = "not applicable: every bias is 0 with these settings"
         yield Finding(SECTION, "without bias", text)
         return
-    needed = CONTROL_FACTOR * result.tolerance
+    needed = CONTROL_FACTOR * TOLERANCE
     yield Finding(
         SECTION,
         "without bias",

@@ -7,6 +7,7 @@ are (`scene.py`).
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -119,19 +120,13 @@ def _photo_files(split: Split) -> Sequence[Path]:
     files: list[Path] = []
     for photo in _PHOTOS[split]:
         package, _, name = photo.partition("/")
-        try:
-            file = Path(str(resources.files(package).joinpath(name)))
-        except ModuleNotFoundError as error:
+        with suppress(ModuleNotFoundError):
+            files.append(Path(str(resources.files(package).joinpath(name))))
+        if not files or files[-1].name != name or not files[-1].is_file():
             raise ConfigError(
-                f"background photo {name} comes with the package of {package!r}, which is not "
-                f"installed; run {_LAB_EXTRA}, or name a folder of photos (backgrounds)"
-            ) from error
-        if not file.is_file():
-            raise ConfigError(
-                f"this version of {package!r} does not hold the background photo {name}; "
-                f"run {_LAB_EXTRA}, or name a folder of photos (backgrounds)"
+                f"background photo {name} comes with {package!r}, which is not installed or holds "
+                f"it no longer; run {_LAB_EXTRA}, or name a folder of photos (backgrounds)"
             )
-        files.append(file)
     return files
 
 

@@ -7,8 +7,9 @@ Leaves out the picture: right answers are read off the scene.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final, Literal, get_args
 
 from era_vllm.errors import ConfigError, unknown_name
@@ -38,16 +39,6 @@ class Question:
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """The shapes that a question can name without ambiguity."""
-
-    shapes: Sequence[Shape]
-    only_of_kind: Sequence[Shape]
-    only_of_color: Sequence[Shape]
-    only_of_both: Sequence[Shape]
-
-
 def check_families(families: Collection[Family]) -> None:
     """Refuse unknown families and an empty choice.
 
@@ -72,13 +63,12 @@ def ask_about(
     Returns: different questions, maybe fewer than count, none if the scene suits no family.
     Mutates: lots.
     """
-    facts = _facts(scene)
     suited: list[Family] = [name for name in FAMILIES if name in families]
-    choices: list[Family] = [name for name in suited for _ in range(_weight(name, scene, facts))]
+    choices = [name for name in suited for _ in range(_FAMILIES[name][0](scene))]
     questions: dict[str, Question] = {}
     for _ in range(2 * count if choices else 0):
         family = lots.choice(choices)
-        drawn = _ASK[family](scene, facts, lots)
+        drawn = _FAMILIES[family][1](scene, lots)
         if drawn is not None:
             questions.setdefault(drawn[0], Question(family, *drawn))
         if len(questions) == count:
@@ -86,77 +76,56 @@ def ask_about(
     return tuple(questions.values())
 
 
-def _facts(scene: Scene) -> _Facts:
-    shapes = scene.shapes
-    kinds = Counter(shape.kind for shape in shapes)
-    colors = Counter(shape.color for shape in shapes)
-    both = Counter((shape.kind, shape.color) for shape in shapes)
-    return _Facts(
-        shapes=shapes,
-        only_of_kind=[shape for shape in shapes if kinds[shape.kind] == 1],
-        only_of_color=[shape for shape in shapes if colors[shape.color] == 1],
-        only_of_both=[shape for shape in shapes if both[shape.kind, shape.color] == 1],
-    )
-
-
-def _weight(family: Family, scene: Scene, facts: _Facts) -> int:
-    """How often a family is drawn, relative to the others; 0: it does not suit the scene."""
-    return {
-        "exist": 1,
-        "color": 2 if facts.only_of_kind else 0,
-        "shape": 1 if facts.only_of_color else 0,
-        "count": 2,
-        "spatial": 2 if len(facts.only_of_both) > 1 else 0,
-        "where": 1 if facts.only_of_both else 0,
-        "number": 2 if scene.number else 0,
-        "word": 2 if scene.word else 0,
-        "chart": 3 if scene.chart else 0,
-    }[family]
+def _alone(scene: Scene, *parts: Literal["kind", "color"]) -> list[Shape]:
+    """Return the shapes that can be named by these parts without ambiguity."""
+    named = attrgetter(*parts)
+    counts = Counter(map(named, scene.shapes))
+    return [shape for shape in scene.shapes if counts[named(shape)] == 1]
 
 
 _Drawn = tuple[str, str] | None  # text and answer; None: these lots make no clear question
 
 
-def _exist(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    present = {(shape.kind, shape.color) for shape in facts.shapes}
+def _exist(scene: Scene, lots: random.Random) -> _Drawn:
+    present = {(shape.kind, shape.color) for shape in scene.shapes}
     if present and lots.random() < 0.5:
-        shape = lots.choice(facts.shapes)
+        shape = lots.choice(scene.shapes)
         return f"is there a {shape.color} {shape.kind}?", "yes"
     while True:  # an absent pair: at most 7 of 49 are present
         kind, color = lots.choice(SHAPES), lots.choice(COLORS)
         if present and lots.random() < 0.7:  # mostly a near miss: half of it is in the picture
-            near = lots.choice(facts.shapes)
+            near = lots.choice(scene.shapes)
             kind, color = (near.kind, color) if lots.random() < 0.5 else (kind, near.color)
         if (kind, color) not in present:
             return f"is there a {color} {kind}?", "no"
 
 
-def _count(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
+def _count(scene: Scene, lots: random.Random) -> _Drawn:
     about = lots.random()
     if about >= 0.85:
-        return "how many shapes?", str(len(facts.shapes))
-    seen = bool(facts.shapes) and lots.random() < 0.8
+        return "how many shapes?", str(len(scene.shapes))
+    seen = bool(scene.shapes) and lots.random() < 0.8
     if about < 0.45:
-        kind = lots.choice(facts.shapes).kind if seen else lots.choice(SHAPES)
-        total = sum(shape.kind == kind for shape in facts.shapes)
+        kind = lots.choice(scene.shapes).kind if seen else lots.choice(SHAPES)
+        total = sum(shape.kind == kind for shape in scene.shapes)
         return f"how many {plural(kind)}?", str(total)
-    color = lots.choice(facts.shapes).color if seen else lots.choice(COLORS)
-    total = sum(shape.color == color for shape in facts.shapes)
+    color = lots.choice(scene.shapes).color if seen else lots.choice(COLORS)
+    total = sum(shape.color == color for shape in scene.shapes)
     return f"how many {color} shapes?", str(total)
 
 
-def _color(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    shape = lots.choice(facts.only_of_kind)
+def _color(scene: Scene, lots: random.Random) -> _Drawn:
+    shape = lots.choice(_alone(scene, "kind"))
     return f"what color is the {shape.kind}?", shape.color
 
 
-def _shape(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    shape = lots.choice(facts.only_of_color)
+def _shape(scene: Scene, lots: random.Random) -> _Drawn:
+    shape = lots.choice(_alone(scene, "color"))
     return f"what shape is {shape.color}?", shape.kind
 
 
-def _spatial(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    one, other = lots.sample(facts.only_of_both, 2)
+def _spatial(scene: Scene, lots: random.Random) -> _Drawn:
+    one, other = lots.sample(_alone(scene, "kind", "color"), 2)
     sideways = lots.random() < 0.5
     axis = 0 if sideways else 1
     offset = one.center[axis] - other.center[axis]
@@ -169,8 +138,8 @@ def _spatial(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
     return f"is the {one.color} {one.kind} {named} the {other.color} {other.kind}?", answer
 
 
-def _where(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    shape = lots.choice(facts.only_of_both)
+def _where(scene: Scene, lots: random.Random) -> _Drawn:
+    shape = lots.choice(_alone(scene, "kind", "color"))
     third = PICTURE_SIZE / 3
     edges = [abs(place - edge) for place in shape.center for edge in (third, 2 * third)]
     if min(edges) < _BORDER:
@@ -180,19 +149,18 @@ def _where(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
     return f"where is the {shape.color} {shape.kind}?", f"{row} {column}"
 
 
-def _number(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    if scene.number is None:
-        return None
+def _number(scene: Scene, lots: random.Random) -> _Drawn:
+    assert scene.number is not None
     return "what number is shown?", " ".join(str(digit) for digit in scene.number.digits)
 
 
-def _word(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    return None if scene.word is None else ("what word is shown?", scene.word.text)
+def _word(scene: Scene, lots: random.Random) -> _Drawn:
+    assert scene.word is not None
+    return "what word is shown?", scene.word.text
 
 
-def _chart(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
-    if scene.chart is None:
-        return None
+def _chart(scene: Scene, lots: random.Random) -> _Drawn:
+    assert scene.chart is not None
     bars = scene.chart.bars
     highest = max(bar.value for bar in bars)
     tallest = [bar for bar in bars if bar.value == highest]
@@ -202,17 +170,18 @@ def _chart(scene: Scene, facts: _Facts, lots: random.Random) -> _Drawn:
     return f"what is the value of the {bar.color} bar?", str(bar.value)
 
 
-_ASK: Final[dict[Family, Callable[[Scene, _Facts, random.Random], _Drawn]]] = {
-    "exist": _exist,
-    "color": _color,
-    "shape": _shape,
-    "count": _count,
-    "spatial": _spatial,
-    "where": _where,
-    "number": _number,
-    "word": _word,
-    "chart": _chart,
+_FAMILIES: Final[dict[Family, tuple[Callable[[Scene], int], Callable[..., _Drawn]]]] = {
+    "exist": (lambda scene: 1, _exist),
+    "color": (lambda scene: 2 if _alone(scene, "kind") else 0, _color),
+    "shape": (lambda scene: 1 if _alone(scene, "color") else 0, _shape),
+    "count": (lambda scene: 2, _count),
+    "spatial": (lambda scene: 2 if len(_alone(scene, "kind", "color")) > 1 else 0, _spatial),
+    "where": (lambda scene: 1 if _alone(scene, "kind", "color") else 0, _where),
+    "number": (lambda scene: 2 if scene.number else 0, _number),
+    "word": (lambda scene: 2 if scene.word else 0, _word),
+    "chart": (lambda scene: 3 if scene.chart else 0, _chart),
 }
+"""How often a family is drawn, relative to the others (0: it does not suit the scene), and how."""
 
 
 def plural(kind: str) -> str:

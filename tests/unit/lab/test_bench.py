@@ -1,6 +1,7 @@
 """What the benchmarks measure with: rounds, stages, fits, goals, tables, inputs. Times nothing."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from era_vllm.bench import plots
 from era_vllm.bench.clock import Samples, interleave, p90
-from era_vllm.bench.first_token import measure
+from era_vllm.bench.first_token import table as demo_table
+from era_vllm.bench.first_token import timings_of
 from era_vllm.bench.fit import power_law
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
 from era_vllm.bench.pruning_step import Size, random_tokens, reducer_cell
@@ -179,11 +181,14 @@ def test_random_tokens_fill_their_grid() -> None:
 
 
 def test_the_demos_ratios_are_against_the_first_rate() -> None:
-    seconds = {0.0: 4.0, 0.5: 1.0}
-    timings = measure(lambda _, rate: (seconds[rate], 7), 8, rates=(0.0, 0.5), rounds=3)
-    assert [timing.ratio for timing in timings] == [1.0, 0.25]
-    assert timings[1].seconds == (1.0, 1.0, 1.0)
-    assert timings[1].prompt_tokens == 7
+    samples = Samples({"0": {"ttft": (4.0, 2.0, 4.0)}, "0.5": {"ttft": (1.0, 1.0, 1.0)}})
+    timings = timings_of(samples, {0.0: 587, 0.5: 299})
+    assert [timing["ratio"] for timing in timings] == [1.0, 0.25]
+    assert timings[1]["ratios"] == [0.25, 0.5, 0.25]
+    assert timings[1]["seconds"] == (1.0, 1.0, 1.0)
+    assert [timing["prompt_tokens"] for timing in timings] == [587, 299]
+    line = demo_table(timings).splitlines()[2]
+    assert re.fullmatch(r"0\.5 +299 +1\.00 s \(1\.00 - 1\.00\) +0\.25x", line)
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
