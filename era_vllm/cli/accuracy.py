@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,7 @@ from era_vllm.policies import policy_names
 if TYPE_CHECKING:
     from era_vllm.lab.accuracy import Accuracy
     from era_vllm.lab.asking import Asker
+    from era_vllm.lab.oracle import Oracle
 
 DESCRIPTION = """Ask held-out questions about generated pictures in the real vLLM engine.
 
@@ -94,16 +96,22 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+@cache
+def _oracle(model: str) -> "Oracle":
+    from era_vllm.cli.loading import open_oracle, served_dtype
+
+    return open_oracle(model, served_dtype(model))
+
+
 @contextmanager
 def _asker_at(
     arguments: argparse.Namespace, settings: Mapping[str, object]
 ) -> "Iterator[Callable[[float], Asker]]":
     """Load the model with these settings of pruning; yield what makes an asker of a rate."""
     if arguments.transformers:
-        from era_vllm.cli.loading import open_oracle, served_dtype
         from era_vllm.lab.asking import TransformersAsker
 
-        oracle = open_oracle(arguments.model, served_dtype(arguments.model))
+        oracle = _oracle(arguments.model)
         yield lambda rate: TransformersAsker(oracle, EraConfig.parse(settings), rate)
         return
     import era_vllm
