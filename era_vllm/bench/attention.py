@@ -97,11 +97,8 @@ def strict_ratios(samples: Samples, case: str, prefix: str = "") -> dict[str, fl
 def _report(samples: Samples, facts: dict[str, object], cases: list[str], out: Path) -> Report:
     measures = [measure for measure in MEASURES if samples.of("text stock", measure)]
     names = [measure.replace("_", " ") for measure in measures]
-    rows = [
-        [f"{case} {name}", *(shown(samples.median(f"{case} {name}", m)) for m in measures)]
-        for case in cases
-        for name in KINDS
-    ]
+    bars = [f"{case} {name}" for case in cases for name in KINDS]
+    rows = [[cell, *(shown(samples.median(cell, m)) for m in measures)] for cell in bars]
     ratio_rows = [
         [
             f"{case} era / {base}",
@@ -116,12 +113,9 @@ def _report(samples: Samples, facts: dict[str, object], cases: list[str], out: P
     plots.bars(
         out / "bench-attention.png",
         f"{facts['model']}, {facts['device']}",
+        samples,
         {
-            f"{what}, {measure.replace('_', ' ')}": {
-                f"{case} {name}": {"ttft": samples.median(f"{case} {name}", measure) or 0.0}
-                for case in cases
-                for name in KINDS
-            }
+            f"{what}, {measure.replace('_', ' ')}": (bars, [measure])
             for what, measure in (("prefill", prefill), ("a decode step", decode))
         },
     )

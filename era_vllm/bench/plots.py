@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.bench.clock import Samples
 from era_vllm.bench.fit import PowerLaw
 
 if TYPE_CHECKING:
@@ -17,32 +18,34 @@ STAGES: Final = {
     "merge": "#f2b134",
     "language_model": "#2e6fe4",
     "rest": "#dddddd",
-    "ttft": "#2e6fe4",
 }
-"""Parts of a bar, from the left, and their colours."""
+"""Parts of the time to the first token in their order, and their colours."""
+_OTHER: Final = "#2e6fe4"
 
 
 def bars(
     path: Path,
     title: str,
-    panels: Mapping[str, Mapping[str, Mapping[str, float]]],
+    samples: Samples,
+    panels: Mapping[str, tuple[Sequence[str], Sequence[str]]],
 ) -> None:
-    """Draw stacked bars.
+    """Draw medians as stacked bars.
 
     Args:
         path: PNG.
         title: Over everything.
-        panels: Panel's title -> bar's name -> part -> seconds; parts are keys of ``STAGES``.
+        samples: What was measured.
+        panels: Title -> cells, a bar each, and measures, its parts from the left.
     """
-    heights = [1 + len(rows) for rows in panels.values()]
+    heights = [1 + len(cells) for cells, _ in panels.values()]
     figure, axes = _figure(len(panels), 1, (8.5, 0.9 + 0.33 * sum(heights)), heights)
-    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
-        left = [0.0] * len(rows)
-        for part, colour in STAGES.items():
-            widths = [row.get(part, 0.0) for row in rows.values()]
+    for axis, (name, (cells, measures)) in zip(axes, panels.items(), strict=True):
+        left = [0.0] * len(cells)
+        for part in measures:
+            widths = [samples.median(cell, part) or 0.0 for cell in cells]
             if any(widths):
-                label = part.replace("_", " ")
-                axis.barh(list(rows), widths, left=left, color=colour, label=label)
+                colour, label = STAGES.get(part, _OTHER), part.replace("_", " ")
+                axis.barh(list(cells), widths, left=left, color=colour, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.invert_yaxis()
         axis.set_title(name, loc="left", fontsize=10)

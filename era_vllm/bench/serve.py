@@ -1,6 +1,6 @@
 """``era-vllm bench serve``: requests to four engines side by side, and where their time goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -107,7 +107,7 @@ def _report(
 ) -> Report:
     images = [cell for cell in samples.values if not cell.startswith("text ")]
     texts = [cell for cell in samples.values if cell.startswith("text ")]
-    stages = [stage for stage in plots.STAGES if stage != "ttft" and samples.of("stock", stage)]
+    stages = [stage for stage in plots.STAGES if samples.of("stock", stage)]
 
     def timed(cell: str, measure: str, base: str) -> list[str]:
         return [
@@ -141,17 +141,15 @@ def _report(
         ops = [[row["name"], shown(row["self_s"]), f"{row['share']:.1%}"] for row in profile]
         tables.append(table([f"era {options.rates[-1]:g}, operator", "itself", "share"], ops))
 
-    def parts(cell: str, measures: Sequence[str]) -> dict[str, float]:
-        return {measure: samples.median(cell, measure) or 0.0 for measure in measures}
-
     whole = ["ttft"]
     split = stages if "rest" in stages else whole
     plots.bars(
         out / "bench-serve.png",
         f"{facts['model']}, {facts['device']}",
+        samples,
         {
-            "time to first token, a picture": {cell: parts(cell, split) for cell in images},
-            "time to first token, text only": {cell: parts(cell, whole) for cell in texts},
+            "time to first token, a picture": (images, split),
+            "time to first token, text only": (texts, whole),
         },
     )
     return Report(

@@ -194,7 +194,8 @@ def test_the_demos_ratios_are_against_the_first_rate() -> None:
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
     law = power_law([1, 2], [1.0, 2.0])
-    plots.bars(tmp_path / "bars.png", "t", {"p": {"stock": {"tower": 1.0, "rest": 0.5}}})
+    parts = ["ttft", "x", "tower"]
+    plots.bars(tmp_path / "bars.png", "t", SAMPLES, {"p": (["a", "b"], parts)})
     curves = {"n": {"era": ([1, 2], [1.0, 2.0], law), "dpp": ([1], [1.0], None)}}
     plots.growth(tmp_path / "growth.png", "t", {"era": {"576->64": 0.04}}, 0.05, curves)
     for name in ("bars.png", "growth.png"):
