@@ -20,7 +20,7 @@ from typing import Final
 import pytest
 import torch
 
-from era_vllm.cli.findings import cpu_name
+from era_vllm.bench.provenance import cpu_name
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "out" / "situations.json"

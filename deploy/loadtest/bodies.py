@@ -22,7 +22,7 @@ from probe import Probe, Sample
 from tqdm import tqdm
 from watch import processes
 
-from era_vllm.cli.provenance import provenance
+from era_vllm.bench.provenance import provenance
 from era_vllm.lab.servers import Server, wait_for
 
 DESCRIPTION: Final = """Send one body at a time; report the longest gap in /health and memory.

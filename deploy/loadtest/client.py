@@ -18,7 +18,7 @@ from vllm.benchmarks.serve import add_cli_args
 from vllm.benchmarks.serve import main as bench_serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from era_vllm.cli.quiet import muted
+from era_vllm.lab.screen import muted
 
 QUESTION: Final = "what color is the circle?"
 _GRID: Final = 24  # noise in cells of so many a side: no two pictures alike, and small as PNG

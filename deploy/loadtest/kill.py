@@ -13,7 +13,7 @@ from traffic import PATH, Ask, events
 from verdict import Judgement
 from watch import engines
 
-from era_vllm.cli.quiet import progress
+from era_vllm.lab.screen import progress
 from era_vllm.lab.servers import Server
 
 _STREAMS: Final = 12

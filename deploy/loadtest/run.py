@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from era_vllm.cli.provenance import provenance
-from era_vllm.cli.quiet import progress
-from era_vllm.lab.bench.report import table
+from era_vllm.bench.provenance import provenance
+from era_vllm.bench.report import table
 from era_vllm.lab.dummy import IMAGE_SIZE, SIZES, make_dummy_llava
+from era_vllm.lab.screen import progress
 from era_vllm.lab.servers import Server, wait_for
 
 DESCRIPTION: Final = """Load a server at each pruning level, one concurrency after the other.

@@ -25,9 +25,9 @@ from traffic import Ask, Outcome, broken_asks, draw, good_asks, reference, send
 from verdict import Judgement, judge, page
 from watch import Watch, engines
 
-from era_vllm.cli.provenance import provenance
-from era_vllm.cli.quiet import progress
+from era_vllm.bench.provenance import provenance
 from era_vllm.errors import EraError
+from era_vllm.lab.screen import progress
 from era_vllm.lab.servers import Server, wait_for
 
 DESCRIPTION: Final = """Load a server of the shipped model beyond its capacity, and judge it.

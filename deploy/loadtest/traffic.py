@@ -15,7 +15,7 @@ from typing import Final, Literal
 import httpx
 from PIL import Image
 
-from era_vllm.lab.data import generate
+from era_vllm.lab.synth.dataset import generate
 
 PATH: Final = "/v1/chat/completions"
 LEVELS: Final = (None, "off", "light", "medium", "strong", "extreme")

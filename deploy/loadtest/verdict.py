@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from traffic import Outcome
 from watch import SETTLED, Watch
 
-from era_vllm.cli.quiet import progress
+from era_vllm.lab.screen import progress
 
 
 @dataclass(slots=True)

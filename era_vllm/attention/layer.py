@@ -41,7 +41,7 @@ class RectifiedAttention(Attention):
             index: Of the layer in the language model, from 0.
         """
         arguments = attention_impl.constructor_arguments(stock, vllm_config)
-        super().__init__(head_size=widened_head_size(stock, store), **arguments)
+        super().__init__(head_size=_widened(stock, store), **arguments)
         self.unwidened_head_size = stock.head_size
         self.store = store
         self.buffer = buffer
@@ -121,7 +121,7 @@ def swap(language_model: nn.Module, vllm_config: VllmConfig, era: EraConfig) -> 
     first: Attention = owners[0].attn
     dtype = torch.get_default_dtype()
     store = make_store(era.bias_store, era.bias_columns, stored_dtype(first), dtype)
-    width = widened_head_size(first, store) - first.head_size
+    width = _widened(first, store) - first.head_size
     scheduler = vllm_config.scheduler_config
     graphs = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     rows = max(scheduler.max_num_batched_tokens, graphs)
@@ -171,25 +171,31 @@ def stored_dtype(layer: Attention) -> torch.dtype:
     return layer.kv_cache_torch_dtype
 
 
-def widened_head_size(stock: Attention, store: BiasStore) -> int:
+def _widened(stock: Attention, store: BiasStore) -> int:
+    return widened_head_size(stock.head_size, stock.kv_cache_dtype, stock.attn_backend, store)
+
+
+def widened_head_size(
+    stock: int, cache_dtype: str, backend: type[attention_impl.AttentionBackend], store: BiasStore
+) -> int:
     """Return the smallest head size that holds the store's columns and that the platform takes.
 
     On a GPU a multiple of 8, for an fp8 cache of 16 (FlashAttention 3 on Hopper), and vLLM selects
     the backend anew for it. On a CPU one of a fixed list; its fp8 cache wants multiples of 32
     although no ``supports_*`` call says so.
     """
-    needed = stock.head_size + store.extra_columns
-    fp8 = stock.kv_cache_dtype.startswith("fp8")
+    needed = stock + store.extra_columns
+    fp8 = cache_dtype.startswith("fp8")
     if not current_platform.is_cpu():
         step = 16 if fp8 else 8
         return -(-needed // step) * step
     step = 32 if fp8 else 16
-    sizes = stock.attn_backend.get_supported_head_sizes()
+    sizes = backend.get_supported_head_sizes()
     fitting = [size for size in sizes if size >= needed and size % step == 0]
     if not fitting:
         raise UnsupportedError(
-            f"{stock.layer_name}: head size {stock.head_size} + {store.extra_columns} columns; the "
-            f"CPU backend takes {sizes}; choose a model with a smaller head size"
+            f"language model: head size {stock} + {store.extra_columns} columns; the CPU backend "
+            f"takes {sizes}; choose a model with a smaller head size"
         )
     return min(fitting)
 

@@ -1,22 +1,35 @@
 """``era-vllm bench``: what pruning costs and saves, measured; figures as JSON and a picture.
 
-Leaves out the benchmarks (``bench_reducer.py``, ``bench_attention.py``, ``bench_serve.py``,
-``bench_gap.py``).
+Leaves out the benchmarks (``bench/``) and their options (``bench_options.py``).
 """
 
 import argparse
 import json
 import shlex
 import sys
-import tempfile
 import time
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from era_vllm.cli import bench_attention, bench_gap, bench_reducer, bench_serve
-from era_vllm.cli.quiet import progress
-from era_vllm.errors import ConfigError, UnsupportedError
+from era_vllm.bench.setup import ReducerOptions, set_environment
+from era_vllm.cli.bench_options import (
+    add_common_options,
+    add_engine_options,
+    add_gap_options,
+    add_reducer_options,
+    add_switch,
+    engine_options,
+    gap_options,
+)
+from era_vllm.cli.options import add_era_options
+from era_vllm.cli.preflight import check_folder
+from era_vllm.errors import UnsupportedError
+from era_vllm.lab.screen import muted, progress
+
+if TYPE_CHECKING:
+    from era_vllm.bench.report import Report
 
 DESCRIPTION: Final = """Measure what pruning costs and what it saves, on this machine.
 
@@ -28,64 +41,148 @@ DESCRIPTION: Final = """Measure what pruning costs and what it saves, on this ma
 One run measures all sides in interleaved rounds and reports medians and 90th percentiles; weights
 are dummies of a real model's shape. With a GPU everything runs there, without one on the CPU.
 """
-_BENCHES: Final = {
-    "reducer": (bench_reducer, "the pruning step alone"),
-    "attention": (bench_attention, "the widened attention layer"),
-    "serve": (bench_serve, "requests to engines side by side"),
-    "gap": (bench_gap, "what a stream waits for while pictures arrive"),
-}
+REDUCER: Final = """Time the pruning step alone (choose, merge, bias) on random tokens.
+
+  era-vllm bench reducer                                      all sizes, both policies, growth
+  era-vllm bench reducer --sizes 576:64 --n-sweep 256,576 --k-sweep 16,64 --rounds 3    a minute
+
+A size is S x N:K, S segments of N tokens that become K each. 576:64 is a LLaVA-1.5 image. 2,880 ->
+160 (a LLaVA-NeXT image) and 16,384 -> 1,638 (a long video) are pruned in segments: tile by tile
+(5x576:32) and chunk by chunk (16x1024:102). As one segment (2880:160, 16384:1638) they are there to
+compare: work grows with N squared. Beside each the vision tower, CLIP-L/14-336 with random weights
+on the same device and in the same dtype, in one batch of as many images as make those tokens. A
+policy that reads the encoder's attention is charged for recomputing it. Sizes without enough memory
+are skipped with a word.
+
+Growth: N is varied at K = 64, K at N = 2,304; the exponent is a least squares fit on logarithms.
+Goal: at most 5 % of the tower for an image, its tiles and a video's chunks. Writes
+OUT/bench-reducer.json and .png.
+"""
+
+ATTENTION: Final = """Time the attention layer that carries the bias against vLLM's own.
+
+  era-vllm bench attention                              text, and pictures at .5 and .889
+  era-vllm bench attention --rates .889 --rounds 3      a quick look
+
+Real engines with dummy weights stay alive in this process and are asked in turn, with the same KV
+cache memory: stock layers; stock layers of a model whose heads are as wide as the widened ones
+(wide); and the rectified layers (era). All get the same prompts: text only, and pictures of which
+the language model is fed K tokens (the stock ones keep the first K projector rows).
+
+Where weights happen to lie in memory changes a decode step by up to 5 %: of two identical engines
+the one started first is often the slower. So each kind is started twice, in mirrored order (era,
+stock, wide, wide, stock, era), and the two take turns (`--no-mirror`: once, half the memory).
+
+Timed inside, by hooks: all attention layers of one prefill and of one decode step (cache write
+included), and the language model's whole step around them. The model of `wide` has wider
+projections too, so the strict comparison is
+
+  stock*   stock's step, with its attention layers' time replaced by wide's
+
+and the goal is that a text-only step is at most 3 % slower: stock's step with era's attention
+layers in it (`layers`), and era's own step (`step`, as noisy as the rest of the model is).
+`--no-eager` hides the layers in a compiled graph: then only TTFT and decode time are compared. Also
+shown: the KV blocks that the same memory holds. Writes OUT/bench-attention.json and .png.
+"""
+
+SERVE: Final = """Time requests to an engine that prunes, to stock vLLM, and to a bound.
+
+  era-vllm bench serve                                           the whole comparison
+  era-vllm bench serve --rates .889 --rounds 2 --no-profile      a quick look
+  era-vllm bench serve --shape 7b --era-policy dpp               LLaVA-1.5-7B's shape
+
+Four engines with dummy weights stay alive in this process and are asked in turn, one request at a
+time, the same KV cache memory each; every picture and prompt is new, so no cache answers:
+
+  stock    vLLM as it is, all 576 tokens of a picture; text
+  era      this package, each rate of --rates; text
+  bound    stock vLLM whose language model is fed the first K projector rows: tower and projector
+           run, nothing is selected, heads have their stock size. No reducer can be faster
+  wide     stock vLLM, a model whose heads are as wide as era's widened ones; text. Its projections
+           are wider too, so it is a mild judge: `era-vllm bench attention` has the strict one
+
+TTFT runs from the call of LLM.generate to the first token. Inside it: tower, projector, reducer
+(whatever else happens between pixels and tokens, reading the tower's attention included), merge
+(embeddings into the prompt, the biases into their buffer), language model, rest (preprocessing,
+scheduling, sampling). torch.compile and CUDA graphs may hide the language model's part. Memory:
+four times the model, all at once (0.9b: 2.5 GB each).
+
+Goals: TTFT 2.0x faster at .889 and 2.2x at .944; text within 3 % of `wide`; reducer at most 5 % of
+the tower. Writes OUT/bench-serve.json and .png.
+"""
+
+GAP: Final = """Measure what a running stream waits for while new pictures arrive.
+
+  era-vllm bench gap                                   64 pictures at .889
+  era-vllm bench gap --shape tiny --pictures 16        a quick look
+
+A stream of text decodes; then all pictures come at once, one a request, each new to every cache.
+Timed is the longest time between two tokens of the stream (preparing the prompts left out: in a
+server another process does that), until every picture has its first token. Three engines with
+dummy weights stay alive in this process and are asked in turn:
+
+  stock              vLLM as it is, all 576 tokens of a picture
+  era                this package: a step encodes as many rows as vLLM profiled memory for
+  era, not bounded   the same, scheduled by vLLM's own class, which counts a picture's K tokens
+
+Goal: the longest pause is at most 1.1x stock's. Memory: three times the model, all at once. Writes
+OUT/bench-gap.json and .png.
+"""
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand and its own."""
-    parser = commands.add_parser(
-        "bench",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmarks and their options."""
     kinds = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
-    for name, (module, summary) in _BENCHES.items():
+
+    def add(name: str, description: str, summary: str, rounds: int) -> argparse.ArgumentParser:
         kind = kinds.add_parser(
             name,
             help=summary,
-            description=module.DESCRIPTION,
+            description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.add_options(kind)
-        kind.set_defaults(run=run)
+        add_common_options(kind, rounds)
+        return kind
+
+    add_reducer_options(add("reducer", REDUCER, "the pruning step alone", 5))
+    kind = add("attention", ATTENTION, "the widened attention layer", 8)
+    add_engine_options(kind, rates=(0.5, 0.889), eager=True)
+    text = "start each engine twice, in mirrored order (default: %(default)s)"
+    add_switch(kind, "--mirror", True, text)
+    add_era_options(kind)
+    kind = add("serve", SERVE, "requests to engines side by side", 7)
+    add_engine_options(kind, rates=(0.5, 0.778, 0.889, 0.944))
+    text = "one more pruned request under torch.profiler (default: %(default)s)"
+    add_switch(kind, "--profile", True, text)
+    add_era_options(kind)
+    kind = add("gap", GAP, "what a stream waits for while pictures arrive", 1)
+    add_gap_options(kind)
+    add_era_options(kind)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Measure, print the page, write the figures."""
     del rest
-    module, _ = _BENCHES[arguments.bench]
     if find_spec("matplotlib") is None:
         raise UnsupportedError("bench: matplotlib is missing; pip install 'era-vllm[lab]'")
-    if module is not bench_reducer and find_spec("vllm") is None:
-        from era_vllm.cli.findings import INSTALL
+    if arguments.bench != "reducer" and find_spec("vllm") is None:
+        from era_vllm.vllm_plugin.version import INSTALL
 
         raise UnsupportedError(f"bench: vLLM is not installed; needed 0.32.x: {INSTALL}")
     started = time.monotonic()
     out = Path(arguments.out)
+    trouble = f"--out: got {arguments.out!r}, which cannot be written to"
+    check_folder(out, trouble, "needed a folder, or the name of a new one")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # now rather than after minutes of measuring
-    except OSError as error:
-        raise ConfigError(
-            f"--out: got {arguments.out!r}, which cannot be written to ({error.strerror}); needed "
-            "a folder, or the name of a new one"
-        ) from error
-    try:
-        report = module.run(arguments)
+        settings, report = _measure(arguments, out)
     except KeyboardInterrupt:
         print("\nera-vllm bench: stopped; nothing written", file=sys.stderr)
         return 130
-    from era_vllm.cli.provenance import provenance
+    from era_vllm.bench.provenance import provenance
 
     command = shlex.join(["era-vllm", *sys.argv[1:]])
-    document = report.as_dict(provenance(), command, module.settings(arguments))
+    document = report.as_dict(provenance(), command, settings)
     document["seconds"] = round(time.monotonic() - started)
     file = out / f"bench-{arguments.bench}.json"
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -93,3 +190,30 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     print(report.text())
     progress(f"all figures: {file}, drawn: {file.with_suffix('.png')}; {document['seconds']} s")
     return 0
+
+
+def _measure(arguments: argparse.Namespace, out: Path) -> "tuple[dict[str, object], Report]":
+    """Return the options as they were used, and what was found."""
+    if arguments.bench == "reducer":
+        from era_vllm.bench import reducer
+
+        own = {field.name: getattr(arguments, field.name) for field in fields(ReducerOptions)}
+        return own, reducer.run(ReducerOptions(**own), out)
+    options = (gap_options if arguments.bench == "gap" else engine_options)(arguments)
+    set_environment(eager=options.eager)
+    progress("importing vLLM")
+    with muted():
+        import vllm  # noqa: F401
+    if arguments.bench == "gap":
+        from era_vllm.bench import gap
+
+        return asdict(options), gap.run(options, out)
+    if arguments.bench == "attention":
+        from era_vllm.bench import attention
+
+        report = attention.run(options, out, mirror=arguments.mirror)
+        return {**asdict(options), "mirror": arguments.mirror}, report
+    from era_vllm.bench import serve
+
+    report = serve.run(options, out, profiled=arguments.profile)
+    return {**asdict(options), "profile": arguments.profile}, report

@@ -1,7 +1,7 @@
 """``era-vllm demo``: two servers, a dozen pictures, both answers; then the speed of a larger model.
 
-Leaves out the questions (``lab/demo_answers.py``), the timing (``lab/demo_speed.py``) and the
-engine that is timed (``speed_engine.py``). What is seen is written to ``out/`` as well.
+Leaves out the asking (``lab/asking.py``) and the timing (``bench/first_token.py``). What is seen is
+written to ``out/`` as well.
 """
 
 import argparse
@@ -15,9 +15,16 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from era_vllm.errors import ConfigError, UnsupportedError
+from era_vllm.cli.preflight import check_folder
+from era_vllm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from era_vllm.lab.asking import Answer
+    from era_vllm.lab.samples import Sample
 
 DESCRIPTION = """Ask two servers about a dozen pictures: all image tokens against a ninth of them.
 
@@ -31,26 +38,20 @@ _SERVER_FLAGS: Final = (
     *("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4"),
     *("--kv-cache-memory-bytes", str(64 << 20)),
 )
+_COLUMNS: Final = (40, 13, 13, 10)
 _STOPPING: Final = (signal.SIGTERM, signal.SIGHUP)
 _SERVER_ENVIRONMENT: Final = {"TORCH_COMPILE_DISABLE": "1"}  # nothing to gain for a tiny model
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "demo",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
     parser.add_argument("--fast", action="store_true", help="leave the speed part out")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Show both parts; stop every process that was started, however it ends."""
-    from era_vllm.cli.findings import INSTALL
-    from era_vllm.cli.provenance import provenance
+    from era_vllm.bench.provenance import provenance
+    from era_vllm.vllm_plugin.version import INSTALL
 
     if find_spec("vllm") is None:
         raise UnsupportedError(f"demo: vLLM is not installed; needed 0.32.x: {INSTALL}")
@@ -58,14 +59,18 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     started = time.monotonic()
-    _make_folder()
+    check_folder(
+        OUT,
+        f"the folder {str(OUT.absolute())!r} cannot be written to",
+        "start era-vllm demo in a folder where you may write, without a file of that name",
+    )
     report: dict[str, object] = provenance()
     try:
         report["answers"] = _answers()
         _say(f"kept tokens of one picture: {OUT / 'kept.png'}")
         _say(f"first part: {time.monotonic() - started:.0f} s\n")
         if not arguments.fast:
-            report["speed"] = _speed(report)
+            report["speed"] = _speed()
     except KeyboardInterrupt:
         print("\nera-vllm demo: stopped, and the servers with it", file=sys.stderr)
         return 130
@@ -74,26 +79,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _make_folder() -> None:
-    """Make ``out/`` and try to write there.
-
-    Raises:
-        ConfigError: it is a file, or nothing can be written in this folder.
-    """
-    try:
-        OUT.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=OUT).close()
-    except OSError as error:
-        raise ConfigError(
-            f"the folder {str(OUT.absolute())!r} cannot be written to ({error.strerror}); start "
-            "era-vllm demo in a folder where you may write, without a file of that name"
-        ) from error
-
-
 def _answers() -> dict[str, object]:
-    from dataclasses import asdict
-
-    from era_vllm.lab.demo_answers import ask_all, table
+    from era_vllm.lab.asking import ServerAsker
     from era_vllm.lab.samples import load_samples
     from era_vllm.lab.servers import Server, wait_for
 
@@ -114,9 +101,43 @@ def _answers() -> dict[str, object]:
         ]
         _draw_kept(OUT / "kept.png")  # while they start
         wait_for(servers)
-        answered = ask_all([server.url for server in servers], samples)
-    print("\n" + table(answered, RATES) + "\n")
-    return {"rates": RATES, "questions": [asdict(item) for item in answered]}
+        answers = [ServerAsker(server.url).ask(samples) for server in servers]
+    print("\n" + _table(samples, answers) + "\n")
+    questions = [
+        {
+            "file": sample.file,
+            "family": question.family,
+            "question": question.text,
+            "right": question.answer,
+            "answers": [answer.text for answer in of_question],
+            "image_tokens": [answer.image_tokens for answer in of_question],
+        }
+        for sample, *of_sample in zip(samples, *answers, strict=True)
+        for question, *of_question in zip(sample.questions, *of_sample, strict=True)
+    ]
+    return {"rates": RATES, "questions": questions}
+
+
+def _table(samples: "Sequence[Sample]", answers: "Sequence[list[list[Answer]]]") -> str:
+    """Return the first question of each picture as a table, and counts over all questions."""
+    from era_vllm.lab.accuracy import score, total
+
+    heads = ["question", *(f"rate {rate:g}" for rate in RATES), "right", "image tokens"]
+    rows = [heads, [*("-" * (width - 2) for width in _COLUMNS), "-" * 12]]
+    for sample, *of_sample in zip(samples, *answers, strict=True):
+        question, first = sample.questions[0], [of_rate[0] for of_rate in of_sample]
+        marked = [f"{each.text:9} {'ok' if each.is_right(question) else 'x'}" for each in first]
+        tokens = " -> ".join(str(each.image_tokens) for each in first)
+        rows.append([question.text, *marked, question.answer, tokens])
+    widths = [*_COLUMNS, 0]
+    lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in rows] + [""]
+    for rate, of_rate in zip(RATES, answers, strict=True):
+        counts = total(score(samples, of_rate))
+        lines.append(f"rate {rate:<5g} {counts.right} of all {counts.asked} questions right")
+    texts = [[answer.text for each in of_rate for answer in each] for of_rate in answers]
+    same = sum(len(set(of_question)) == 1 for of_question in zip(*texts, strict=True))
+    lines.append(f"           {same} of {len(texts[0])} answers are the same at both rates")
+    return "\n".join(lines)
 
 
 def _draw_kept(path: Path) -> None:
@@ -131,16 +152,15 @@ def _draw_kept(path: Path) -> None:
     save(picture, path)
 
 
-def _speed(report: dict[str, object]) -> dict[str, object]:
-    from era_vllm.lab.demo_speed import Timing, table
-
-    _say(
+def _speed() -> dict[str, object]:
+    print(
         "speed: the sample model is too small to show it (its first token takes milliseconds), so\n"
-        "a larger one with DUMMY WEIGHTS: its answers mean nothing, its time is real"
+        "a larger one with DUMMY WEIGHTS: its answers mean nothing, its time is real",
+        flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
-        command = [*MODULE, "era_vllm.cli.speed_engine", str(out)]
+        command = [*MODULE, "era_vllm.bench.first_token", str(out)]
         with subprocess.Popen(command) as process:
             try:
                 code = process.wait()
@@ -152,17 +172,7 @@ def _speed(report: dict[str, object]) -> dict[str, object]:
                 f"the speed part ended with exit code {code}; its error is above. It needs about "
                 "6 GB of memory; era-vllm demo --fast leaves it out"
             )
-        figures: dict[str, object] = json.loads(out.read_text(encoding="utf-8"))
-    rows = figures["timings"]
-    assert isinstance(rows, list)
-    timings = [
-        Timing(row["rate"], row["prompt_tokens"], tuple(row["seconds"]), tuple(row["ratios"]))
-        for row in rows
-    ]
-    print(f"\n{figures['model']}, {figures['dtype']}, {report['hardware']}")
-    print(f"{figures['measured']}; medians of {figures['rounds']} interleaved rounds\n")
-    print(table(timings) + "\n")
-    return figures
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def _say(text: str) -> None:

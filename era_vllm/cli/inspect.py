@@ -2,7 +2,7 @@
 
 Encoder and projector alone run in plain transformers, in the server's number format; the
 reduction is the core's: the same choice that the server makes, up to near-ties that the last bit of
-a feature decides. Leaves out the drawing (``lab/picture.py``).
+a feature decides. Leaves out the drawing (``viz.py``).
 """
 
 import argparse
@@ -28,30 +28,14 @@ DESCRIPTION = """Draw which visual tokens of an image are kept, and what each of
 FORMATS: Final = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "inspect",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture file")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="checkpoint folder or name (default: the sample)"
-    )
-    parser.add_argument(
-        "--pruning-rate",
-        type=float,
-        dest="era_pruning_rate",
-        metavar="R",
-        help="the same as --era-pruning-rate",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("kept.png"), help="where to draw (default kept.png)"
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    add, same = parser.add_argument, "the same as --era-pruning-rate"
+    add("image", type=Path, metavar="IMAGE", help="a picture file")
+    add("--model", default=DEFAULT_MODEL, help="checkpoint folder or name (default: the sample)")
+    add("--pruning-rate", type=float, dest="era_pruning_rate", metavar="R", help=same)
+    add("--out", type=Path, default=Path("kept.png"), help="where to draw (default kept.png)")
     add_era_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -84,17 +68,14 @@ def kept_picture(
     oracle: "Oracle", image: "Image", config: EraConfig
 ) -> "tuple[Image, PrunedTokens]":
     """Prune an image at the config's rate and draw what is kept."""
-    from era_vllm.lab.picture import draw, seen
+    from era_vllm.viz import draw, seen
 
     pruned = oracle.reduce([image], config, config.pruning_rate)
     processor = oracle.processor.image_processor
     given = seen(oracle.pixels(image)[0], tuple(processor.image_mean), tuple(processor.image_std))
     vision = oracle.model.config.vision_config
     side = vision.image_size // vision.patch_size
-    n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]
-    title = (
-        f"policy {config.policy}, pruning rate {config.pruning_rate:g}: {n} -> {kept} visual tokens"
-    )
+    title = f"policy {config.policy}, pruning rate {config.pruning_rate:g}"
     return draw(given, pruned, (side, side), title), pruned
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from PIL import Image
 
+from era_vllm.bench.provenance import free_memory
 from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
 from era_vllm.errors import ConfigError
 from era_vllm.pictures import RefusedError, shown
@@ -137,7 +138,7 @@ def lacking_memory(
     with torch.device("meta"):
         empty = LlavaForConditionalGeneration(oracle_config(model, language=language))
     size = dtype.itemsize * sum(parameter.numel() for parameter in empty.parameters())
-    needed, free = copies * size + _OVERHEAD_BYTES, _free_bytes()
+    needed, free = copies * size + _OVERHEAD_BYTES, free_memory()
     if free is None or needed <= free:
         return ""
     times = f"{copies} times " if copies > 1 else ""
@@ -145,16 +146,6 @@ def lacking_memory(
         f"about {needed / 1e9:.0f} GB are needed (the model as {str(dtype).removeprefix('torch.')} "
         f"{times}in main memory), {free / 1e9:.0f} GB are free"
     )
-
-
-def _free_bytes() -> int | None:
-    """Return the main memory that is available; None where the system does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kilobytes[0]) << 10 if kilobytes else None
 
 
 def display_name(model: str) -> str:

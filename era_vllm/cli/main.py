@@ -29,7 +29,7 @@ COMMANDS: Final = {
     "accuracy": "measure accuracy under pruning in the engine",
     "bench": "measure what pruning costs and saves",
 }
-"""A file of this folder each, and what it does."""
+"""A module of this folder each (``DESCRIPTION``, ``add_options``, ``run``), and what it does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,10 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"era-vllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        if name == next(iter(argv), None):
-            import_module(f"era_vllm.cli.{name}").add_parser(commands)
-        else:
+        if name != next(iter(argv), None):
             commands.add_parser(name, help=summary)
+            continue
+        module = import_module(f"era_vllm.cli.{name}")
+        of_command = commands.add_parser(
+            name,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **getattr(module, "PARSER", {}),
+        )
+        of_command.set_defaults(run=module.run)
+        module.add_options(of_command)
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

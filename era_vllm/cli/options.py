@@ -7,7 +7,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from era_vllm.config import LEVELS
 from era_vllm.errors import ConfigError, unknown_name
@@ -27,61 +27,59 @@ def _json(text: str) -> object:
         raise argparse.ArgumentTypeError(f"got {text!r}, needed JSON ({error})") from error
 
 
-_FLAGS: Final[dict[str, dict[str, object]]] = {
-    "pruning_rate": {
-        "type": float,
-        "metavar": "R",
-        "help": "fraction of visual tokens removed, [0, maximum] (default .778: 576 -> 128 tokens)",
-    },
-    "min_pruning_rate": {
-        "type": float,
-        "metavar": "R",
-        "help": "lowest rate served, [0, maximum] (default 0)",
-    },
-    "max_pruning_rate": {
-        "type": float,
-        "metavar": "R",
-        "help": "highest rate served, [0, 1) (default .95); 0 = stock vLLM, bit for bit",
-    },
-    "levels": {
-        "type": _json,
-        "metavar": "JSON",
-        "help": "names that a request may use for rates; off (0) and strong must be among them "
+_FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
+    "pruning_rate": (
+        float,
+        "R",
+        "fraction of visual tokens removed, [0, maximum] (default .778: 576 -> 128 tokens)",
+    ),
+    "min_pruning_rate": (float, "R", "lowest rate served, [0, maximum] (default 0)"),
+    "max_pruning_rate": (
+        float,
+        "R",
+        "highest rate served, [0, 1) (default .95); 0 = stock vLLM, bit for bit",
+    ),
+    "levels": (
+        _json,
+        "JSON",
+        "names that a request may use for rates; off (0) and strong must be among them "
         f"(default {json.dumps(dict(LEVELS))})",
-    },
-    "min_anchors": {"type": int, "metavar": "N", "help": "tokens always kept an image (default 1)"},
-    "policy": {
-        "metavar": "NAME",
-        "help": f"how tokens are chosen: {', '.join(policy_names())} (default era), or a class of "
+    ),
+    "min_anchors": (int, "N", "tokens always kept an image (default 1)"),
+    "policy": (
+        str,
+        "NAME",
+        f"how tokens are chosen: {', '.join(policy_names())} (default era), or a class of "
         "your own as package.module:Class",
-    },
-    "attention_layer": {
-        "type": int,
-        "metavar": "L",
-        "help": "encoder layer whose attention is read (default: where the features come from)",
-    },
-    "attention_queries": {
-        "metavar": "all|cls",
-        "help": "queries that the attention is averaged over (default all)",
-    },
-    "positions": {
-        "metavar": "original|compact",
-        "help": "whether anchors and text keep their unpruned positions (default original)",
-    },
-    "bias_store": {"metavar": "NAME", "help": "where a slot's bias is kept (default key_columns)"},
-    "bias_columns": {
-        "type": int,
-        "metavar": "N",
-        "help": "columns of the store (default 1 for float32 caches, 2 for bf16 and fp8)",
-    },
-    "gamma": {
-        "type": _json,
-        "metavar": "JSON",
-        "help": "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] "
-        "(default 1)",
-    },
+    ),
+    "attention_layer": (
+        int,
+        "L",
+        "encoder layer whose attention is read (default: where the features come from)",
+    ),
+    "attention_queries": (
+        str,
+        "all|cls",
+        "queries that the attention is averaged over (default all)",
+    ),
+    "positions": (
+        str,
+        "original|compact",
+        "whether anchors and text keep their unpruned positions (default original)",
+    ),
+    "bias_store": (str, "NAME", "where a slot's bias is kept (default key_columns)"),
+    "bias_columns": (
+        int,
+        "N",
+        "columns of the store (default 1 for float32 caches, 2 for bf16 and fp8)",
+    ),
+    "gamma": (
+        _json,
+        "JSON",
+        "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] (default 1)",
+    ),
 }
-
+"""Field -> how its text is read, what stands for it in the help, what it means."""
 _SWITCHES: Final = {
     "merge": "average pruned tokens into anchors",
     "bias": "add the log-bias to attention scores",
@@ -90,16 +88,15 @@ _SWITCHES: Final = {
 }
 _ON: Final = frozenset({"merge", "bias"})
 """Switches that are on by default."""
-
 _PREFIX: Final = "ERA_"
 
 
 def add_era_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a subcommand's parser."""
     group = parser.add_argument_group("pruning")
-    for name, options in _FLAGS.items():
+    for name, (read, metavar, text) in _FLAGS.items():
         flag = "--era-" + name.replace("_", "-")
-        group.add_argument(flag, dest=f"era_{name}", **options)  # type: ignore[arg-type]
+        group.add_argument(flag, dest=f"era_{name}", type=read, metavar=metavar, help=text)
     group.add_argument(
         "--era-option",
         action="append",
@@ -150,9 +147,7 @@ def era_variables() -> frozenset[str]:
 
 def _readers() -> dict[str, Callable[[str], object]]:
     """Field of ``EraConfig`` -> what reads its variable."""
-    of_flags = {
-        name: cast(Callable[[str], object], flag.get("type", str)) for name, flag in _FLAGS.items()
-    }
+    of_flags = {name: read for name, (read, _, _) in _FLAGS.items()}
     return {**of_flags, **dict.fromkeys(_SWITCHES, _json), "policy_options": _json}
 
 

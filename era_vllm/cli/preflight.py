@@ -1,4 +1,4 @@
-"""What `era-vllm serve` tries before anything is loaded: its address, and folders it writes to.
+"""What is tried before anything is loaded: a server's address, and folders that are written to.
 
 vLLM meets a port that is taken, or a full disk, when the model is there or half compiled, in a
 traceback. The plain `vllm serve` line that is printed goes without.
@@ -60,12 +60,28 @@ def check_folders(cache: str) -> None:
     except OSError as error:
         raise ConfigError(f"TMPDIR: {error.strerror}; name a folder that can be written") from error
     for name, folder in folders.items():
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as tried:
-                tried.write(bytes(_NEEDED_BYTES))
-        except OSError as error:
-            raise ConfigError(
-                f"{name}: {folder} cannot take {_NEEDED_BYTES >> 20} MiB ({error.strerror}); make "
-                f"room there, or set {name} to a folder that can be written"
-            ) from error
+        check_folder(
+            Path(folder),
+            f"{name}: {folder} cannot take {_NEEDED_BYTES >> 20} MiB",
+            f"make room there, or set {name} to a folder that can be written",
+            _NEEDED_BYTES,
+        )
+
+
+def check_folder(folder: Path, trouble: str, next_step: str, size: int = 0) -> None:
+    """Make a folder and write there for a moment: now, rather than after minutes of work.
+
+    Args:
+        trouble: What the error says first; the system's reason comes behind it.
+        next_step: How it ends.
+        size: Bytes.
+
+    Raises:
+        ConfigError: it is a file, read-only or full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as tried:
+            tried.write(bytes(size))
+    except OSError as error:
+        raise ConfigError(f"{trouble} ({error.strerror}); {next_step}") from error

@@ -32,27 +32,24 @@ _WHY_PLUGINS: Final = """\
 # VLLM_PLUGINS: vLLM serves routes of plugins only where it names them, and then loads no others.
 # So it names era, and beside it what vLLM loads here by itself."""
 
-DESCRIPTION = """Run vLLM's own OpenAI server with visual tokens pruned.
+DESCRIPTION: Final = """Run vLLM's own OpenAI server with visual tokens pruned.
 
   era-vllm serve                                    the sample model on port 8000
   era-vllm serve llava-hf/llava-1.5-7b-hf --era-pruning-rate 0.889
   era-vllm serve MODEL --max-model-len 4096 --tensor-parallel-size 2   any flag of `vllm serve`
   era-vllm serve MODEL --print-command              the plain `vllm serve` line that does the same
 """
+PARSER: Final = {
+    "usage": "era-vllm serve [MODEL] [--era-* ...] [any flag of vllm serve]",
+    "epilog": "All other flags go to vLLM: `era-vllm serve --help=all` lists them,\n"
+    "`era-vllm serve --help=WORD` those with that word in their names.",
+    "add_help": False,
+}
+"""How the parser differs from that of the other subcommands."""
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "serve",
-        usage="era-vllm serve [MODEL] [--era-* ...] [any flag of vllm serve]",
-        description=DESCRIPTION,
-        epilog="All other flags go to vLLM: `era-vllm serve --help=all` lists them,\n"
-        "`era-vllm serve --help=WORD` those with that word in their names.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add our own flags; all others are vLLM's."""
     parser.add_argument(
         "-h", "--help", nargs="?", action=_Help, metavar="WORD", help="this text, or vLLM's"
     )
@@ -61,7 +58,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--print-command", action="store_true", help="print the `vllm serve` line and stop"
     )
-    parser.set_defaults(run=run)
 
 
 class _Help(argparse.Action):

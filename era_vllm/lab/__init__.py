@@ -1,7 +1,8 @@
 """What proves accuracy: a picture generator, a small model trained on it, and a scorer.
 
-Reading order: `data.py` (pictures with questions and right answers), `answers.py` (what a model
-answers, and how often it is right), `checkpoint/` (the model), `samples/` (a dozen pictures).
+Reading order: `synth/dataset.py` (pictures with questions and right answers), `asking.py` (what a
+model answers), `accuracy.py` (how often it is right), `checkpoint/` (the model), `samples/` (a
+dozen pictures).
 Nothing here imports vllm, and importing this package imports nothing but the standard library.
 """
 

@@ -1,33 +1,22 @@
-"""Accuracy under pruning in plain transformers: policies against rates, with intervals.
+"""How often answers are right: one scorer for every asker, and its tables.
 
-    python -m era_vllm.lab.accuracy --pictures 100 --policies era dpp uniform --rates 0 .778 .889
-
-Leaves out the engine: ``era-vllm accuracy`` (``cli/accuracy.py``) asks the same questions there.
+Leaves out the asking (``asking.py``), and the command (``cli/accuracy.py``).
 """
 
-import argparse
-import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-from tqdm import tqdm
-
-from era_vllm.config import EraConfig
-from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.data import LEARNED_FAMILIES, Example, generate
-from era_vllm.lab.oracle import Oracle, segments_of
+from era_vllm.lab.asking import Answer, Asker, Picture
+from era_vllm.lab.synth.dataset import Example
+from era_vllm.lab.synth.questions import FAMILIES, LEARNED_FAMILIES, Family
 
 
 @dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Right answers of one policy at one rate."""
+class Score:
+    """How many answers were exactly right."""
 
-    policy: str
-    positions: str
-    pruning_rate: float
-    tokens: int
     right: int
     asked: int
 
@@ -41,35 +30,69 @@ class Accuracy:
         return p, middle - half, middle + half
 
 
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """The score of one policy at one rate."""
+
+    policy: str
+    positions: str
+    pruning_rate: float
+    tokens: int
+    score: Score
+
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values."""
+        flat = {**asdict(self), **asdict(self.score), "interval": self.score.interval}
+        del flat["score"]
+        return flat
+
+
+def score(pictures: Sequence[Picture], answers: Sequence[Sequence[Answer]]) -> dict[Family, Score]:
+    """Count exact matches by family.
+
+    Args:    answers: what an asker returns for these pictures.
+    Returns: a score for each family that was asked, in the order of FAMILIES.
+    """
+    matches: dict[Family, list[bool]] = defaultdict(list)
+    for picture, given in zip(pictures, answers, strict=True):
+        for question, answer in zip(picture.questions, given, strict=True):
+            matches[question.family].append(answer.is_right(question))
+    return {
+        family: Score(sum(matches[family]), len(matches[family]))
+        for family in FAMILIES
+        if family in matches
+    }
+
+
+def total(scores: dict[Family, Score]) -> Score:
+    """Return the score over all questions, each counting the same."""
+    return Score(sum(s.right for s in scores.values()), sum(s.asked for s in scores.values()))
+
+
+def mean_accuracy(scores: dict[Family, Score]) -> float:
+    """Mean over the families asked, each counting the same, 0 to 1."""
+    return sum(each.right / each.asked for each in scores.values()) / len(scores)
+
+
 def measure(
-    oracle: Oracle, examples: Sequence[Example], config: EraConfig, pruning_rate: float
+    asker: Asker, pictures: Sequence[Picture], policy: str, positions: str, rate: float
 ) -> Accuracy:
-    """Ask every question with the pictures pruned; exact match counts."""
-    right = asked = tokens = 0
-    label = f"{config.policy} at {pruning_rate}"
-    for example in tqdm(examples, desc=label, unit="picture", leave=False):
-        pruned = oracle.reduce([example.image], config, pruning_rate)
-        tokens = pruned.anchors.shape[1]
-        for question in example.questions:
-            text = f"USER: <image> {question.text} ASSISTANT:"
-            right += (
-                oracle.answer(text, segments_of(pruned), positions=config.positions)
-                == question.answer
-            )
-            asked += 1
-    return Accuracy(config.policy, config.positions, pruning_rate, tokens, right, asked)
+    """Ask everything at the asker's rate, and score it."""
+    answers = asker.ask(pictures)
+    right = total(score(pictures, answers))
+    return Accuracy(policy, positions, rate, answers[0][0].image_tokens, right)
 
 
 def table(rows: Sequence[Accuracy]) -> str:
     """Return a Markdown table."""
     lines = [
-        f"{rows[0].asked} questions, exact match, 95 % intervals",
+        f"{rows[0].score.asked} questions, exact match, 95 % intervals",
         "",
         "| policy | positions | pruning rate | tokens | right |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        p, low, high = (100 * x for x in row.interval)
+        p, low, high = (100 * x for x in row.score.interval)
         lines.append(
             f"| {row.policy} | {row.positions} | {row.pruning_rate} | {row.tokens} | "
             f"{p:.1f} % ({low:.1f}-{high:.1f}) |"
@@ -77,36 +100,19 @@ def table(rows: Sequence[Accuracy]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print a Markdown table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(CHECKPOINT), help="default: the sample model")
-    parser.add_argument("--pictures", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=777)
-    parser.add_argument("--policies", nargs="+", default=["era", "dpp"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[0, 0.5, 0.778, 0.889, 0.944])
-    parser.add_argument("--positions", choices=("original", "compact"), default="original")
-    parser.add_argument("--no-merge", action="store_true")
-    parser.add_argument("--no-bias", action="store_true")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    asked = parser.parse_args()
-    oracle = Oracle(asked.model, torch.bfloat16)
-    examples = list(generate(asked.pictures, seed=asked.seed, families=LEARNED_FAMILIES))
-    rows: list[Accuracy] = []
-    for policy in asked.policies:
-        config = EraConfig(
-            policy=policy,
-            positions=asked.positions,
-            merge=not asked.no_merge,
-            bias=not asked.no_bias,
-            max_pruning_rate=0.999,
-        )
-        rows += [measure(oracle, examples, config, rate) for rate in asked.rates]
-    if asked.json:
-        print(json.dumps([{**asdict(row), "interval": row.interval} for row in rows], indent=1))
-        return
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    main()
+def family_table(examples: Sequence[Example], answers: Sequence[Sequence[Answer]]) -> str:
+    """Write the table of the model card: all pictures, then each background apart."""
+    lines = ["| family | right | asked | % |", "|---|---|---|---|"]
+    lines += [
+        f"| {family} | {each.right} | {each.asked} | {100 * each.right / each.asked:.1f} |"
+        for family, each in score(examples, answers).items()
+    ]
+    lines += ["", f"mean of {', '.join(LEARNED_FAMILIES)}:"]
+    photos = [example.scene.backdrop.photo for example in examples]
+    for photo in (None, *sorted(set(photos))):
+        kept = [index for index, own in enumerate(photos) if photo in (None, own)]
+        scores = score([examples[index] for index in kept], [answers[index] for index in kept])
+        learned = {family: scores[family] for family in LEARNED_FAMILIES if family in scores}
+        if learned:
+            lines.append(f"{photo or 'all'}: {100 * mean_accuracy(learned):.1f} %")
+    return "\n".join(lines)

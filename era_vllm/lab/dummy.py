@@ -1,8 +1,8 @@
 """A LLaVA-1.5 of any size without weights: config, processor and tokenizer, for ``load_format``
 ``"dummy"``. What it takes to time a model that cannot be downloaded; its answers mean nothing.
 
-The vision tower is CLIP-L/14-336's, so an image has 576 tokens. The tokenizer is the shipped
-sample's. Leaves out timing (``bench/``).
+The vision tower is CLIP-L/14-336's, so an image has 576 tokens. What is no size, and the
+tokenizer, are the shipped sample's. Leaves out timing (``bench/``).
 """
 
 import json
@@ -20,7 +20,6 @@ IMAGE_SIZE: Final = 336
 IMAGE_TOKENS: Final = 576
 """Of CLIP-L/14-336: 24 x 24."""
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_IMAGE_TOKEN: Final = 4  # <image> in the sample's tokenizer
 CLIP_L: Final[Mapping[str, object]] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -75,31 +74,17 @@ def make_dummy_llava(folder: Path, size: LlamaSize | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(CHECKPOINT / name, folder / name)
-    config = {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "dtype": "bfloat16",
-        "image_seq_length": IMAGE_TOKENS,
-        "image_token_index": _IMAGE_TOKEN,
-        "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vision_config": {**CLIP_L, "num_hidden_layers": size.tower_layers},
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": size.hidden,
-            "intermediate_size": size.intermediate,
-            "num_hidden_layers": size.layers,
-            "num_attention_heads": size.heads,
-            "num_key_value_heads": size.heads,
-            "head_dim": size.head_size or size.hidden // size.heads,
-            "max_position_embeddings": MAX_CONTEXT,
-            "vocab_size": 128,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "tie_word_embeddings": False,
-        },
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    config["image_seq_length"] = IMAGE_TOKENS
+    config["vision_config"] = {**CLIP_L, "num_hidden_layers": size.tower_layers}
+    config["text_config"] |= {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
+        "head_dim": size.head_size or size.hidden // size.heads,
+        "max_position_embeddings": MAX_CONTEXT,
     }
     _write(folder / "config.json", config)
     processor = json.loads((CHECKPOINT / "processor_config.json").read_text(encoding="utf-8"))

@@ -7,12 +7,12 @@ This command makes them anew:
 
     python -m era_vllm.lab.samples
 
-Leaves out: how pictures are made (`data.py`), which is imported only to make them anew.
+Leaves out: how pictures are made (`synth/`), which is imported only to make them anew.
 """
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from PIL import Image
 
 if TYPE_CHECKING:
-    from era_vllm.lab.data import Question
+    from era_vllm.lab.synth.questions import Question
 
 SEEDS: Final = range(12)
 QUESTIONS_PER_SAMPLE: Final = 4
@@ -58,7 +58,7 @@ def load_samples() -> tuple[Sample, ...]:
 
     Source: era_vllm/lab/samples/samples.json.
     """
-    from era_vllm.lab.questions import Question
+    from era_vllm.lab.synth.questions import Question
 
     folder = resources.files("era_vllm.lab").joinpath("samples")
     index = json.loads(folder.joinpath(_INDEX).read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def write_samples(folder: Path) -> None:
     Raises:  ConfigError: the lab packages are not installed.
     Mutates: PNG files and samples.json in folder, which is made if need be.
     """
-    from era_vllm.lab.data import generate
+    from era_vllm.lab.synth.dataset import generate
 
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, object]] = []
@@ -93,10 +93,7 @@ def write_samples(folder: Path) -> None:
         (example,) = generate(1, seed, questions_per_image=QUESTIONS_PER_SAMPLE)
         file = f"sample_{seed:02d}.png"
         example.image.save(folder / file, optimize=True)
-        questions = [
-            {"family": question.family, "text": question.text, "answer": question.answer}
-            for question in example.questions
-        ]
+        questions = [asdict(question) for question in example.questions]
         photo = example.scene.backdrop.photo
         entries.append({"file": file, "seed": seed, "photo": photo, "questions": questions})
     index = {"about": _ABOUT, "credits": _CREDITS, "samples": entries}
@@ -105,15 +102,9 @@ def write_samples(folder: Path) -> None:
 
 def main() -> None:
     """Write the sample pictures to a folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m era_vllm.lab.samples", description="Make the sample pictures anew."
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "samples",
-        help="the folder to write to (default: the one in the package)",
-    )
+    parser = argparse.ArgumentParser(description="Make the sample pictures anew.")
+    here, text = Path(__file__).parent / "samples", "(default: the folder in the package)"
+    parser.add_argument("--out", type=Path, default=here, help=text)
     write_samples(parser.parse_args().out)
 
 

@@ -14,13 +14,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from tqdm import tqdm
 
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.progress import interval_s
+from era_vllm.lab.screen import interval_s
 
 START_LIMIT_S: Final = 300.0
 _STOP_LIMIT_S: Final = 5.0
@@ -95,12 +94,7 @@ class Server:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def ready(self) -> bool:
@@ -110,16 +104,12 @@ class Server:
             UnsupportedError: it has ended; with the tail of its log.
         """
         if (code := self._process.poll()) is not None:
-            raise UnsupportedError(f"{self.name} ended with exit code {code}; {self._tail()}")
+            raise UnsupportedError(f"{self.name} ended with exit code {code}; {self.tail()}")
         try:
             with _DIRECT.open(f"{self.url}/health", timeout=5) as reply:
                 return reply.status == 200
         except (urllib.error.URLError, OSError):
             return False
-
-    def late(self) -> UnsupportedError:
-        """Return the error of a server that does not come up."""
-        return UnsupportedError(f"{self.name} did not answer in time; {self._tail()}")
 
     def stop(self) -> None:
         """End its process group: ask, wait, then insist. Harmless when repeated."""
@@ -137,7 +127,8 @@ class Server:
             os.close(self._alive)
             self._alive = -1
 
-    def _tail(self) -> str:
+    def tail(self) -> str:
+        """Return the end of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         return "\n".join([f"the end of its log ({self.log}):", *lines])
 
@@ -161,7 +152,8 @@ def wait_for(servers: Sequence[Server], limit_s: float = START_LIMIT_S) -> None:
                 shown = now
             waiting = still
             if waiting and now - started > limit_s:
-                raise waiting[0].late()
+                late = waiting[0]
+                raise UnsupportedError(f"{late.name} did not answer in time; {late.tail()}")
             time.sleep(0.3 if waiting else 0)
 
 

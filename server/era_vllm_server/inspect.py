@@ -36,8 +36,8 @@ from era_vllm.compat.vllm_entrypoints import (
 )
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.picture import draw, seen
 from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
+from era_vllm.viz import draw, seen
 from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH
 from era_vllm.vllm_plugin.requests import FieldError, ImageRate, asked_rate, image_rates
 from era_vllm_server import probe
@@ -246,9 +246,8 @@ def _draw(found: Pruned, processor: Any, title: str) -> bytes:  # noqa: ANN401  
     )
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     given = seen(found.image["pixel_values"].data, mean, std)
-    kept = f"{assignment.shape[1]} -> {anchors.shape[1]} visual tokens"
     buffer = io.BytesIO()
-    draw(given, drawn, tuple(pruned["grid"]), f"{title}: {kept}").save(buffer, "png")
+    draw(given, drawn, tuple(pruned["grid"]), title).save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from era_vllm.lab.check import CONTROL_FACTOR, TOLERANCE
+from era_vllm.cli.doctor.check import CONTROL_FACTOR, TOLERANCE
 
 
 @pytest.mark.vllm

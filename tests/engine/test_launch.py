@@ -12,8 +12,8 @@ import torch
 from vllm.exceptions import VLLMClientError
 
 import era_vllm
-from era_vllm.cli.findings import engine_config
-from era_vllm.cli.findings import model as models_findings
+from era_vllm.cli.doctor.findings import engine_config
+from era_vllm.cli.doctor.findings import model as models_findings
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.lab import CHECKPOINT

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import era_vllm
-from era_vllm.cli.bench_gap_engines import UNBOUNDED, register_unbounded
+from era_vllm.bench.gap_engines import UNBOUNDED, register_unbounded
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.bench.inputs import noise_pictures
 from era_vllm.vllm_plugin.resolve import SCHEDULER

@@ -14,9 +14,10 @@ from openai import BadRequestError, OpenAI
 import era_vllm
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.data import LEARNED_FAMILIES, generate
 from era_vllm.lab.oracle import Oracle, segments_of
 from era_vllm.lab.samples import load_samples
+from era_vllm.lab.synth.dataset import generate
+from era_vllm.lab.synth.questions import LEARNED_FAMILIES
 
 POINTS = 0.03
 

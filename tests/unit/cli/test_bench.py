@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from era_vllm.cli.bench_attention import strict_ratios
-from era_vllm.cli.bench_reducer import sizes
-from era_vllm.cli.bench_serve import judged
-from era_vllm.cli.bench_setup import add_common_options, add_engine_options, engine_options, numbers
+from era_vllm.bench.attention import strict_ratios
+from era_vllm.bench.clock import Samples
+from era_vllm.bench.serve import judged
+from era_vllm.cli.bench_options import (
+    add_common_options,
+    add_engine_options,
+    engine_options,
+    numbers,
+    sizes,
+)
 from era_vllm.cli.main import main
-from era_vllm.lab.bench.clock import Samples
+from era_vllm.cli.options import add_era_options
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
 
@@ -85,6 +91,7 @@ def test_lists_are_parsed() -> None:
 
 def test_engines_get_room_for_the_longest_request() -> None:
     parser = argparse.ArgumentParser()
+    add_era_options(parser)
     add_common_options(parser, rounds=3)
     add_engine_options(parser, rates=(0.5,), eager=True)
     options = engine_options(parser.parse_args(["--text-tokens", "1000"]))

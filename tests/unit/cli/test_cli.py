@@ -9,16 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from era_vllm.cli import findings
-from era_vllm.cli.doctor import page
-from era_vllm.cli.findings import Finding
+from era_vllm.cli.doctor import findings, page
+from era_vllm.cli.doctor.check import Check
+from era_vllm.cli.doctor.findings import Finding
 from era_vllm.cli.main import COMMANDS, main
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.check import Check
-from era_vllm.lab.picture import cell_box, draw
 from era_vllm.lab.servers import Server, wait_for
 from era_vllm.types import PrunedTokens
+from era_vllm.viz import cell_box, draw
 from era_vllm.vllm_plugin.launch import plugins_to_allow
 
 SAMPLE = CHECKPOINT.parent / "samples" / "sample_00.png"

@@ -1,6 +1,7 @@
 """What the benchmarks measure with: rounds, stages, fits, goals, tables, inputs. Times nothing."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -8,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from era_vllm.bench import plots
+from era_vllm.bench.clock import Samples, interleave, p90
+from era_vllm.bench.first_token import table as demo_table
+from era_vllm.bench.first_token import timings_of
+from era_vllm.bench.fit import power_law
+from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
+from era_vllm.bench.pruning_step import Size, random_tokens, reducer_cell
+from era_vllm.bench.report import Goal, Report, percent, shown, table, times
+from era_vllm.bench.stages import StageClock
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.bench import plots
-from era_vllm.lab.bench.clock import Samples, interleave, p90
-from era_vllm.lab.bench.fit import power_law
-from era_vllm.lab.bench.inputs import image_prompt, noise_pictures, word_prompts
-from era_vllm.lab.bench.reducer import Size, random_tokens, reducer_cell
-from era_vllm.lab.bench.report import Goal, Report, percent, shown, table, times
-from era_vllm.lab.bench.stages import StageClock
-from era_vllm.lab.demo_speed import measure
 from era_vllm.lab.dummy import SIZES, make_dummy_llava
 from era_vllm.policies import policy_names
 
@@ -179,17 +181,21 @@ def test_random_tokens_fill_their_grid() -> None:
 
 
 def test_the_demos_ratios_are_against_the_first_rate() -> None:
-    seconds = {0.0: 4.0, 0.5: 1.0}
-    timings = measure(lambda _, rate: (seconds[rate], 7), 8, rates=(0.0, 0.5), rounds=3)
-    assert [timing.ratio for timing in timings] == [1.0, 0.25]
-    assert timings[1].seconds == (1.0, 1.0, 1.0)
-    assert timings[1].prompt_tokens == 7
+    samples = Samples({"0": {"ttft": (4.0, 2.0, 4.0)}, "0.5": {"ttft": (1.0, 1.0, 1.0)}})
+    timings = timings_of(samples, {0.0: 587, 0.5: 299})
+    assert [timing["ratio"] for timing in timings] == [1.0, 0.25]
+    assert timings[1]["ratios"] == [0.25, 0.5, 0.25]
+    assert timings[1]["seconds"] == (1.0, 1.0, 1.0)
+    assert [timing["prompt_tokens"] for timing in timings] == [587, 299]
+    line = demo_table(timings).splitlines()[2]
+    assert re.fullmatch(r"0\.5 +299 +1\.00 s \(1\.00 - 1\.00\) +0\.25x", line)
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
     law = power_law([1, 2], [1.0, 2.0])
-    plots.bars(tmp_path / "bars.png", "t", {"p": {"stock": {"tower": 1.0, "rest": 0.5}}})
+    parts = ["ttft", "x", "tower"]
+    plots.bars(tmp_path / "bars.png", "t", SAMPLES, {"p": (["a", "b"], parts)})
     curves = {"n": {"era": ([1, 2], [1.0, 2.0], law), "dpp": ([1], [1.0], None)}}
     plots.growth(tmp_path / "growth.png", "t", {"era": {"576->64": 0.04}}, 0.05, curves)
     for name in ("bars.png", "growth.png"):

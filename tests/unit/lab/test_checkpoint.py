@@ -6,10 +6,14 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.answers import answer_all, ask, load, mean_accuracy, score
-from era_vllm.lab.data import FAMILIES, Example, Question, generate
+from era_vllm.lab.accuracy import Score, mean_accuracy, score, total
+from era_vllm.lab.asking import Answer, TransformersAsker, prompt_of
+from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
+from era_vllm.lab.synth.dataset import Example, generate
+from era_vllm.lab.synth.questions import FAMILIES, Question
 
 START, UNKNOWN, IMAGE = 1, 3, 4
 TRAINED = "<s> USER : <image> what color is the circle ? ASSISTANT :"
@@ -178,29 +182,43 @@ def test_checkpoint_is_small() -> None:
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 9_000_000
 
 
+def asker(dtype: torch.dtype, rate: float = 0.0) -> TransformersAsker:
+    return TransformersAsker(Oracle(str(CHECKPOINT), dtype), EraConfig(), rate)
+
+
 def test_model_answers_the_samples() -> None:
     """45 of 48 when shipped; the floor leaves room for other builds of torch."""
-    model, processor = load()
-    right = [
-        ask(model, processor, sample.image, question.text.capitalize()) == question.answer
-        for sample in load_samples()
-        for question in sample.questions
-    ]
-    assert len(right) == 48
-    assert sum(right) >= 43
+    samples = load_samples()
+    right = total(score(samples, asker(torch.bfloat16).ask(samples)))
+    assert right.asked == 48
+    assert right.right >= 43
 
 
-def test_batched_answers_are_the_single_ones() -> None:
+def test_unpruned_answers_are_those_of_plain_transformers(processor: LlavaProcessor) -> None:
+    """The oracle feeds embeddings and decodes by itself; ``generate`` does neither."""
+    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    samples = load_samples()[:6]
+    for sample, answers in zip(samples, asker(torch.float32).ask(samples), strict=True):
+        for question, answer in zip(sample.questions, answers, strict=True):
+            inputs = processor(sample.image, prompt_of(question.text), return_tensors="pt")
+            tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            new = tokens[0, inputs["input_ids"].shape[1] :]
+            assert answer.text == processor.decode(new, skip_special_tokens=True).strip()
+            assert answer.image_tokens == 144
+
+
+def test_pruned_answers_are_told_with_the_tokens_that_are_kept() -> None:
+    (answers,) = asker(torch.float32, 0.889).ask(load_samples()[:1])
+    assert {answer.image_tokens for answer in answers} == {16}
+    assert len(answers) == len(load_samples()[0].questions)
+
+
+def test_generated_pictures_are_answered_as_the_model_card_says() -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn (the lab extra)")
     pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
-    model, processor = load(dtype=torch.float32)
     examples = list(generate(6, seed=2))
-    answers = answer_all(model, processor, examples, batch_size=7)
-    for example, given in zip(examples, answers, strict=True):
-        single = [ask(model, processor, example.image, each.text) for each in example.questions]
-        assert list(given) == single
-    scores = score(examples, answers)
-    assert sum(each.asked for each in scores.values()) == sum(len(row) for row in answers)
+    scores = score(examples, asker(torch.float32).ask(examples))
+    assert total(scores).asked == sum(len(example.questions) for example in examples)
     assert mean_accuracy(scores) > 0.7
 
 
@@ -210,7 +228,8 @@ def test_score_counts_exact_matches() -> None:
     questions = (Question("color", "a?", "red"), Question("count", "b?", "2"))
     (picture,) = generate(1, seed=0)
     example = Example(picture.image, questions, picture.scene)
-    scores = score([example], [("red", "3")])
-    assert scores["color"].accuracy == 1.0
-    assert scores["count"].accuracy == 0.0
+    scores = score([example], [[Answer("red", 1), Answer("3", 1)]])
+    assert (scores["color"], scores["count"]) == (Score(1, 1), Score(0, 1))
     assert mean_accuracy(scores) == 0.5
+    assert total(scores) == Score(1, 2)
+    assert list(scores) == ["color", "count"]

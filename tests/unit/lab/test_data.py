@@ -12,10 +12,10 @@ from PIL import Image
 
 from era_vllm.errors import ConfigError
 from era_vllm.lab import samples
-from era_vllm.lab.data import FAMILIES, LEARNED_FAMILIES, PICTURE_SIZE, Example, Scene, generate
-from era_vllm.lab.glyphs import SHAPES, WORDS
-from era_vllm.lab.questions import plural
-from era_vllm.lab.scenes import COLORS
+from era_vllm.lab.synth.assets import SHAPES, WORDS
+from era_vllm.lab.synth.dataset import Example, generate
+from era_vllm.lab.synth.questions import FAMILIES, LEARNED_FAMILIES, plural
+from era_vllm.lab.synth.scene import COLORS, PICTURE_SIZE, Scene
 
 pytest.importorskip("sklearn", reason="needs scikit-learn (the lab extra)")
 pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
@@ -237,7 +237,7 @@ def test_samples_cover_every_learned_family() -> None:
 
 
 def test_every_word_fits_its_sign() -> None:
-    from era_vllm.lab.glyphs import FONT_SIZES, word_mask
+    from era_vllm.lab.synth.assets import FONT_SIZES, word_mask
 
     for text in WORDS:
         for font_size in FONT_SIZES:

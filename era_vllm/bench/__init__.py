@@ -1,0 +1,13 @@
+"""What needs engines in this process: the benchmarks, and the asker of ``era-vllm accuracy``.
+
+    clock.py         the timing harness: interleaved rounds, every cell once a round, ratios within
+    stages.py        time inside a model's modules while it runs
+    inputs.py        pictures and prompts that no cache has seen
+    reducer.py       ``bench reducer``: the pruning step (``pruning_step.py``), growth (``fit.py``)
+    engines.py       an engine started, ended, asked, timed; ``bound.py``: one without a reducer
+    sides.py         several of them side by side: ``attention.py``, ``serve.py``
+    first_token.py   the second part of ``era-vllm demo``
+    report.py        goals, tables, JSON (``provenance.py``: its head); ``plots.py``: its picture
+
+Only ``engines.py``, ``bound.py`` and ``sides.py`` import vllm.
+"""

@@ -1,0 +1,195 @@
+"""Engines in this process: started and ended, asked about pictures, and timed inside.
+
+``set_environment`` of ``setup.py``, or an environment of the caller's, comes before this module is
+imported: vLLM reads it then. Leaves out who is asked what, and when (``serve.py``,
+``attention.py``, ``first_token.py``, ``cli/accuracy.py``, ``cli/doctor/``).
+"""
+
+import gc
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.attention import Attention
+
+from era_vllm.bench.clock import Cell
+from era_vllm.bench.inputs import image_prompt
+from era_vllm.bench.stages import StageClock
+from era_vllm.lab.asking import MAX_TOKENS, Answer, Picture, cleaned
+from era_vllm.lab.screen import muted
+
+
+@contextmanager
+def engine(
+    arguments: Mapping[str, object], *, context: int, kv_bytes: int, **more: object
+) -> Iterator[LLM]:
+    """Start an engine for one picture a prompt, without its log on the screen, and end it.
+
+    Args:
+        arguments: The model, and what switches pruning on.
+        context: Tokens of a request, and of a step where ``more`` does not say otherwise.
+        kv_bytes: Of the KV cache.
+        more: Further arguments of ``LLM``; eager unless they say otherwise.
+    """
+    usual = {"enforce_eager": True, "max_num_batched_tokens": context}
+    with muted():
+        llm = LLM(
+            **{**usual, **arguments, **more},
+            max_model_len=context,
+            limit_mm_per_prompt={"image": 1},
+            kv_cache_memory_bytes=kv_bytes,
+        )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+class EngineAsker:
+    """Asks a real engine about pictures, all questions at once, each at this rate."""
+
+    def __init__(self, llm: LLM, rate: float) -> None:
+        self._llm, self._rate = llm, rate
+
+    def ask(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
+        """Return for each picture its answers."""
+        prompts = [
+            image_prompt(picture.image, self._rate, question.text)
+            for picture in pictures
+            for question in picture.questions
+        ]
+        sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
+        image_token = self._llm.model_config.hf_config.image_token_index
+        answers = iter(
+            [
+                Answer(cleaned(output.outputs[0].text), output.prompt_token_ids.count(image_token))
+                for output in self._llm.generate(prompts, sampling, use_tqdm=False)
+            ]
+        )
+        return [[next(answers) for _ in picture.questions] for picture in pictures]
+
+
+class TimedEngine:
+    """A real engine, hooked so that a request's time can be told apart."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        (self.model,) = self.llm.apply_model(lambda model: model)
+        self._stages: StageClock | None = None
+        self.prompt_tokens = 0
+        """Of the last request."""
+
+    def watch(self) -> None:
+        """Hook tower, projector, what is read from the tower, language model, its attention.
+
+        The whole model's forward is the language model: tower and projector run before it.
+        """
+        self._stages = clock = StageClock()
+        clock.watch_method("encoder", self.model, "embed_multimodal")
+        clock.watch("tower", self.model.vision_tower)
+        clock.watch("projector", self.model.multi_modal_projector)
+        clock.watch_method("merge", self.model, "embed_input_ids")
+        clock.watch("language_model", self.model)
+        for layer in self._attention_layers():
+            clock.watch("attention", layer)
+        if hasattr(self.model, "reducer"):
+            layer = self.model.adapter.tapped_layer(
+                self.model, self.model.config, self.model.era.attention_layer
+            )
+            clock.watch_hooks("tap", layer.attention)
+
+    def ask(self, prompt: Mapping[str, object], decode_tokens: int) -> dict[str, float]:
+        """Run one request and return its seconds.
+
+        Returns:
+            ``ttft`` from the call to the first token, ``decode`` a further token, and, if
+            ``watch`` was called, the stages; those that a compiled graph hides are absent.
+        """
+        sampling = SamplingParams(max_tokens=1 + decode_tokens, temperature=0, ignore_eos=True)
+        started = time.perf_counter()
+        (output,) = self.llm.generate([prompt], sampling, use_tqdm=False)
+        total = time.perf_counter() - started
+        self.prompt_tokens = len(output.prompt_token_ids)
+        decoding = output.metrics.last_token_ts - output.metrics.first_token_ts
+        taken = {"ttft": total - decoding}
+        if decode_tokens:
+            taken["decode"] = decoding / decode_tokens
+        if self._stages is not None:
+            taken.update(self._told_apart(self._stages.take(), taken["ttft"], decode_tokens))
+        return taken
+
+    @property
+    def head_size(self) -> int:
+        """Of the attention layers, columns included."""
+        return self._attention_layers()[0].head_size
+
+    def facts(self) -> dict[str, object]:
+        """KV blocks of the cache and what they hold."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        layer = self._attention_layers()[0]
+        return {
+            "head_size": layer.head_size,
+            "attention_layer": type(layer).__name__,
+            "attention_backend": layer.attn_backend.get_name(),
+            "kv_cache_mib": cache.kv_cache_memory_bytes / 2**20,
+            "kv_blocks": cache.num_gpu_blocks,
+            "kv_block_tokens": cache.block_size,
+            "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        }
+
+    def _attention_layers(self) -> list[nn.Module]:
+        modules = self.model.language_model.modules()
+        return [module for module in modules if isinstance(module, Attention)]
+
+    def _told_apart(
+        self, spans: Mapping[str, list[float]], ttft: float, decode_tokens: int
+    ) -> dict[str, float]:
+        """Split the first step into stages; what is read from the tower counts as the reducer's."""
+        told: dict[str, float] = {}
+        if "tower" in spans:
+            encoder, tower, projector, tap = (
+                sum(spans.get(stage, ())) for stage in ("encoder", "tower", "projector", "tap")
+            )
+            told = {
+                "encoder": encoder,
+                "tower": tower - tap,
+                "projector": projector,
+                "reducer": encoder - tower - projector + tap,
+            }
+        calls = {"merge": 1, "language_model": 1, "attention": len(self._attention_layers())}
+        for stage, of_a_step in calls.items():
+            found = spans.get(stage, ())
+            steps = found[: of_a_step * (1 + decode_tokens)]  # async scheduling runs one ahead
+            if len(steps) < of_a_step * (1 + decode_tokens):
+                continue  # hidden by a graph
+            told[stage] = sum(steps[:of_a_step])
+            if decode_tokens:
+                told[f"decode_{stage}"] = sum(steps[of_a_step:]) / decode_tokens
+        parts = ("encoder", "merge", "language_model")
+        if "language_model" in told:
+            told["rest"] = ttft - sum(told.get(part, 0.0) for part in parts)
+        return told
+
+
+def profile(cell: Cell, shown: int = 12) -> list[dict[str, object]]:
+    """Run a pass under torch.profiler; return the operators that take longest themselves."""
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch_profile(activities=activities) as profiler:
+        cell()
+    times = {
+        row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e6
+        for row in profiler.key_averages()
+    }
+    whole = sum(times.values())
+    longest = sorted(times, key=lambda name: times[name], reverse=True)[:shown]
+    return [
+        {"name": name[:60], "self_s": times[name], "share": times[name] / whole} for name in longest
+    ]

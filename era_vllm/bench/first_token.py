@@ -1,0 +1,107 @@
+"""The demo's second part: time to the first token of a larger dummy model at four pruning rates.
+
+    python -m era_vllm.bench.first_token OUT.json
+
+A process of its own, which ``cli/demo.py`` starts. One engine serves all rates: each prompt
+carries its own; every picture is fresh noise, so no cache can answer for the encoder. The full
+benchmark, against stock vLLM and a bound, is ``era-vllm bench serve``.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from era_vllm.bench.clock import Samples, interleave
+from era_vllm.bench.inputs import image_prompt, noise_pictures
+from era_vllm.bench.provenance import hardware
+from era_vllm.bench.setup import named, set_environment
+from era_vllm.lab.dummy import IMAGE_SIZE, LlamaSize, make_dummy_llava
+from era_vllm.lab.screen import muted, progress
+
+RATES: Final = (0.0, 0.778, 0.889, 0.944)
+ROUNDS: Final = 3
+"""Timed; one more before them warms every rate up."""
+_DTYPE: Final = "bfloat16"
+
+
+def timings_of(samples: Samples, tokens: Mapping[float, int]) -> list[dict[str, float]]:
+    """Return for each rate its seconds, one a round, and ratios to the first rate's of that round.
+
+    Args:
+        samples: A cell a rate, named after it; ``ttft`` is its measure.
+        tokens: Rate -> the prompt's.
+    """
+    first = f"{next(iter(tokens)):g}"
+    return [
+        {
+            "rate": rate,
+            "prompt_tokens": prompt_tokens,
+            "seconds": samples.of(f"{rate:g}", "ttft"),
+            "ratios": samples.ratios(f"{rate:g}", first, "ttft"),
+            "median_s": samples.median(f"{rate:g}", "ttft"),
+            "ratio": samples.ratio(f"{rate:g}", first, "ttft"),
+        }
+        for rate, prompt_tokens in tokens.items()
+    ]
+
+
+def table(timings: Sequence[Mapping]) -> str:
+    """Return medians and spread as a table."""
+    lines = ["rate    prompt tokens   time to first token (least - most)   against rate 0"]
+    for timing in timings:
+        spread = f"({min(timing['seconds']):.2f} - {max(timing['seconds']):.2f})"
+        lines.append(
+            f"{timing['rate']:<7g} {timing['prompt_tokens']:>13}   {timing['median_s']:>12.2f} s "
+            f"{spread:<19}   {timing['ratio']:>13.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Time every rate, print a table and write the figures."""
+    set_environment(eager=True)
+    size = LlamaSize()
+    progress(f"starting an engine: {named(size)}")
+    with muted():
+        from era_vllm.bench.engines import TimedEngine
+        from era_vllm.bench.sides import arguments_of, dummy_engine
+    with tempfile.TemporaryDirectory() as folder:
+        make_dummy_llava(Path(folder), size)
+        arguments = arguments_of("pruned", Path(folder))
+        with dummy_engine(arguments, _DTYPE, True, kv_bytes=512 << 20, context=1024) as llm:
+            engine, tokens = TimedEngine(llm), dict.fromkeys(RATES, 0)
+            pictures = noise_pictures(IMAGE_SIZE)
+
+            def ask(rate: float) -> Mapping[str, float]:
+                taken = engine.ask(image_prompt(next(pictures), rate), decode_tokens=0)
+                tokens[rate] = engine.prompt_tokens
+                return taken
+
+            samples = interleave({f"{rate:g}": partial(ask, rate) for rate in RATES}, ROUNDS)
+    timings = timings_of(samples, tokens)
+    report = {
+        "model": named(size),
+        "dtype": _DTYPE,
+        "image": f"{IMAGE_SIZE} x {IMAGE_SIZE} noise, a new one each time",
+        "batch": 1,
+        "measured": "time of LLM.generate with max_tokens=1, eager",
+        "warm_up_rounds": 1,
+        "rounds": ROUNDS,
+        "timings": timings,
+    }
+    print(f"\n{report['model']}, {_DTYPE}, {hardware()}")
+    print(f"{report['measured']}; medians of {ROUNDS} interleaved rounds\n")
+    print(table(timings) + "\n")
+    Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # demo.py says so
+        sys.exit(130)

@@ -1,0 +1,97 @@
+"""``era-vllm bench gap``: the longest pause of a running stream while pictures arrive."""
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from era_vllm.bench import plots
+from era_vllm.bench.clock import Cell, Samples, interleave
+from era_vllm.bench.gap_engines import GapEngine, arguments_of
+from era_vllm.bench.inputs import image_prompt, noise_pictures
+from era_vllm.bench.report import Goal, Report, shown, table, times
+from era_vllm.bench.setup import GapOptions, device, named
+from era_vllm.lab.dummy import IMAGE_SIZE, IMAGE_TOKENS, MAX_CONTEXT, SIZES, make_dummy_llava
+from era_vllm.lab.screen import muted, progress
+
+ENGINES: Final = ("stock", "era", "era, not bounded")
+GOAL: Final = 1.1
+"""Two identical engines in one process differ by up to 5 %, and each has its own."""
+
+
+def run(options: GapOptions, out: Path) -> Report:
+    """Start the engines, measure, judge and draw."""
+    size = SIZES[options.shape]
+    context = min(MAX_CONTEXT, 1024 + 2 * options.pictures)  # the stream has a token a step
+    progress(f"starting {len(ENGINES)} engines: {named(size)}")
+    engines: dict[str, GapEngine] = {}
+    encoded: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        make_dummy_llava(Path(folder), size)
+        for kind in ENGINES:
+            with muted():
+                given = arguments_of(Path(folder), kind, options.era)
+                engines[kind] = GapEngine(given, options, context)
+            stack.callback(engines[kind].stop)
+        cells = _cells(engines, options, encoded)
+        samples = interleave(cells, options.rounds, options.warm_ups)
+    graphs = "eager" if options.eager else "compiled"
+    facts: dict[str, object] = {
+        "model": f"{named(size)}, {options.dtype}, {graphs}",
+        "device": device(),
+        "most_pictures_between_two_tokens": encoded,
+        "pictures_within_the_budget": max(1, options.step_tokens // IMAGE_TOKENS),
+    }
+    return _report(samples, facts, options, out)
+
+
+def _cells(
+    engines: Mapping[str, GapEngine], options: GapOptions, encoded: dict[str, int]
+) -> dict[str, Cell]:
+    pictures = noise_pictures(IMAGE_SIZE)
+
+    def one(kind: str, number: int) -> Mapping[str, float]:
+        rate = None if kind == "stock" else options.rate
+        prompts = [image_prompt(next(pictures), rate) for _ in range(number)]
+        found = asdict(engines[kind].gap(prompts))
+        encoded[kind] = max(found.pop("pictures"), encoded.get(kind, 0))
+        seconds = {name.removesuffix("_s"): value for name, value in found.items()}
+        return {**seconds, "rest": seconds["longest"] - seconds["tower"]}
+
+    for kind in engines:
+        one(kind, 2)  # the first pass of each shape is slow
+    return {kind: partial(one, kind, options.pictures) for kind in engines}
+
+
+def _report(samples: Samples, facts: dict[str, object], options: GapOptions, out: Path) -> Report:
+    encoded = facts["most_pictures_between_two_tokens"]
+    ratios = {kind: samples.ratio(kind, "stock", "longest") for kind in samples.values}
+    facts["longest_of_stock"] = ratios
+    rows = [
+        [
+            kind,
+            str(encoded[kind]),
+            *(shown(samples.median(kind, name)) for name in ("longest", "tower", "quiet", "all")),
+            times(ratios[kind]),
+        ]
+        for kind in samples.values
+    ]
+    header = ["engine", "pictures at once", "longest pause", "of it tower", "before", "all"]
+    title = f"longest pause of a stream while {options.pictures} pictures arrive"
+    panels = {title: (list(samples.values), ["tower", "rest"])}
+    plots.bars(out / "bench-gap.png", f"{facts['model']}, {facts['device']}", samples, panels)
+    return Report(
+        bench="gap",
+        samples=samples,
+        tables=[table([*header, "of stock"], rows)],
+        goals=[Goal("longest pause of a stream against stock", ratios["era"], "at most", GOAL)],
+        facts=facts,
+        notes=(
+            f"{facts['model']}; {options.pictures} pictures at once, rate {options.rate:g}",
+            f"vLLM's budget of a step, {options.step_tokens} rows, is "
+            f"{facts['pictures_within_the_budget']} pictures of {IMAGE_TOKENS}",
+        ),
+    )

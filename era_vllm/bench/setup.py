@@ -1,0 +1,100 @@
+"""What the benchmarks know before vLLM is imported, which reads its environment then."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from era_vllm.bench.provenance import core_count
+from era_vllm.lab.dummy import SIZES, LlamaSize
+from era_vllm.lab.screen import IN_PROCESS
+
+FIXED_K: Final = 64
+"""Of the pruning step while N grows."""
+FIXED_N: Final = 2304
+"""Of the pruning step while K grows."""
+Kind = Literal["pruned", "stock", "bound"]
+"""One that prunes, each image at the rate of its prompt; vLLM as it is; ``bound.py``."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of a benchmark that runs engines, by the names that its JSON has for them."""
+
+    rounds: int
+    warm_ups: int
+    shape: str
+    dtype: str
+    rates: list[float]
+    text_tokens: int
+    decode_tokens: int
+    eager: bool
+    kv_bytes: int
+    context: int
+    """Tokens of a request, of a step, and half of what the cache must hold."""
+    era: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class ReducerOptions:
+    """Options of the benchmark of the pruning step, by the names that its JSON has for them."""
+
+    rounds: int
+    warm_ups: int
+    shape: str
+    dtype: str
+    policies: list[str]
+    sizes: list[tuple[int, int, int]]
+    """(N, K, segments)."""
+    n_sweep: list[int]
+    k_sweep: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class GapOptions:
+    """Options of the benchmark of a stream's pauses, by the names that its JSON has for them."""
+
+    rounds: int
+    warm_ups: int
+    shape: str
+    dtype: str
+    pictures: int
+    step_tokens: int
+    kv_mib: int
+    rate: float
+    eager: bool
+    era: Mapping[str, object]
+
+
+def set_environment(*, eager: bool) -> None:
+    """Make engines live in this process and say little; call before vLLM is imported."""
+    own = {**IN_PROCESS, "OMP_NUM_THREADS": str(core_count())}
+    if eager:
+        own["TORCH_COMPILE_DISABLE"] = "1"
+    for name, value in own.items():
+        os.environ.setdefault(name, value)
+
+
+def device() -> str:
+    """Return where everything runs."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def named(size: LlamaSize) -> str:
+    """Describe a model without weights for a reader."""
+    tower = "CLIP-L/14-336" if size.tower_layers == 24 else f"{size.tower_layers} layers of CLIP-L"
+    return (
+        f"{size.parameters / 1e9:.2f} B Llama ({size.layers} layers x {size.hidden}) behind "
+        f"{tower}, dummy weights"
+    )
+
+
+def facts_of(
+    engines: Mapping[str, Mapping[str, object]], options: EngineOptions
+) -> dict[str, object]:
+    """Return model, device and engines for the JSON."""
+    graphs = "eager" if options.eager else "compiled"
+    model = f"{named(SIZES[options.shape])}, {options.dtype}, {graphs}"
+    return {"model": model, "device": device(), "engines": engines}

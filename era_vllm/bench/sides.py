@@ -1,0 +1,83 @@
+"""Engines of one dummy model side by side in this process.
+
+Leaves out what they are asked (``serve.py``, ``attention.py``).
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from vllm import LLM
+
+import era_vllm
+from era_vllm.bench import bound
+from era_vllm.bench.engines import TimedEngine, engine
+from era_vllm.bench.setup import EngineOptions, Kind, named
+from era_vllm.lab.dummy import SIZES, make_dummy_llava
+from era_vllm.lab.screen import progress
+
+
+@contextmanager
+def side_by_side(
+    kinds: Mapping[str, tuple[Kind, bool]], options: EngineOptions
+) -> Iterator[dict[str, TimedEngine]]:
+    """Start engines with the same KV cache memory, watched; stop them however it ends.
+
+    Args:
+        kinds: Name -> kind, and whether its model's heads are as wide as those of the first one,
+            which prunes.
+        options: Of the benchmark.
+    """
+    size = SIZES[options.shape]
+    count = "four" if len(kinds) == 4 else len(kinds)
+    progress(f"starting {count} engines: {named(size)}")
+    engines: dict[str, TimedEngine] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        narrow, wide = Path(folder) / "narrow", Path(folder) / "wide"
+        make_dummy_llava(narrow, size)
+        for name, (kind, widened) in kinds.items():
+            started = dummy_engine(
+                arguments_of(kind, wide if widened else narrow, options.era),
+                options.dtype,
+                options.eager,
+                options.kv_bytes,
+                options.context,
+            )
+            engines[name] = TimedEngine(stack.enter_context(started))
+            engines[name].watch()
+            if not wide.exists():
+                make_dummy_llava(wide, replace(size, head_size=engines[name].head_size))
+        yield engines
+
+
+def dummy_engine(
+    arguments: Mapping[str, object], dtype: str, eager: bool, kv_bytes: int, context: int
+) -> AbstractContextManager[LLM]:
+    """Start an engine without weights; several may share a GPU."""
+    share = {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
+    return engine(
+        {**arguments, **share},
+        context=context,
+        kv_bytes=kv_bytes,
+        load_format="dummy",
+        dtype=dtype,
+        enforce_eager=eager,
+        max_num_seqs=2,
+        disable_log_stats=False,
+    )
+
+
+def arguments_of(
+    kind: Kind, folder: Path, era: Mapping[str, object] | None = None
+) -> Mapping[str, object]:
+    """Return what ``LLM`` is given for a checkpoint folder."""
+    if kind == "stock":
+        return {"model": str(folder)}
+    if kind == "pruned":
+        return era_vllm.engine_args(str(folder), **(era or {}))
+    bound.register()
+    arguments = era_vllm.engine_args(str(folder), policy="uniform", positions="compact")
+    return {**arguments, "hf_overrides": {"architectures": [bound.ARCHITECTURE]}}

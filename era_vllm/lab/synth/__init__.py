@@ -1,0 +1,1 @@
+"""The picture generator: read ``dataset.py`` first."""

@@ -1,0 +1,218 @@
+"""Draw lots for one picture: which photo, shapes, digits, word and bar chart, and where.
+
+Second step of the generator (assets -> scene -> render -> questions). A `Scene` says
+everything about a picture: `render.paint` turns it into pixels without drawing lots again, and
+`questions.ask_about` reads the right answers off it. Leaves out: pixels, questions.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from era_vllm.lab.synth.assets import (
+    DIGIT_SIZE,
+    FONT_SIZES,
+    SHAPES,
+    TURNS,
+    WORDS,
+    Material,
+    ShapeKind,
+    word_mask,
+)
+
+Color = Literal["red", "green", "blue", "yellow", "purple", "white", "black"]
+Rgb = tuple[int, int, int]
+
+COLORS: Final[tuple[Color, ...]] = get_args(Color)
+PICTURE_SIZE: Final = 168
+MAX_VALUE: Final = 6  # of a bar
+
+_CHART_CHANCE, _NUMBER_CHANCE, _WORD_CHANCE = 0.6, 0.75, 0.65
+_SHAPE_SIZES: Final = range(15, 27)
+_CHART_PAPERS: Final[tuple[Rgb, ...]] = ((235, 235, 235), (205, 215, 225), (240, 230, 205))
+_SIGN_COLORS: Final[tuple[Rgb, ...]] = ((200, 30, 30), (20, 90, 40), (20, 40, 130), (30, 30, 30))
+_SIGN_WHITE: Final[Rgb] = (250, 250, 250)
+_SIGN_CREAM: Final[Rgb] = (245, 240, 225)
+_GAP: Final = 2  # pixels at least between two objects
+_TRIES: Final = 40  # to find room for one object
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of the picture, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def clears(self, other: "Box") -> bool:
+        """Whether at least 2 pixels lie between the two boxes."""
+        return (
+            self.left + self.width + _GAP <= other.left
+            or other.left + other.width + _GAP <= self.left
+            or self.top + self.height + _GAP <= other.top
+            or other.top + other.height + _GAP <= self.top
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Backdrop:
+    """A square cut out of a photo (by name), maybe mirrored, dimmed (`gain`), tinted (RGB)."""
+
+    photo: str
+    left: int
+    top: int
+    size: int
+    mirrored: bool
+    gain: float
+    tint: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One coloured shape; its box is square."""
+
+    kind: ShapeKind
+    color: Color
+    turn: int
+    box: Box
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """The middle of the shape: x to the right, y downwards."""
+        return self.box.left + self.box.width / 2, self.box.top + self.box.height / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One bar of a chart; no two have the same colour."""
+
+    color: Color
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A panel with three or four bars."""
+
+    bars: tuple[Bar, ...]
+    paper: Rgb
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A plate with one to three handwritten digits; `hands` says which image of each digit."""
+
+    digits: tuple[int, ...]
+    hands: tuple[int, ...]
+    dark_on_light: bool
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A sign with one printed word."""
+
+    text: str
+    font_size: int
+    ink: Rgb
+    paper: Rgb
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """All that is on one picture; no two objects overlap."""
+
+    backdrop: Backdrop
+    chart: Chart | None
+    number: Number | None
+    word: Word | None
+    shapes: tuple[Shape, ...]
+
+
+def draw_scene(lots: random.Random, material: Material) -> Scene:
+    """Draw lots for one picture.
+
+    Large things come first, because what finds no room in 40 tries is left out.
+
+    Returns: Scene. Its shapes may be none at all, if the rest fills the picture.
+    Mutates: lots.
+    """
+    taken: list[Box] = []
+    return Scene(
+        backdrop=_draw_backdrop(lots, material),
+        chart=_draw_chart(lots, taken) if lots.random() < _CHART_CHANCE else None,
+        number=_draw_number(lots, taken, material) if lots.random() < _NUMBER_CHANCE else None,
+        word=_draw_word(lots, taken) if lots.random() < _WORD_CHANCE else None,
+        shapes=_draw_shapes(lots, taken),
+    )
+
+
+def _find_room(lots: random.Random, taken: list[Box], width: int, height: int) -> Box | None:
+    for _ in range(_TRIES):
+        left = lots.randint(1, PICTURE_SIZE - width - 1)
+        top = lots.randint(1, PICTURE_SIZE - height - 1)
+        box = Box(left, top, width, height)
+        if all(box.clears(other) for other in taken):
+            taken.append(box)
+            return box
+    return None
+
+
+def _draw_backdrop(lots: random.Random, material: Material) -> Backdrop:
+    photo = lots.choice(tuple(material.photos))
+    width, height = material.photos[photo].size
+    size = min(int(PICTURE_SIZE * lots.uniform(0.6, 2.2)), width, height)
+    left, top = lots.randint(0, width - size), lots.randint(0, height - size)
+    mirrored = lots.random() < 0.5
+    gain = lots.uniform(0.35, 0.8)
+    red, green, blue = (lots.uniform(20, 110) for _ in range(3))
+    strength = lots.uniform(0.3, 0.9)
+    tint = (red * strength, green * strength, blue * strength)
+    return Backdrop(photo, left, top, size, mirrored, gain, tint)
+
+
+def _draw_chart(lots: random.Random, taken: list[Box]) -> Chart | None:
+    count = lots.randint(3, 4)
+    box = _find_room(lots, taken, width=14 * count + 6, height=46)
+    if box is None:
+        return None
+    paper = lots.choice(_CHART_PAPERS)
+    colors: list[Color] = lots.sample([color for color in COLORS if color != "white"], count)
+    bars = tuple(Bar(color, lots.randint(1, MAX_VALUE)) for color in colors)
+    return Chart(bars, paper, box)
+
+
+def _draw_number(lots: random.Random, taken: list[Box], material: Material) -> Number | None:
+    count = lots.randint(1, 3)
+    box = _find_room(lots, taken, width=(DIGIT_SIZE - 1) * count + 5, height=DIGIT_SIZE + 4)
+    if box is None:
+        return None
+    digits = tuple(lots.randint(0, 9) for _ in range(count))
+    hands = tuple(lots.randrange(len(material.digits[digit])) for digit in digits)
+    return Number(digits, hands, lots.random() < 0.5, box)
+
+
+def _draw_word(lots: random.Random, taken: list[Box]) -> Word | None:
+    text, font_size = lots.choice(WORDS), lots.choice(FONT_SIZES)
+    mask = word_mask(text, font_size)
+    box = _find_room(lots, taken, mask.width, mask.height)
+    if box is None:
+        return None
+    color = lots.choice(_SIGN_COLORS)
+    ink, paper = (_SIGN_WHITE, color) if lots.random() < 0.5 else (color, _SIGN_CREAM)
+    return Word(text, font_size, ink, paper, box)
+
+
+def _draw_shapes(lots: random.Random, taken: list[Box]) -> tuple[Shape, ...]:
+    kinds = lots.sample(SHAPES, lots.randint(2, 5))  # few kinds, so that counts go past one
+    shapes: list[Shape] = []
+    for _ in range(lots.randint(2, 7)):
+        kind, color, size = lots.choice(kinds), lots.choice(COLORS), lots.choice(_SHAPE_SIZES)
+        box = _find_room(lots, taken, size, size)
+        if box is not None:
+            shapes.append(Shape(kind, color, lots.randrange(TURNS), box))
+    return tuple(shapes)
