@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend as AttentionBackend
 from vllm.v1.attention.backend import AttentionType
 
 from era_vllm.errors import UnsupportedError

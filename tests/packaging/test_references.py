@@ -26,6 +26,8 @@ FOREIGN: Final = {
     "ProcessingInfo",
     "_call_hf_processor",
     "serve_http",
+    "mrope_position_delta",
+    "_get_and_verify_max_len",
     "PR_SET_PDEATHSIG",  # Linux's
     "http_requests_total",  # a metric of vLLM's server
 }
