@@ -83,6 +83,7 @@ async def load(data: bytes, media_io: VideoMediaIO, bounds: VideoBounds, take: T
         if facts["total_num_frames"] == 1:  # vLLM looks for its end, and does not find the way back
             raise RefusedError("it has one frame alone, which vLLM does not read; send a picture")
         raise RefusedError("none of its frames can be decoded: truncated, or damaged")
+    # ``held`` lives as long as they do, or any part of them
     weakref.finalize(frames if frames.base is None else frames.base, id, held).atexit = False
     return loaded
 
