@@ -7,13 +7,10 @@ Leaves out where the bytes come from (``media``). Pillow and the standard librar
 starts in no time.
 """
 
-import ctypes
 import json
-import logging
 import os
 import re
 import resource
-import signal
 import socket
 import struct
 import sys
@@ -25,6 +22,8 @@ from itertools import islice
 from typing import Final, NamedTuple
 
 from PIL import AvifImagePlugin, Image, ImageChops, ImageOps
+
+from era_vllm.decoder_process import RefusedError, connected
 
 _MAX_ASPECT: Final = 200
 """Width by height or the other way round. Processors scale the short side up, and what they make of
@@ -52,11 +51,6 @@ _NAMES: Final = {
     rb"\s*(<\?xml[^>]*>\s*)?<svg": "SVG",
 }
 """How files begin, for those that Pillow cannot open."""
-_PR_SET_PDEATHSIG: Final = 1
-
-
-class RefusedError(Exception):
-    """A picture is not served; the text is for the client."""
 
 
 class Wanted(NamedTuple):
@@ -213,15 +207,10 @@ def serve(control: int, memory: int) -> None:
             not too many, and out what was made or why nothing is.
         memory: File: the picture's bytes in, so many, and its pixels out.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # to all, while the parent drains
-        signal.signal(ignored, signal.SIG_IGN)
-    logging.disable()
-    Image.init()
-    Image.MAX_IMAGE_PIXELS = None  # ``Wanted`` has ours
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    with socket.socket(fileno=control) as parent:
-        parent.send(b"{}")
+    with connected(control) as parent:
+        Image.init()
+        Image.MAX_IMAGE_PIXELS = None  # ``Wanted`` has ours
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         while message := parent.recv(2**16):
             length, wanted = json.loads(message)
             parent.send(json.dumps(_made(length, Wanted(*wanted), memory, parent)).encode())

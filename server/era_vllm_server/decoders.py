@@ -1,8 +1,9 @@
-"""The processes in which pictures are decoded, so that a decoding can be ended.
+"""The processes in which pictures and videos are decoded, so that a decoding can be ended.
 
-One is killed where its picture takes too long, or the task that waits for it is cancelled: the
+One is killed where its file takes too long, or the task that waits for it is cancelled: the
 client left, or the request's deadline came. They end with their parent. Pixels come back through
-memory that both have, and nothing that a process says is run. What it does is in ``pictures``.
+memory that both have, and nothing that a process says is run. What it does is in ``pictures`` and
+``videos`` of ``era_vllm``; how a video's is talked to, in ``videos``.
 """
 
 import asyncio
@@ -14,8 +15,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -40,15 +41,29 @@ _log = logging.getLogger(__name__)
 
 
 def busy(why: str) -> GracefulHTTPError:
-    """Return the error of a picture that may be served later; a 503."""
+    """Return the error of a picture or video that may be served later; a 503."""
     return GracefulHTTPError(f"{why}; send the request again", HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class Decoders:
-    """All of them; one is started when a picture would have to wait for the others."""
+    """All of them; one is started when a picture would have to wait for the others.
 
-    def __init__(self, count: int) -> None:
-        self._free = asyncio.LifoQueue[_Process | None]()
+    Args:
+        count: Most of them.
+        what: They decode.
+        command: Of one, without its two files; None = that of pictures.
+        environment: What it has beyond paths and the language.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        what: str = "picture",
+        command: tuple[str, ...] | None = None,
+        environment: Mapping[str, str] = _ENVIRONMENT,
+    ) -> None:
+        self._what, self._command, self._environment = what, command, environment
+        self._free = asyncio.LifoQueue[Process | None]()
         for _ in range(count):
             self._free.put_nowait(None)
 
@@ -68,29 +83,44 @@ class Decoders:
             RefusedError: it is not served.
             GracefulHTTPError: no process was free in time, or none could be started; a 503.
         """
+        async with self.lent(limit_s) as process:
+            answer = await process.ask(data, wanted, count)
+            picture = empty(answer["mode"], tuple(answer["size"]))
+            process.fill(picture, answer["length"])
+            return picture, answer["changed"]
+
+    @asynccontextmanager
+    async def lent(self, limit_s: float) -> AsyncIterator["Process"]:
+        """Give a process that is free; it is killed where it is still at work in the end.
+
+        Args:
+            limit_s: How long to wait for one, and then how long it may be used.
+
+        Raises:
+            RefusedError: time was up, or the process has ended.
+            GracefulHTTPError: none was free in time, or none could be started; a 503.
+        """
         try:
             async with asyncio.timeout(limit_s):
                 process = await self._free.get()
         except TimeoutError:
-            raise busy(f"the picture waited {limit_s:g} s for others to be decoded") from None
+            raise busy(f"the {self._what} waited {limit_s:g} s for others to be decoded") from None
         if process is not None and process.has_ended():  # meanwhile, by the system perhaps
             process = process.end()
         started = process is not None
         try:
             if process is None:
-                process = _Process()
+                process = Process(self._command or _COMMAND, self._environment)
                 async with asyncio.timeout(_START_S):
                     await process.answer()
             started = True
             async with asyncio.timeout(limit_s):
-                answer = await process.ask(data, wanted, count)
-            picture = empty(answer["mode"], tuple(answer["size"]))
-            process.fill(picture, answer["length"])
-            return picture, answer["changed"]
+                yield process
         except OSError as error:  # TimeoutError is one
             if not started:
-                _log.exception("no process for pictures could be started")
-                raise busy("no process could be started that decodes the picture") from None
+                _log.exception("no process for %ss could be started", self._what)
+                why = f"no process could be started that decodes the {self._what}"
+                raise busy(why) from None
             why = "decoding it ended the process; is it damaged?"
             if isinstance(error, TimeoutError):
                 why = f"it takes too long to decode, allowed are {limit_s:g} s"
@@ -101,10 +131,10 @@ class Decoders:
             self._free.put_nowait(process)
 
 
-class _Process:
+class Process:
     """One process, and the memory that both have."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: tuple[str, ...], environment: Mapping[str, str]) -> None:
         self._memory = os.memfd_create("picture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         seals = fcntl.F_SEAL_SHRINK  # else reading a mapped page could end us
         fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, seals)
@@ -117,7 +147,9 @@ class _Process:
             shared = theirs.fileno(), self._memory
             with theirs:
                 self._popen = subprocess.Popen(
-                    (*_COMMAND, *map(str, shared)), pass_fds=shared, env=passed_on | _ENVIRONMENT
+                    (*command, *map(str, shared)),
+                    pass_fds=shared,
+                    env=passed_on | dict(environment),
                 )
             undo.pop_all()
         self.working = True
@@ -158,8 +190,17 @@ class _Process:
         """Put the pixels into a picture."""
         with mmap.mmap(self._memory, length) as pixels:
             picture.frombytes(pixels)
-            if length > _KEPT:
-                pixels.madvise(mmap.MADV_REMOVE)
+        self.trim(length)
+
+    def trim(self, length: int) -> None:
+        """Give back memory of which so much was used, if that is more than is kept."""
+        if length > _KEPT:
+            with mmap.mmap(self._memory, length) as used:
+                used.madvise(mmap.MADV_REMOVE)
+
+    def files(self) -> tuple[socket.socket, int]:
+        """Return copies of both for another thread, which closes them; ours end with it."""
+        return self._control.dup(), os.dup(self._memory)
 
     def end(self) -> None:
         """Kill it."""

@@ -4,7 +4,8 @@ A picture comes in the request (``data:``), from one of ``--allowed-media-domain
 address, or from below ``--allowed-local-media-path``. Whatever else comes is a 400 with a text of
 ours: what PIL, the resolver or the file system say may hold addresses, names and paths. Pixels are
 counted, of a request and of all, since vLLM decodes before it admits. Leaves out who may ask at all
-(``middleware``), what a picture may be (``pictures``), and where it is decoded (``decoders``).
+(``middleware``), what a picture may be (``pictures``), and where it is decoded (``decoders``;
+``videos``).
 
 Upstream: vllm/multimodal/media/connector.py ``MediaConnector``, whose two ways to load a URL are
 replaced (0.32.0). Its cache of downloads (``VLLM_MEDIA_CACHE``) is not used.
@@ -37,7 +38,9 @@ from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
 from era_vllm.pictures import RefusedError, Wanted
+from era_vllm.videos import VideoBounds
 from era_vllm.vllm_plugin.requests import Scope, current
+from era_vllm_server import videos
 from era_vllm_server.addresses import allowed_hosts, public_socket
 from era_vllm_server.decoders import Decoders, busy
 from era_vllm_server.front import CONNECTOR
@@ -51,11 +54,16 @@ _REQUESTS: Final = 8
 _OF_URLS: Final = " (the alphabet of URLs: send + for - and / for _)"
 _NOT_BASE64: Final = {
     "%": " (percent-encoded: undo that)",
+    ",": " (several pictures: send each by itself)",
     "-": _OF_URLS,
     "_": _OF_URLS,
     "'": " (Python's b'...': send what is between the quotes)",
 }
 _OTHERS: Final = {VideoMediaIO: "video", AudioMediaIO: "audio"}
+_TAKES_VIDEO: Final = False
+"""No family does yet, and ``fields`` refuses them before they come here. With the first that does,
+both go by the family, and ``VideoBounds`` become settings."""
+_VIDEO_BOUNDS: Final = VideoBounds()
 _log = logging.getLogger(__name__)
 
 
@@ -93,13 +101,17 @@ class GuardedConnector(MediaConnector):
         request.loads.add(this)
         what = _OTHERS.get(type(media_io), "picture")
         try:
-            if not isinstance(media_io, ImageMediaIO):
+            takes = isinstance(media_io, ImageMediaIO) or (what == "video" and _TAKES_VIDEO)
+            if not takes:
                 raise RefusedError("this server takes pictures and text only")
             if (remote := self._remote(url)) is None:
                 data = await asyncio.to_thread(self._local, url)
             else:
                 data = await self._fetch(remote, timeout_s)
-            return cast(_M, await self._decode(data, media_io, request))
+            if isinstance(media_io, ImageMediaIO):
+                return cast(_M, await self._decode(data, media_io, request))
+            video_io = cast(VideoMediaIO, media_io)
+            return cast(_M, await self._decode_video(data, video_io, request))
         except asyncio.CancelledError:  # vLLM raises what the first of them in order ended by
             if request.refusal is None:
                 raise
@@ -211,16 +223,12 @@ class GuardedConnector(MediaConnector):
         settings, mode, behind = self.settings, media_io.image_mode, media_io.rgba_background_color
 
         def count(pixels: int) -> None:
-            request.pixels += pixels
-            if request.pixels > settings.max_request_pixels:
-                raise RefusedError(
-                    f"with it the request's pictures have {request.pixels} pixels, allowed are "
-                    f"{settings.max_request_pixels} in all; send fewer or smaller ones"
-                )
+            self._count(pixels, request)
 
         def empty(mode: str, size: tuple[int, int]) -> Image:
             picture = new(mode, size, None)  # its memory is not touched yet
-            _held().take(picture, _REQUESTS * settings.max_request_pixels)
+            pixels = picture.width * picture.height
+            _held().take(picture, pixels, _REQUESTS * settings.max_request_pixels)
             return picture
 
         formats, most = settings.image_formats, settings.max_image_pixels
@@ -230,9 +238,28 @@ class GuardedConnector(MediaConnector):
         made = {"image_mode": mode, "rgba_background_color": behind} if changed else None
         return MediaWithBytes(picture, data, made)
 
+    async def _decode_video(
+        self, data: bytes, media_io: VideoMediaIO, request: Scope
+    ) -> MediaWithBytes[object]:
+        """Return what ``media_io.load_bytes`` would: frames, and what is known of them."""
+
+        async def take(frames: object, pixels: int) -> None:
+            self._count(pixels, request)
+            _held().take(frames, pixels, _REQUESTS * self.settings.max_request_pixels)
+
+        return await videos.load(data, media_io, _VIDEO_BOUNDS, take)
+
+    def _count(self, pixels: int, request: Scope) -> None:
+        request.pixels += pixels
+        if request.pixels > self.settings.max_request_pixels:
+            raise RefusedError(
+                f"with it the request's pictures have {request.pixels} pixels, allowed are "
+                f"{self.settings.max_request_pixels} in all; send fewer or smaller ones"
+            )
+
 
 class Held:
-    """Counts the pixels of all pictures that are decoded, until nobody holds them.
+    """Counts the pixels of all pictures and frames that are decoded, until nobody holds them.
 
     Pictures are let go of in any thread, also while ``take`` runs: hence the queue.
     """
@@ -241,15 +268,14 @@ class Held:
         self._pixels = 0
         self._given_back = deque[int]()
 
-    def take(self, picture: Image, most: int) -> None:
-        """Count a picture, before it takes memory.
+    def take(self, picture: object, pixels: int, most: int) -> None:
+        """Count a picture's pixels, before it takes memory.
 
         Raises:
             GracefulHTTPError: with it all have more than ``most``; a 503.
         """
         while self._given_back:
             self._pixels -= self._given_back.popleft()
-        pixels = picture.width * picture.height
         if self._pixels + pixels > most:
             raise busy("the pictures of the requests under way fill the memory that they may have")
         self._pixels += pixels
