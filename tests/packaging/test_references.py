@@ -26,6 +26,7 @@ FOREIGN: Final = {
     "ProcessingInfo",
     "_call_hf_processor",
     "serve_http",
+    "takes_video",
     "mrope_position_delta",
     "_get_and_verify_max_len",
     "PR_SET_PDEATHSIG",  # Linux's
