@@ -16,7 +16,7 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"
 from vllm import LLM, SamplingParams
 
 import era_vllm
-from era_vllm.lab.bench.inputs import noise_pictures
+from era_vllm.bench.inputs import noise_pictures
 from era_vllm.vllm_plugin.fields import work_of
 from era_vllm.vllm_plugin.scheduler import EraScheduler
 
