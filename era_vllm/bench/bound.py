@@ -12,7 +12,7 @@ from vllm.model_executor.models import llava
 
 from era_vllm.compat import models_config_map
 from era_vllm.models.llava import LlavaAdapter
-from era_vllm.vllm_plugin.fields import taken
+from era_vllm.vllm_plugin.fields import unpack_items
 from era_vllm.vllm_plugin.models import pruned_processors
 from era_vllm.vllm_plugin.resolve import resolve
 
@@ -32,7 +32,7 @@ class FirstTokensLlava(llava.LlavaForConditionalGeneration):
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
         """Return for each image [K, d]."""
-        items = taken(kwargs, _ADAPTER, self.config, "image")
+        items = unpack_items(kwargs, _ADAPTER, self.config, "image")
         rows = super().embed_multimodal(**kwargs)
         return [own[: sum(item.plan.kept)] for own, item in zip(rows, items, strict=True)]
 

@@ -15,7 +15,7 @@ from era_vllm.errors import ConfigError
 from era_vllm.steps.bias import log_cluster_size
 from era_vllm.steps.merge import nearest
 from era_vllm.steps.search import dpp_map
-from era_vllm.steps.similarity import gram, settle, unit
+from era_vllm.steps.similarity import gram, quantize, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
 
 
@@ -40,7 +40,7 @@ class Policy:
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """First the token most similar to all others, then the largest gain in volume."""
         similarity = gram(unit(tokens.embeds))
-        medoid = settle(similarity.mean(-1)).argmax(-1)
+        medoid = quantize(similarity.mean(-1)).argmax(-1)
         identity = torch.eye(tokens.n, dtype=similarity.dtype, device=similarity.device)
         return dpp_map(similarity + self.ridge * identity, medoid, num_anchors)
 

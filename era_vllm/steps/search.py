@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32, Int
 from torch import Tensor
 
-from era_vllm.steps.similarity import settle
+from era_vllm.steps.similarity import quantize
 
 _SPENT: Final = 1e-5
 
@@ -73,7 +73,7 @@ def dpp_map(
         row = torch.where(pivot > _SPENT, row, 0.0)
         factor[:, step] = row
         gain = gain - row.square()
-        picked.append(settle(gain).masked_fill(taken, -torch.inf).argmax(-1))
+        picked.append(quantize(gain).masked_fill(taken, -torch.inf).argmax(-1))
     return torch.stack(picked, 1).sort(-1).values
 
 

@@ -43,7 +43,7 @@ def gram(x: Float32[Tensor, "s n p"]) -> Float32[Tensor, "s n n"]:
     on both sides of a rounding step. So their ties go to the lowest index; tokens that are merely
     placed symmetrically may not.
     """
-    return settle(x @ x.transpose(1, 2))
+    return quantize(x @ x.transpose(1, 2))
 
 
 def nearest_anchor(
@@ -66,11 +66,11 @@ def nearest_anchor(
     similarity = x @ picked.transpose(1, 2)
     if lengths is not None:
         similarity = similarity * lengths.gather(1, anchors)[:, None]
-    best = settle(similarity).argmax(-1)
+    best = quantize(similarity).argmax(-1)
     own = torch.arange(num_anchors, device=x.device).expand(segments, -1)
     return best.scatter(1, anchors, own)
 
 
-def settle(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+def quantize(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """Round to 2**-20: differences of rounding become exact ties."""
     return (x * _STEPS).round() / _STEPS

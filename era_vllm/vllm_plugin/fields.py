@@ -38,7 +38,7 @@ class Planned:
     pixel_hash: int
 
 
-def written(
+def pack_items(
     plans: Sequence[Plan], hashes: Sequence[int], modality: str
 ) -> dict[str, list[Tensor] | Tensor]:
     """Return the fields of some items."""
@@ -51,7 +51,7 @@ def written(
     return {field(name, modality): value for name, value in values.items()}
 
 
-def taken(
+def unpack_items(
     inputs: dict[str, object], adapter: ModelAdapter, hf_config: object, modality: str
 ) -> list[Planned]:
     """Take the fields of a batch of items out of the encoder's inputs. Mutates: inputs."""

@@ -21,7 +21,7 @@ from era_vllm.policies import make_policy
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.encoder_pass import encoded, passes
 from era_vllm.vllm_plugin.families import family_of
-from era_vllm.vllm_plugin.fields import modality_of, shape_of, taken
+from era_vllm.vllm_plugin.fields import modality_of, shape_of, unpack_items
 from era_vllm.vllm_plugin.positions import longer_rope_table, prompt_positions, table_rows
 from era_vllm.vllm_plugin.reducer import Reducer
 from era_vllm.vllm_plugin.resolve import era_config
@@ -64,7 +64,7 @@ class PrunedModelMixin(nn.Module):
         The first call, with which vLLM profiles memory, also runs the reducer at its largest.
         """
         modality = modality_of(inputs, self.family.modalities)
-        items = taken(inputs, self.adapter, self.config, modality)
+        items = unpack_items(inputs, self.adapter, self.config, modality)
         done: list[Tensor] = []
         for of_pass, share in passes(self.adapter, items, inputs, self.tokens_per_pass):
             for source in self.sources:

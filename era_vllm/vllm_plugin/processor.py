@@ -28,7 +28,7 @@ from era_vllm.pixels import pixel_hash
 from era_vllm.plan import Plan, plan
 from era_vllm.vllm_plugin.cache_keys import pruned_hashes
 from era_vllm.vllm_plugin.families import Family, family_of
-from era_vllm.vllm_plugin.fields import NAMES, field, written
+from era_vllm.vllm_plugin.fields import NAMES, field, pack_items
 from era_vllm.vllm_plugin.names import RATES
 from era_vllm.vllm_plugin.positions import table_rows
 from era_vllm.vllm_plugin.rates import effective_rates, without_rates
@@ -205,7 +205,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             fields = {name: config for name, config in stock.items() if config.modality == modality}
             items = MultiModalKwargsItems.from_hf_inputs(processed, fields)[modality]
             hashes = [pixel_hash(_pixels(item)) for item in items]
-            processed.update(written(plans, hashes, modality))
+            processed.update(pack_items(plans, hashes, modality))
         return processed
 
     def _get_mm_fields_config(

@@ -2,7 +2,7 @@
 
 Every kind of request passes here after vLLM has refused what clients may not send, so this is
 where rates are made explicit, and where a bad one becomes an HTTP 400 before any work is done.
-What was done with each image goes back into the request's scope.
+What was done with each image goes back into the request's context.
 """
 
 from collections.abc import Iterable, Sequence, Sized
@@ -113,7 +113,7 @@ class EraRenderer(HfRenderer):
                 "as a part of type image_url or input_image"
             )
         request = current()
-        return image_rates(details, request.asked if request else None, self.era)
+        return image_rates(details, request.rate if request else None, self.era)
 
     def process_for_engine(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
         """Do what vLLM does, and report what was done with the images."""
@@ -147,7 +147,7 @@ class EraRenderer(HfRenderer):
         skip_mm_cache: bool = False,
         **_: object,
     ) -> None:
-        """Tell the request's scope, unless the prompt is not for the engine (tokenize, render).
+        """Tell the request's context, unless the prompt is not for the engine (tokenize, render).
 
         Mutates: inputs, which lose what is ours.
         """

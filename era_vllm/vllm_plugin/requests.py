@@ -2,8 +2,8 @@
 
 A request says how much to prune by its ``era`` field, for all of its images, or by OpenAI's own
 ``detail`` of each image; else the server's default holds. The field travels from the route to the
-renderer, and the report back, in a ``Scope``: one context variable an HTTP request. Offline there
-is no scope, and a prompt may carry its rates itself (``rates``).
+renderer, and the report back, in a ``RequestContext``: one context variable an HTTP request.
+Offline there is none, and a prompt may carry its rates itself (``rates``).
 """
 
 import reprlib
@@ -63,10 +63,10 @@ class ImageReport:
 
 
 @dataclass(slots=True)
-class Scope:
+class RequestContext:
     """One HTTP request: its field in, what was done out."""
 
-    asked: float | None = None
+    rate: float | None = None
     """The rate that the ``era`` field asks for."""
     details: Sequence[object] | None = None
     """``detail`` of each image, where vLLM's messages do not say; None = they do."""
@@ -89,23 +89,23 @@ class Scope:
         self.all_images += images
 
 
-_SCOPE: Final[ContextVar[Scope | None]] = ContextVar("era_request", default=None)
-current = _SCOPE.get
-"""The scope that the caller runs in; None = offline."""
+_CONTEXT: Final[ContextVar[RequestContext | None]] = ContextVar("era_request", default=None)
+current = _CONTEXT.get
+"""The context that the caller runs in; None = offline."""
 
 
 @contextmanager
-def scope() -> Iterator[Scope]:
-    """Open a request's scope; tasks that are started within share it."""
-    opened = Scope()
-    token = _SCOPE.set(opened)
+def request_context() -> Iterator[RequestContext]:
+    """Open a request's context; tasks that are started within share it."""
+    opened = RequestContext()
+    token = _CONTEXT.set(opened)
     try:
         yield opened
     finally:
-        _SCOPE.reset(token)
+        _CONTEXT.reset(token)
 
 
-def asked_rate(field: object, config: EraConfig) -> float | None:
+def requested_rate(field: object, config: EraConfig) -> float | None:
     """Return the rate that an ``era`` field asks for; None = no field.
 
     Raises:
@@ -143,7 +143,7 @@ def image_rates(
 
     Args:
         details: ``detail`` of each image, None where it has none.
-        asked: What ``asked_rate`` returned.
+        asked: What ``requested_rate`` returned.
         config: The server's settings.
 
     Raises:

@@ -39,9 +39,9 @@ from era_vllm.errors import UnsupportedError
 from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
 from era_vllm.viz import draw, seen
 from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH
-from era_vllm.vllm_plugin.requests import FieldError, ImageRate, asked_rate, image_rates
+from era_vllm.vllm_plugin.requests import FieldError, ImageRate, image_rates, requested_rate
 from era_vllm_server import probe
-from era_vllm_server.workers import answer, ask_workers
+from era_vllm_server.workers import answer, call_workers
 
 _LIMIT_S: Final = 30.0
 _TOKENS_WHILE_READING: Final = 256
@@ -129,12 +129,12 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
             png = await asyncio.to_thread(_draw, found, processor.image_processor, title)
     if png_alone:
         return Response(png, media_type="image/png")
-    return JSONResponse(_told(found, rate, config, png))
+    return JSONResponse(_payload(found, rate, config, png))
 
 
 def _rate(request: InspectRequest, config: EraConfig) -> ImageRate:
     try:
-        asked = asked_rate(request.era, config)
+        asked = requested_rate(request.era, config)
         return image_rates([request.image_url.detail], asked, config)[0]
     except FieldError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from error
@@ -165,14 +165,14 @@ async def _ask(
     if PIXEL_HASH not in given:  # a place in shared memory instead of the pixels
         raise UnsupportedError(_SHARED)
     key = [given[field].data.tolist() for field in (PIXEL_HASH, NUM_ANCHORS)]
-    await ask_workers(engine, "era_watch", *key, _LIMIT_S)
+    await call_workers(engine, "era_watch", *key, _LIMIT_S)
     request_id = f"era-inspect-{uuid.uuid4().hex}"
     tokens = _TOKENS_WHILE_READING if read_back else 1
     tokens = min(tokens, engine.model_config.max_model_len - len(prompt["prompt_token_ids"]))
     async with aclosing(probe.generate(engine, prompt, request_id, tokens)) as outputs:
         await anext(outputs)  # a first token: the whole prompt is in the KV cache
         ask = (*key, request_id if read_back else None)
-        taken = await ask_workers(engine, "era_take", *ask)
+        taken = await call_workers(engine, "era_take", *ask)
     return _of_one_engine(given, taken, read_back=read_back)
 
 
@@ -204,7 +204,7 @@ def _of_one_engine(
     return None
 
 
-def _told(
+def _payload(
     found: Pruned, rate: ImageRate, config: EraConfig, png: bytes | None
 ) -> dict[str, object]:
     (pruned,) = found.pruned["segments"]

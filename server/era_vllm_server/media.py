@@ -39,7 +39,7 @@ from vllm.multimodal.media.video import VideoMediaIO
 
 from era_vllm.pictures import RefusedError, Wanted
 from era_vllm.videos import VideoBounds
-from era_vllm.vllm_plugin.requests import Scope, current
+from era_vllm.vllm_plugin.requests import RequestContext, current
 from era_vllm_server import videos
 from era_vllm_server.addresses import allowed_hosts, public_socket
 from era_vllm_server.decoders import Decoders, busy
@@ -97,7 +97,7 @@ class GuardedConnector(MediaConnector):
 
         The first refusal answers a request: its other pictures are let go of, and not counted.
         """
-        request, this = current() or Scope(), asyncio.current_task()
+        request, this = current() or RequestContext(), asyncio.current_task()
         request.loads.add(this)
         what = _OTHERS.get(type(media_io), "picture")
         try:
@@ -217,7 +217,7 @@ class GuardedConnector(MediaConnector):
         return b"".join(parts)
 
     async def _decode(
-        self, data: bytes, media_io: ImageMediaIO, request: Scope
+        self, data: bytes, media_io: ImageMediaIO, request: RequestContext
     ) -> MediaWithBytes[Image]:
         """Return what ``media_io.load_bytes`` would."""
         settings, mode, behind = self.settings, media_io.image_mode, media_io.rgba_background_color
@@ -239,7 +239,7 @@ class GuardedConnector(MediaConnector):
         return MediaWithBytes(picture, data, made)
 
     async def _decode_video(
-        self, data: bytes, media_io: VideoMediaIO, request: Scope
+        self, data: bytes, media_io: VideoMediaIO, request: RequestContext
     ) -> MediaWithBytes[object]:
         """Return what ``media_io.load_bytes`` would: frames, and what is known of them."""
 
@@ -249,7 +249,7 @@ class GuardedConnector(MediaConnector):
 
         return await videos.load(data, media_io, _VIDEO_BOUNDS, take)
 
-    def _count(self, pixels: int, request: Scope) -> None:
+    def _count(self, pixels: int, request: RequestContext) -> None:
         request.pixels += pixels
         if request.pixels > self.settings.max_request_pixels:
             raise RefusedError(

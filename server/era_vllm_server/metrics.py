@@ -27,7 +27,7 @@ from vllm.engine.protocol import EngineClient
 
 from era_vllm.compat.vllm_entrypoints import get_prometheus_registry
 from era_vllm.vllm_plugin.metrics import BUCKETS_S, Counted
-from era_vllm_server.workers import ask_workers
+from era_vllm_server.workers import call_workers
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class WorkerMetrics:
 
     async def _answer(self) -> "Figures | None":
         try:
-            said = await ask_workers(self._engine, "era_metrics")
+            said = await call_workers(self._engine, "era_metrics")
             return Figures([ranks[0] for ranks in said])
         except Exception as error:  # what vLLM makes of any failure behind its RPC, or of an end
             logger.warning("workers' metrics are left out: %s", type(error).__name__)

@@ -15,7 +15,7 @@ from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-from era_vllm.vllm_plugin.requests import scope
+from era_vllm.vllm_plugin.requests import request_context
 
 _TEXT: Final = "USER: {image} ASSISTANT:"
 
@@ -48,8 +48,10 @@ async def render(engine: EngineClient, image: Image | None, rate: float | None) 
             "multi_modal_uuids": {"image": [f"era-{uuid.uuid4().hex}"]},
         }
     parsed = parse_model_prompt(engine.model_config, prompt)
-    with scope() as request:  # of its own: no client's field holds here, and nothing is counted
-        request.asked = rate
+    with (
+        request_context() as request
+    ):  # of its own: no client's field holds here, and nothing is counted
+        request.rate = rate
         (rendered,) = await engine.renderer.render_cmpl_async([parsed])
     return rendered
 

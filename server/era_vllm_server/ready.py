@@ -55,7 +55,7 @@ class Pulse:
         if last is None or last.done():
             if last is None or last.exception() is None:
                 self._since_s = now
-            self._question = asyncio.create_task(workers.ask_workers(self._engine, "check_health"))
+            self._question = asyncio.create_task(workers.call_workers(self._engine, "check_health"))
         return now - self._since_s
 
 

@@ -1,6 +1,6 @@
 """vLLM's routes for chats, with a field ``era``: its own handlers, and a word on what was done.
 
-The field goes to the renderer in the request's scope, and the report comes back in it
+The field goes to the renderer in the request's context, and the report comes back in it
 (``era_vllm/vllm_plugin/requests.py``). Leaves out every other route: ``fields`` refuses the field
 there.
 """
@@ -22,12 +22,12 @@ from era_vllm.vllm_plugin.requests import (
     FIELD,
     FieldError,
     ImageReport,
-    asked_rate,
     current,
     image_details,
     image_rates,
     is_image,
     reports,
+    requested_rate,
 )
 from era_vllm_server.metrics import REJECTED
 from era_vllm_server.middleware.body import Body
@@ -96,18 +96,19 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
 
     async def handler(request: Union[models], raw_request: Request) -> Response:  # noqa: UP007
         config: EraConfig = raw_request.app.state.era_config
-        scope = current()
-        assert scope is not None, "Body opens one for every request"
+        context = current()
+        assert context is not None, "Body opens one for every request"
         body: dict[str, Any] = await raw_request.json()  # which FastAPI has parsed
         unseen = list[ImageReport]()
         try:
-            scope.asked, scope.only_counted = asked_rate(body.get(FIELD), config), place is None
+            context.rate = requested_rate(body.get(FIELD), config)
+            context.only_counted = place is None
             details = image_details([{"content": _pictures(stock.path, body)}])
             if stock.path.startswith(_MESSAGES):  # in whose conversion they get lost
-                scope.details = details
+                context.details = details
             if config.max_pruning_rate == 0:  # and the renderer is vLLM's own
                 unknown = [None] * len(details)
-                rates = image_rates(details, scope.asked, config)
+                rates = image_rates(details, context.rate, config)
                 unseen = reports(rates, unknown, unknown, config)
         except FieldError as error:
             REJECTED.labels(FIELD).inc()
@@ -116,8 +117,8 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
         if response is None or place is None:  # the client has gone; or there is nothing to say
             return response
         if unseen and response.status_code == HTTPStatus.OK:
-            scope.report(unseen)
-        images = [image.as_dict() for image in scope.images]
+            context.report(unseen)
+        images = [image.as_dict() for image in context.images]
         policy = config.policy if config.max_pruning_rate else None
         return with_era(response, {"policy": policy, "images": images}, place)
 

@@ -18,7 +18,7 @@ def answer(engine: EngineClient) -> bool:
     return bool(name) and issubclass(resolve_obj_by_qualname(name), EraWorker)
 
 
-async def ask_workers(engine: EngineClient, method: str, *arguments: object) -> list[list[Any]]:
+async def call_workers(engine: EngineClient, method: str, *arguments: object) -> list[list[Any]]:
     """Return what every worker answers: [engine][rank].
 
     They answer between two steps. ``EngineClient.collective_rpc`` would do, but drops the answers

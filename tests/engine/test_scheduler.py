@@ -17,8 +17,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 import era_vllm
 from era_vllm.bench.gap_engines import UNBOUNDED, register_unbounded
-from era_vllm.lab import CHECKPOINT
 from era_vllm.bench.inputs import noise_pictures
+from era_vllm.lab import CHECKPOINT
 from era_vllm.vllm_plugin.resolve import SCHEDULER
 from era_vllm.vllm_plugin.scheduler import EraScheduler
 from tests.engine.conftest import TOLERANCE, python

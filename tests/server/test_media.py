@@ -16,7 +16,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
-from era_vllm.vllm_plugin.requests import scope
+from era_vllm.vllm_plugin.requests import request_context
 from era_vllm_server import addresses, media
 from era_vllm_server.front import CONNECTOR
 from tests.server.asking import CHAT, chat_body, post
@@ -318,7 +318,7 @@ def test_files_are_refused_unless_a_folder_is_allowed(folder, way):
 
 async def together(*urls):
     """Load as vLLM does for one request: at once, each picture in a task of its own."""
-    with scope():
+    with request_context():
         loads = (connector().fetch_image_async(url) for url in urls)
         return await asyncio.gather(*loads, return_exceptions=True)
 

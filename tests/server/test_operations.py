@@ -126,7 +126,7 @@ def test_workers_that_do_not_answer_in_time_leave_a_gap(monkeypatch):
     slow = asyncio.Event()
     images = iter((10, 5000, 6000))
 
-    async def ask_workers(engine, method):
+    async def call_workers(engine, method):
         await slow.wait()
         if (now := next(images)) == 6000:
             raise RuntimeError("the engine has ended")
@@ -154,7 +154,7 @@ def test_workers_that_do_not_answer_in_time_leave_a_gap(monkeypatch):
         seen.append(await told(request))
         return [*seen, await told(request)]
 
-    monkeypatch.setattr(metrics, "ask_workers", ask_workers)
+    monkeypatch.setattr(metrics, "call_workers", call_workers)
     monkeypatch.setattr(metrics, "_WAIT_S", 0.05)
     monkeypatch.setattr(metrics, "FRESH_S", 0.0)
     assert asyncio.run(run()) == [10, None, 5000, None]
@@ -163,7 +163,7 @@ def test_workers_that_do_not_answer_in_time_leave_a_gap(monkeypatch):
 def test_workers_are_asked_once_a_second_whoever_scrapes(monkeypatch):
     now, asked = 100.0, []
 
-    async def ask_workers(engine, method):
+    async def call_workers(engine, method):
         asked.append(now)
         return [[{"images": len(asked)}]]
 
@@ -177,7 +177,7 @@ def test_workers_are_asked_once_a_second_whoever_scrapes(monkeypatch):
             seen.append([one.engines[0]["images"] for one in figures])
         return seen
 
-    monkeypatch.setattr(metrics, "ask_workers", ask_workers)
+    monkeypatch.setattr(metrics, "call_workers", call_workers)
     monkeypatch.setattr(metrics, "monotonic", lambda: now)
     expected = [1, 1, 1, 1, 2, 2, 3, 4]
     assert asyncio.run(run()) == [[images, images] for images in expected]
@@ -244,7 +244,7 @@ def test_a_question_that_fails_is_no_answer(monkeypatch):
     """Silence is counted from the first one that got none; the next answer ends it."""
     outcomes = [RuntimeError("a worker has failed"), None, None]
 
-    async def ask_workers(engine, method):
+    async def call_workers(engine, method):
         assert method == "check_health"
         if (outcome := outcomes.pop(0)) is not None:
             raise outcome
@@ -258,7 +258,7 @@ def test_a_question_that_fails_is_no_answer(monkeypatch):
                 await asyncio.wait([pulse._question])
         return seen
 
-    monkeypatch.setattr(ready.workers, "ask_workers", ask_workers)
+    monkeypatch.setattr(ready.workers, "call_workers", call_workers)
     assert asyncio.run(run()) == [0, 40, 0, 10]
 
 

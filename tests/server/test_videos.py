@@ -27,7 +27,7 @@ from era_vllm.compat import video_capture
 from era_vllm.decoder_process import RefusedError
 from era_vllm.errors import UnsupportedError
 from era_vllm.videos import VideoBounds, check_opened
-from era_vllm.vllm_plugin.requests import scope
+from era_vllm.vllm_plugin.requests import request_context
 from era_vllm_server import addresses, decoders, media, videos
 from era_vllm_server.front import CONNECTOR
 from tests.server import clips
@@ -231,7 +231,7 @@ def test_a_longer_file_than_a_pictures_is_refused(monkeypatch):
 
 async def together(*urls, **options):
     """Load as vLLM does for one request: at once."""
-    with scope():
+    with request_context():
         loads = (connector(**options).fetch_video_async(url) for url in urls)
         return await asyncio.gather(*loads, return_exceptions=True)
 
@@ -418,7 +418,7 @@ def test_one_whose_request_ends_is_ended(slow):
 
 def test_one_that_dies_is_said(slow, monkeypatch):
     async def run():
-        with scope():
+        with request_context():
             task = asyncio.create_task(connector().fetch_video_async(url_of(slow)))
             while not children():
                 await asyncio.sleep(0.05)

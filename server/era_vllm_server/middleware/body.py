@@ -2,8 +2,8 @@
 
 vLLM parses and validates bodies on the loop on which every other request waits, some kinds at a
 fifth of a millisecond an item, so each kind has a bound of its own: what passes takes less than
-half a second (``deploy/loadtest/bodies.py`` measures it). The layer also opens the request's scope,
-and counts the pictures of what is answered. Leaves out what fields mean (``fields``).
+half a second (``deploy/loadtest/bodies.py`` measures it). The layer also opens the request's
+context, and counts the pictures of what is answered. Leaves out what fields mean (``fields``).
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from era_vllm.compat.starlette_path import get_route_path
-from era_vllm.vllm_plugin.requests import ImageReport, scope
+from era_vllm.vllm_plugin.requests import ImageReport, request_context
 from era_vllm_server.fields import check, owner, refused
 from era_vllm_server.metrics import CLAMPED, IMAGES, TOKENS_AFTER, TOKENS_BEFORE
 from era_vllm_server.middleware.limits import replay
@@ -89,7 +89,7 @@ class Body:
                 asgi = {**asgi, "headers": [*others, length]}
             if message["type"] == "http.request":
                 receive = replay(body if found is None else found, receive)
-        with scope() as request:
+        with request_context() as request:
 
             async def counting(message: Message) -> None:
                 if message.get("status") == HTTPStatus.OK:  # of a stream before its first event

@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from era_vllm.steps.similarity import gram, length, nearest_anchor, settle, unit
+from era_vllm.steps.similarity import gram, length, nearest_anchor, quantize, unit
 from era_vllm.types import VisualTokens
 from tests.strategies import build, generic
 
@@ -86,6 +86,6 @@ def test_dot_product_prefers_the_longer_anchor_and_never_overflows() -> None:
 
 def test_settle_takes_away_less_than_a_millionth() -> None:
     x = torch.rand(1000) * 2 - 1
-    assert (settle(x) - x).abs().max() <= 2.0**-21
-    assert torch.equal(settle(settle(x)), settle(x))
-    assert settle(torch.tensor([0.5 + 1e-7])) == settle(torch.tensor([0.5 - 1e-7]))
+    assert (quantize(x) - x).abs().max() <= 2.0**-21
+    assert torch.equal(quantize(quantize(x)), quantize(x))
+    assert quantize(torch.tensor([0.5 + 1e-7])) == quantize(torch.tensor([0.5 - 1e-7]))

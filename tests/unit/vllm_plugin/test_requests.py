@@ -9,12 +9,11 @@ from era_vllm.config import EraConfig
 from era_vllm.vllm_plugin.requests import (
     FieldError,
     ImageRate,
-    asked_rate,
     current,
     image_details,
     image_rates,
     reports,
-    scope,
+    requested_rate,
 )
 
 PLAIN = EraConfig()
@@ -37,7 +36,7 @@ STOCK = EraConfig.parse({"max_pruning_rate": 0.0})
     ids=str,
 )
 def test_the_field_names_a_rate_or_a_level(field: object, rate: float | None) -> None:
-    assert asked_rate(field, PLAIN) == rate
+    assert requested_rate(field, PLAIN) == rate
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_a_malformed_field_is_refused_by_name_value_and_range(
     field: object, name: str, said: str
 ) -> None:
     with pytest.raises(FieldError) as refused:
-        asked_rate(field, PLAIN)
+        requested_rate(field, PLAIN)
     assert refused.value.field == name
     assert str(refused.value).startswith(f"{name}: got ")
     assert said in str(refused.value)
@@ -71,7 +70,7 @@ def test_a_malformed_field_is_refused_by_name_value_and_range(
 
 def test_what_a_client_sent_is_told_in_short() -> None:
     with pytest.raises(FieldError) as refused:
-        asked_rate({"level": "x" * 100_000}, PLAIN)
+        requested_rate({"level": "x" * 100_000}, PLAIN)
     assert len(str(refused.value)) < 300
 
 
@@ -88,13 +87,13 @@ def test_explicit_rates_out_of_bounds_are_refused_by_any_name(
 ) -> None:
     for level, rate in config.levels:
         if level in served:
-            assert asked_rate({"level": level}, config) == served[level]
-            assert asked_rate({"pruning_rate": rate}, config) == served[level]
+            assert requested_rate({"level": level}, config) == served[level]
+            assert requested_rate({"pruning_rate": rate}, config) == served[level]
             continue
         with pytest.raises(FieldError, match=rf"era.level: got '{level}', allowed: {allowed}"):
-            asked_rate({"level": level}, config)
+            requested_rate({"level": level}, config)
         with pytest.raises(FieldError, match=r"era.pruning_rate: got .* a number in \["):
-            asked_rate({"pruning_rate": rate}, config)
+            requested_rate({"pruning_rate": rate}, config)
 
 
 def test_details_are_levels_and_the_field_goes_before_them() -> None:
@@ -124,9 +123,9 @@ def test_details_out_of_bounds_are_brought_into_them_and_said_to_be() -> None:
 def test_details_follow_the_servers_own_levels() -> None:
     own = EraConfig.parse({"levels": {"off": 0, "strong": 0.6, "mine": 0.1}})
     assert image_rates(["low"], None, own) == [ImageRate(0.6, "detail")]
-    assert asked_rate({"level": "mine"}, own) == 0.1
+    assert requested_rate({"level": "mine"}, own) == 0.1
     with pytest.raises(FieldError, match=r"off \(0\), mine \(0.1\), strong \(0.6\)"):
-        asked_rate({"level": "light"}, own)
+        requested_rate({"level": "light"}, own)
 
 
 @pytest.mark.parametrize("detail", ["ultra", "", 3, ["low"], True])
@@ -188,12 +187,12 @@ def test_each_request_has_a_scope_that_its_tasks_share() -> None:
     async def render(rate: float) -> None:
         await asyncio.sleep(0)
         found = current()
-        assert found is not None and found.asked == rate
+        assert found is not None and found.rate == rate
         found.report(reports([ImageRate(rate, "era")], [4], [2], PLAIN))
 
     async def request(rate: float) -> float:
-        with scope() as opened:
-            opened.asked = rate
+        with request_context() as opened:
+            opened.rate = rate
             await asyncio.create_task(render(rate))
             await asyncio.create_task(render(rate))
             assert (len(opened.images), len(opened.all_images)) == (1, 2)
