@@ -13,6 +13,7 @@ from era_vllm.vllm_plugin.requests import (
     image_details,
     image_rates,
     reports,
+    request_context,
     requested_rate,
 )
 
