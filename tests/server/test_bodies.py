@@ -225,6 +225,9 @@ TOO_MUCH = {
     "1000 repetitions in a pattern": {"a": {"type": "string", "pattern": "^(a|b){1,5000}$"}},
     "1000 repetitions in a pattern ": {"a": {"pattern": "((a{90}){900}){900}"}},
     "1000 repetitions in a pattern  ": {"patternProperties": {"^x{2000}$": {}}},
+    "65536 characters of choices": {"structured_outputs": {"choice": ["a" * 40_000] * 2}},
+    "65536 characters of choices ": {"response_format": {"schema": {"const": "a" * 70_000}}},
+    "65536 characters of choices  ": {"structured_outputs": {"regex": "a" * 70_000}},
     "128 items in bad_words": {"bad_words": ["a"] * 129},
     "1024 items in choice": b'{"structured_outputs":' + many("choice", b'"a"', 1025) + b"}",
 }

@@ -43,6 +43,13 @@ MAX_OF: Final = {
 MAX_REPETITIONS: Final = 1000
 """Of a pattern, by its counted repetitions: a grammar is made of each on the loop, in their square.
 """
+MAX_COMPILED: Final = 2**16
+"""Characters of what an answer must follow (choices, constants, patterns): the engine compiles them
+for a second, 256 Ki for 10 s, whether or not the client has left."""
+_COMPILED: Final = frozenset(
+    {"choice", "const", "enum", "pattern", "regex", "grammar", "json", "structural_tag"}
+    | {"begin", "end", "guided_choice", "guided_regex", "guided_grammar", "guided_json"}
+)
 _COUNT: Final = re.compile(r"(\))?\{(\d{1,9})?(?:,(\d{1,9})?)?\}")
 TEXT_SHARE: Final = {"/tokenize": 8}
 """Route -> share of the characters: where each comes back as a token, and a token as a text."""
@@ -141,7 +148,7 @@ def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
     Raises:
         UnicodeEncodeError: it holds half a character.
     """
-    characters = objects = items = 0
+    characters = compiled = objects = items = 0
     left: list[tuple[str, dict[str, object] | list[object], int]] = [("", [body], 0)]
     while left:
         name, value, depth = left.pop()
@@ -169,10 +176,13 @@ def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
                 if at in ("pattern", "regex") and _repeats_much(item):
                     return f"{MAX_REPETITIONS} repetitions in a pattern"
                 characters += 0 if at in _MEDIA else len(item)
+                compiled += len(item) if at in _COMPILED else 0
                 if not item.isascii():
                     item.encode()
         if objects > MAX_OBJECTS:
             return f"{MAX_OBJECTS} objects"
+        if compiled > MAX_COMPILED:
+            return f"{MAX_COMPILED} characters of choices, constants and patterns"
         if items > MAX_ITEMS:
             return f"{MAX_ITEMS} items"
         if characters > max_characters:
