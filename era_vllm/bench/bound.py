@@ -10,14 +10,14 @@ from typing import Final
 from torch import Tensor
 from vllm.model_executor.models import llava
 
-from era_vllm.compat import models_config_map
 from era_vllm.models.llava import LlavaAdapter
+from era_vllm.vllm_plugin.families import Family
 from era_vllm.vllm_plugin.fields import unpack_items
 from era_vllm.vllm_plugin.models import pruned_processors
-from era_vllm.vllm_plugin.resolve import resolve
+from era_vllm.vllm_plugin.names import PREFIX
+from era_vllm.vllm_plugin.register import register_family
 
 ARCHITECTURE: Final = "EraBenchFirstTokens"
-_ORIGINAL: Final = "LlavaForConditionalGeneration"
 _ADAPTER: Final = LlavaAdapter()
 
 
@@ -39,9 +39,4 @@ class FirstTokensLlava(llava.LlavaForConditionalGeneration):
 
 def register() -> None:
     """Make the architecture known to vLLM; idempotent."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    if ARCHITECTURE in ModelRegistry.get_supported_archs():
-        return
-    models_config_map.add(ARCHITECTURE, _ORIGINAL, resolve)
-    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:FirstTokensLlava")
+    register_family(ARCHITECTURE.removeprefix(PREFIX), Family(f"{__name__}:FirstTokensLlava"))

@@ -21,6 +21,8 @@ import era_vllm
 from era_vllm.bench.setup import GapOptions
 from era_vllm.compat import models_config_map
 from era_vllm.vllm_plugin.families import FAMILIES
+from era_vllm.vllm_plugin.names import PREFIX
+from era_vllm.vllm_plugin.register import register_family
 from era_vllm.vllm_plugin.resolve import resolve
 
 UNBOUNDED: Final = "EraBenchUnbounded"
@@ -141,12 +143,8 @@ def arguments_of(folder: Path, kind: str, settings: Mapping[str, object]) -> dic
 
 def register_unbounded() -> None:
     """Make the architecture known to vLLM; idempotent."""
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    if UNBOUNDED in ModelRegistry.get_supported_archs():
-        return
+    register_family(UNBOUNDED.removeprefix(PREFIX), FAMILIES[_ORIGINAL])
     models_config_map.add(UNBOUNDED, _ORIGINAL, _with_stock_scheduler)
-    ModelRegistry.register_model(UNBOUNDED, FAMILIES[_ORIGINAL].target)
 
 
 def _with_stock_scheduler(vllm_config: VllmConfig) -> None:

@@ -41,6 +41,8 @@ def _register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
+    from era_vllm.compat import models_config_map  # noqa: F401  # before anything is registered
+
     if PREFIX + next(iter(FAMILIES)) in ModelRegistry.get_supported_archs():
         return
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
