@@ -7,6 +7,7 @@ The first engine takes about 25 s, each further one 4 s: so they are made once p
 and stay alive to the end. Subjects that need processes of their own start them themselves.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -272,9 +273,12 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
             alive[wanted] = Engine(LLM(**{**pruning, **arguments}), EraConfig.parse(settings))
             if hasattr(alive[wanted].model, "policy"):
                 alive[wanted].model.reducer.listeners.append(alive[wanted].record)
+        gc.collect()
+        gc.freeze()  # or each later collection walks through every engine
         return alive[wanted]
 
     yield start
+    gc.freeze()  # vLLM collects garbage as each ends, of all the others
     for one in alive.values():
         one.core.shutdown()
 

@@ -329,7 +329,9 @@ def test_an_engine_with_vllms_own_scheduler_exceeds_it(engine, setup, noise):
     [
         pytest.param({"mm_processor_cache_gb": 0}, 0, True, marks=pytest.mark.slow),
         ({"mm_processor_cache_type": "lru"}, 4, True),  # sent without data, found in the engine
-        ({"mm_processor_cache_type": "shm"}, 4, False),  # only workers read the shared memory
+        pytest.param(  # only workers read the shared memory
+            {"mm_processor_cache_type": "shm"}, 4, False, marks=pytest.mark.slow
+        ),
     ],
     ids=["none", "lru", "shm"],
 )

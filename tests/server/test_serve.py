@@ -194,7 +194,7 @@ def test_accuracy_over_http(servers, held_out, expected):
     assert abs(found - expected(0.778)) <= POINTS
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.889])
+@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.889])
 def test_accuracy_offline(offline, held_out, expected, rate):
     answers = offline_answers(offline, [item[:2] for item in held_out], rate)
     right = sum(a == item[2] for a, item in zip(answers, held_out, strict=True))
