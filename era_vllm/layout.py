@@ -71,6 +71,9 @@ class Layout:
         object.__setattr__(self, "spans", self.spans or self.run_lengths)
         if sum(self.run_lengths) != self.length or len(self.spans) != len(self.run_lengths):
             raise ValueError(f"runs of {self.run_lengths} places, {self.length} in all")
+        kept = {*self.run_of_segment, *(i for i, n in enumerate(self.separators_of_run) if n)}
+        if len(kept) != len(self.run_lengths):
+            raise ValueError(f"runs of {self.run_lengths} places: nothing of one would be kept")
 
     @cached_property
     def position_offsets(self) -> Int[Tensor, "length p"]:

@@ -56,7 +56,7 @@ def prune(
         return PrunedTokens(tokens.embeds, zeros, rows, rows, counts, tokens.riders)
     tokens = repaired(tokens, counts)
     anchors = valid_anchors(policy.select(tokens, count), tokens, count, counts)
-    clusters = valid_clusters(policy.assign(tokens, anchors), anchors, counts)
+    clusters = valid_clusters(policy.assign(tokens, anchors), anchors, n, counts)
     log_bias = valid_bias(policy.log_bias(tokens, clusters), anchors, counts)
     embeds = _retained(tokens.embeds, clusters, merge=merge)
     riders = None if tokens.riders is None else _retained(tokens.riders, clusters, merge=merge)

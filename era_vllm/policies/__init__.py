@@ -39,10 +39,12 @@ def policy_class(name: str) -> "type[PruningPolicy]":
             raise ConfigError(unknown_name("policy", name, policy_names()))
         module_name, class_name = f"{__name__}.{name}", "Policy"
     found = getattr(_module(name, module_name), class_name, None)
-    if not (isinstance(found, type) and all(hasattr(found, part) for part in _CONTRACT)):
+    missing = [part for part in _CONTRACT if not hasattr(found, part)]
+    if not isinstance(found, type) or missing:
         raise ConfigError(
             f"policy {name!r}: {class_name!r} in {module_name!r} is {found!r}, "
-            "needed a frozen dataclass that keeps era_vllm.contracts.PruningPolicy"
+            "needed a frozen dataclass that keeps era_vllm.contracts.PruningPolicy (missing: "
+            f"{', '.join(missing) or 'a class'})"
         )
     if getattr(found, "prompt_dependent", None) is not False:
         raise UnsupportedError(

@@ -4,7 +4,7 @@ Source: ERA Sec. "BTR"; cosine matching and the plain mean are reconstructed (do
 X7, X8).
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -14,6 +14,7 @@ from era_vllm.steps.similarity import length, nearest_anchor, unit
 from era_vllm.types import Clusters, VisualTokens
 
 Matching = Literal["cosine", "dot"]
+_LARGE: Final = 1e30
 
 
 def nearest(
@@ -39,8 +40,10 @@ def average(rows: Float[Tensor, "s n c"], clusters: Clusters) -> Float[Tensor, "
     if clusters.weights is None:
         share = 1.0 / cluster_sizes(clusters).gather(1, row).float()
     else:
-        total = cluster_sum(clusters.weights[..., None], assignment, num_anchors)[..., 0]
-        share = clusters.weights / total.gather(1, row)
+        top = clusters.weights.amax(-1, keepdim=True)  # their sum may pass float32's range
+        weights = clusters.weights / torch.where(top > _LARGE, top, 1.0)
+        total = cluster_sum(weights[..., None], assignment, num_anchors)[..., 0]
+        share = weights / total.gather(1, row)
     # Shares first, sum after: a cluster of one keeps its bits, and no finite value overflows (the
     # clamp takes back the last bit by which equal largest values may do so).
     mean = cluster_sum(rows.float() * share[..., None], assignment, num_anchors)

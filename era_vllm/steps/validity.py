@@ -6,6 +6,7 @@ raises, and shows when an engine profiles its memory.
 """
 
 from dataclasses import replace
+from typing import Final
 
 import torch
 from jaxtyping import Float32, Int
@@ -15,6 +16,8 @@ from era_vllm.errors import PolicyError
 from era_vllm.types import NOT_NEGATIVE, Clusters, Degenerate, Signal, VisualTokens
 
 Counts = Int[Tensor, "kinds"]
+MOST_LOG_BIAS: Final = 16.0
+"""e^16 is 9 million tokens, more than a segment has, and far from where any number format ends."""
 
 
 def repaired(tokens: VisualTokens, counts: Counts) -> VisualTokens:
@@ -56,7 +59,9 @@ def valid_anchors(
     return torch.where(wrong[:, None], even, anchors)
 
 
-def valid_clusters(clusters: Clusters, anchors: Int[Tensor, "s a"], counts: Counts) -> Clusters:
+def valid_clusters(
+    clusters: Clusters, anchors: Int[Tensor, "s a"], n: int, counts: Counts
+) -> Clusters:
     """Return a policy's clusters; the anchors alone for a segment with an impossible assignment.
 
     Raises:
@@ -66,7 +71,7 @@ def valid_clusters(clusters: Clusters, anchors: Int[Tensor, "s a"], counts: Coun
     """
     given, weights = clusters.assignment, clusters.weights
     segments, num_anchors = anchors.shape
-    _check("assign", given, (segments, given.shape[-1]), torch.int64)
+    _check("assign", given, (segments, n), torch.int64)
     row = torch.arange(num_anchors, device=anchors.device).expand(segments, -1)
     wrong = (given < -1).any(1) | (given >= num_anchors).any(1)
     wrong |= (given.gather(1, anchors) != row).any(1)
@@ -83,7 +88,7 @@ def valid_clusters(clusters: Clusters, anchors: Int[Tensor, "s a"], counts: Coun
 def valid_bias(
     log_bias: Tensor, anchors: Int[Tensor, "s a"], counts: Counts
 ) -> Float32[Tensor, "s a"]:
-    """Return a policy's log-bias; none for a segment with one that is negative or not finite.
+    """Return a policy's log-bias; none for a segment with one below 0, too large, or no number.
 
     Raises:
         PolicyError: the wrong shape or dtype.
@@ -91,7 +96,7 @@ def valid_bias(
     Mutates: counts.
     """
     _check("log_bias", log_bias, tuple(anchors.shape), torch.float32)
-    wrong = (~(log_bias >= 0) | ~log_bias.isfinite()).any(1)
+    wrong = (~(log_bias >= 0) | ~(log_bias <= MOST_LOG_BIAS)).any(1)
     counts[Degenerate.POLICY_OUTPUT] += wrong.sum()
     return torch.where(wrong[:, None], 0.0, log_bias)
 

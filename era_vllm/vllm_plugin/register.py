@@ -37,13 +37,12 @@ def register() -> None:
 
 
 def _register() -> None:
-    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
     from era_vllm.compat import models_config_map  # noqa: F401  # before anything is registered
 
-    if PREFIX + next(iter(FAMILIES)) in ModelRegistry.get_supported_archs():
+    if TOKENIZER_MODE in RENDERER_REGISTRY.renderers:
         return
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "era_vllm.vllm_plugin.renderer", "EraRenderer")

@@ -32,6 +32,8 @@ def test_what_is_no_layout_is_refused() -> None:
         Layout((), 4, (segment,), run_lengths=(3, 2))
     with pytest.raises(ValueError, match="4 in all"):
         Layout((), 4, (segment,), run_lengths=(2, 2), spans=(4,))
+    with pytest.raises(ValueError, match="nothing of one would be kept"):
+        Layout((), 6, (segment,), run_lengths=(4, 2))
 
 
 @given(layout=layouts(), rate=st.floats(0, 0.99))

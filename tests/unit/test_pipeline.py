@@ -12,6 +12,7 @@ import era_vllm.pipeline
 from era_vllm.contracts import PruningPolicy
 from era_vllm.errors import PolicyError
 from era_vllm.pipeline import prune
+from era_vllm.steps.merge import average
 from era_vllm.types import Clusters, Degenerate, Signal, VisualTokens
 from tests.strategies import build
 
@@ -165,7 +166,7 @@ NAN, INF = float("nan"), float("inf")
         ("foreign anchor", 0),
         ("foreign anchor", -1),
         *(("weights", value) for value in (-1.0, NAN, INF)),
-        *(("log_bias", value) for value in (-0.1, NAN, INF, -INF)),
+        *(("log_bias", value) for value in (-0.1, 16.1, NAN, INF, -INF)),
     ],
 )
 def test_a_bad_policy_harms_one_segment_and_is_counted(step: str, value: float) -> None:
@@ -198,6 +199,25 @@ def test_a_policy_of_the_wrong_shape_is_told_what_is_needed(step: str) -> None:
     object.__setattr__(policy, step, wrong)
     with pytest.raises(PolicyError, match=f"step '{step}': returned torch.* of shape .* needed"):
         prune(build(0, (3, 4)), 3, policy)
+
+
+@pytest.mark.parametrize("columns", [-2, 2])
+def test_an_assignment_of_another_length_is_told_what_is_needed(columns: int) -> None:
+    class Odd(Recorder):
+        def assign(self, tokens: VisualTokens, anchors: Tensor) -> Clusters:
+            return Clusters(anchors, torch.zeros(1, tokens.n + columns, dtype=torch.int64))
+
+    with pytest.raises(PolicyError, match=r"'assign': returned .* needed torch.int64 of shape"):
+        prune(build(0, (3, 4)), 3, Odd())
+
+
+def test_weights_whose_sum_has_no_number_keep_their_tokens() -> None:
+    tokens = build(0, (3, 4))
+    clusters = Recorder().assign(tokens, torch.arange(3)[None])
+    assert clusters.weights is not None
+    expected = average(tokens.embeds, clusters)
+    large = replace(clusters, weights=clusters.weights * 3e37)
+    torch.testing.assert_close(average(tokens.embeds, large), expected)
 
 
 def test_riders_are_averaged_as_their_tokens_are_and_seen_by_nobody() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import era_vllm.vllm_plugin.reducer as reducer_module
 from era_vllm.config import EraConfig
-from era_vllm.layout import Layout
+from era_vllm.layout import Layout, SegmentLayout
 from era_vllm.pipeline import prune
 from era_vllm.plan import Plan, plan
 from era_vllm.policies import make_policy
@@ -110,6 +110,7 @@ def test_a_call_of_the_pipeline_is_bounded(monkeypatch) -> None:
 
 
 def test_segments_of_an_item_have_hashes_of_their_own() -> None:
-    plans = Plan(Layout((), 2, ()), (1, 1, 1))
+    layout = Layout((), 2, (SegmentLayout((1, 2), torch.arange(2)),))
+    plans = Plan(layout, (1, 1, 1))
     (found,) = PixelHash().after([Planned(plans, 2**62 + 5)])[Signal.PIXEL_HASH]
     assert found[0] == 2**62 + 5 and len(set(found.tolist())) == 3
