@@ -228,6 +228,17 @@ TOO_MUCH = {
     "65536 characters of choices": {"structured_outputs": {"choice": ["a" * 40_000] * 2}},
     "65536 characters of choices ": {"response_format": {"schema": {"const": "a" * 70_000}}},
     "65536 characters of choices  ": {"structured_outputs": {"regex": "a" * 70_000}},
+    "65536 characters of choices   ": {
+        "response_format": {
+            "json_schema": {"schema": {"properties": {f"{at:_>1000}": {} for at in range(70)}}}
+        }
+    },
+    "65536 characters of choices    ": {
+        "structured_outputs": {"json": {"enum": [{"a": "x" * 70_000}]}}
+    },
+    "65536 characters of choices     ": {
+        "tools": [{"function": {"parameters": {"patternProperties": {"x" * 70_000: {}}}}}]
+    },
     "128 items in bad_words": {"bad_words": ["a"] * 129},
     "1024 items in choice": b'{"structured_outputs":' + many("choice", b'"a"', 1025) + b"}",
 }
@@ -246,6 +257,11 @@ def test_bodies_that_would_hold_up_the_server_are_refused(bound):
     start = f"the body holds more than {bound.strip()}"
     assert (status, said[: len(start)]) == (400, start)
     assert said.endswith("; send less at once")
+
+
+def test_what_a_schema_says_to_people_is_not_compiled():
+    tool = {"function": {"parameters": {"properties": {"a": {"description": "x " * 40_000}}}}}
+    assert send({"tools": [tool]}, TAKES)[0] is None
 
 
 def test_a_number_has_an_end():

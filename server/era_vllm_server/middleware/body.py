@@ -44,12 +44,16 @@ MAX_REPETITIONS: Final = 1000
 """Of a pattern, by its counted repetitions: a grammar is made of each on the loop, in their square.
 """
 MAX_COMPILED: Final = 2**16
-"""Characters of what an answer must follow (choices, constants, patterns): the engine compiles them
-for a second, 256 Ki for 10 s, whether or not the client has left."""
+"""Characters of what an answer must follow (choices, names, constants, patterns): the engine
+compiles them for a second, 256 Ki for 10 s, whether or not the client has left."""
 _COMPILED: Final = frozenset(
     {"choice", "const", "enum", "pattern", "regex", "grammar", "json", "structural_tag"}
     | {"begin", "end", "guided_choice", "guided_regex", "guided_grammar", "guided_json"}
+    | {"schema", "parameters"}
 )
+"""Members of which all is compiled, names of objects within too,"""
+_PROSE: Final = frozenset({"description", "title", "examples", "default", "$comment"})
+"""but for these."""
 _COUNT: Final = re.compile(r"(\))?\{(\d{1,9})?(?:,(\d{1,9})?)?\}")
 TEXT_SHARE: Final = {"/tokenize": 8}
 """Route -> share of the characters: where each comes back as a token, and a token as a text."""
@@ -149,14 +153,15 @@ def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
         UnicodeEncodeError: it holds half a character.
     """
     characters = compiled = objects = items = 0
-    left: list[tuple[str, dict[str, object] | list[object], int]] = [("", [body], 0)]
+    left: list[tuple[str, dict[str, object] | list[object], int, bool]] = [("", [body], 0, False)]
     while left:
-        name, value, depth = left.pop()
+        name, value, depth, within = left.pop()
         if depth > MAX_DEPTH:
             return f"{MAX_DEPTH} levels"
         if isinstance(value, dict):
             objects += 1
             characters += len("".join(value).encode())
+            compiled += len("".join(value)) if within else 0
             named = value.items()
             if len(value) > MAX_MEMBERS:
                 return f"{MAX_MEMBERS} members in {name or 'it'}"
@@ -170,19 +175,20 @@ def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
             if len(value) > (most := MAX_OF.get(name, MAX_MEMBERS)):
                 return f"{most} items in {name or 'a list'}"
         for at, item in named:
+            follows = (within or at in _COMPILED) and at not in _PROSE
             if isinstance(item, dict | list):
-                left.append((at, item, depth + 1))
+                left.append((at, item, depth + 1, follows))
             elif isinstance(item, str):
                 if at in ("pattern", "regex") and _repeats_much(item):
                     return f"{MAX_REPETITIONS} repetitions in a pattern"
                 characters += 0 if at in _MEDIA else len(item)
-                compiled += len(item) if at in _COMPILED else 0
+                compiled += len(item) if follows else 0
                 if not item.isascii():
                     item.encode()
         if objects > MAX_OBJECTS:
             return f"{MAX_OBJECTS} objects"
         if compiled > MAX_COMPILED:
-            return f"{MAX_COMPILED} characters of choices, constants and patterns"
+            return f"{MAX_COMPILED} characters of choices, names, constants and patterns"
         if items > MAX_ITEMS:
             return f"{MAX_ITEMS} items"
         if characters > max_characters:
