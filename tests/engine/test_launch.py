@@ -121,6 +121,19 @@ def test_registering_twice_overrides_nothing_in_tree():
         assert "era_vllm" not in repr(ModelRegistry.models[name])
 
 
+def test_another_packages_row_for_a_family_of_ours_does_not_switch_us_off(monkeypatch):
+    """Its plugin may be loaded first."""
+    from vllm.renderers.registry import RENDERER_REGISTRY
+
+    from era_vllm.vllm_plugin.register import register_family
+
+    monkeypatch.delitem(RENDERER_REGISTRY.renderers, "era")
+    name, family = next(iter(FAMILIES.items()))
+    register_family(name, family)
+    era_vllm.register()
+    assert "era" in RENDERER_REGISTRY.renderers
+
+
 def test_untested_vllm_does_not_break_a_stock_process(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.99.0")
     era_vllm.register()
@@ -138,13 +151,11 @@ def models_config_map(monkeypatch):
     monkeypatch.delitem(sys.modules, "era_vllm.compat.models_config_map")
 
 
-def supported_archs(monkeypatch):
-    from vllm.model_executor.models.registry import ModelRegistry
-
-    monkeypatch.delattr(type(ModelRegistry), "get_supported_archs")
+def renderer_modes(monkeypatch):
+    monkeypatch.delattr("vllm.renderers.registry.RENDERER_REGISTRY.renderers")
 
 
-@pytest.mark.parametrize("moved", [renderer_registry, models_config_map, supported_archs])
+@pytest.mark.parametrize("moved", [renderer_registry, models_config_map, renderer_modes])
 def test_a_vllm_whose_parts_have_moved_goes_on_without_us(monkeypatch, caplog, moved):
     era_vllm.register()
     moved(monkeypatch)
