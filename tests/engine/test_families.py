@@ -60,7 +60,7 @@ def runs(live, oracle, image, rate) -> list[Segment]:
     return found
 
 
-def check(live, oracle, requests, answers):
+def check(live, oracle, requests, answers, measured):
     """Compare each answer with the oracle, and with one without the bias or with compact places."""
     for request, answer in zip(requests, answers, strict=True):
         rates = request.rate if isinstance(request.rate, tuple) else [request.rate] * 9
@@ -68,6 +68,8 @@ def check(live, oracle, requests, answers):
         segments = [run for image, rate in pairs for run in runs(live, oracle, image, rate)]
         ids = [*answer.prompt_ids, *answer.token_ids][:-1]
         found = compare_with(oracle, ids, segments, answer.log_probs, live.config)
+        control = found.without_bias if segments else None
+        measured(live.config, live.kernel, found.exact, control, TOLERANCE)
         assert found.exact < TOLERANCE, request
         if not segments:
             continue
@@ -78,7 +80,7 @@ def check(live, oracle, requests, answers):
 
 
 @pytest.mark.situation("a family of one file: two runs, newlines, unequal segments")
-def test_a_family_is_one_file_and_its_row(toy, oracle, ask, images):
+def test_a_family_is_one_file_and_its_row(toy, oracle, ask, images, measured):
     two = "USER: <image><image> {text} ASSISTANT:"
     requests = [
         ask("what shape is red?", images[1], rate=0.778),
@@ -86,16 +88,18 @@ def test_a_family_is_one_file_and_its_row(toy, oracle, ask, images):
         ask("is there a red circle?", images[3], images[4], rate=(0.5, 0.9), form=two),
         ask("how are you?"),
     ]
-    check(toy, oracle, requests, toy.ask(requests))
+    check(toy, oracle, requests, toy.ask(requests), measured)
 
 
-def test_the_pictures_are_encoded_once_and_their_prefix_is_shared(toy, oracle, ask, images):
+def test_the_pictures_are_encoded_once_and_their_prefix_is_shared(
+    toy, oracle, ask, images, measured
+):
     requests = [Request(text, (images[5],), 0.1) for text in ("what shape is red?", "how many?")]
     first = toy.ask(requests[:1])
     encoded = toy.encoded
     second = toy.ask(requests[1:])
     assert toy.encoded == encoded and second[0].cached_tokens > 0
-    check(toy, oracle, requests, [*first, *second])
+    check(toy, oracle, requests, [*first, *second], measured)
 
 
 def test_rows_that_are_kept_are_as_many_as_placeholders(toy, ask, images):
