@@ -21,7 +21,7 @@ ifeq ($(shell uname -s),Linux)
 env:  ## make or update the virtual environment (.venv, or $ERA_VENV)
 	@deploy/environment.sh
 
-check:  ## ruff, pyright, import-linter and the tests that need no vLLM (under a minute)
+check:  ## ruff, pyright, import-linter and the tests that start no engine (three minutes)
 	@$(TIMED) deploy/environment.sh; \
 	$(BIN)/ruff check . ; \
 	$(BIN)/ruff format --check . ; \
@@ -29,7 +29,7 @@ check:  ## ruff, pyright, import-linter and the tests that need no vLLM (under a
 	$(BIN)/lint-imports --no-logo ; \
 	$(PYTEST) $(QUICK) -m "$(APART) and not slow"
 
-test:  ## check, then the other tests that a CPU runs in time (some 16 minutes)
+test:  ## check, then the other tests that a CPU runs in time (some 30 minutes)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
 	$(PYTEST) tests $(QUICK:%=--ignore=%) -m "$(APART) and not slow"
 
