@@ -56,12 +56,13 @@ class PrunedModelMixin(nn.Module):
         self.bias_buffer = swap(self.adapter.language_model(self), vllm_config, self.era)
         table = table_rows(hf_config.get_text_config()) + more
         self.step_state = StepState(self.bias_buffer, self.family.axes, table)
-        self._rehearsed = False
+        self._rehearsed = model_config.multimodal_config.skip_mm_profiling
 
     def embed_multimodal(self, **inputs: object) -> list[Tensor]:
         """Return for each item [kept, d + c]: what stays of it, in its unpruned order, packed.
 
-        The first call, with which vLLM profiles memory, also runs the reducer at its largest.
+        The first call, with which vLLM profiles memory, also runs the reducer at its largest (not
+        where profiling is switched off, so that no user waits for it).
         """
         modality = modality_of(inputs, self.family.modalities)
         items = unpack_items(inputs, self.adapter, self.config, modality)

@@ -79,10 +79,19 @@ class PrunedInfoMixin:
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
         """Budget the encoder for an item at rate 0, which any request may ask for."""
+        largest = self._largest(seq_len, mm_counts)
+        return {modality: layout.length for modality, layout in largest.items()}
+
+    def most_work(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """Return the tokens that the tower makes for the largest item, padding included."""
+        largest = self._largest(seq_len, mm_counts)
+        return {modality: layout.work for modality, layout in largest.items()}
+
+    def _largest(self, seq_len: int, mm_counts: Mapping[str, int]) -> dict[str, Layout]:
         return {
             modality: self.layout(
                 modality, self.adapter.max_shape(self, modality, seq_len, mm_counts)
-            ).length
+            )
             for modality in self.family.modalities
             if mm_counts.get(modality, 1)
         }

@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Final
 
+from era_vllm.errors import UnsupportedError
 from era_vllm.vllm_plugin.families import FAMILIES, Family
 from era_vllm.vllm_plugin.names import PREFIX, TOKENIZER_MODE
 from era_vllm.vllm_plugin.version import TESTED, installed_version
@@ -57,7 +58,14 @@ def register_family(architecture: str, family: Family) -> None:
     Args:
         architecture: As it stands in a model's config.json.
         family: Its row.
+
+    Raises:
+        UnsupportedError: it takes more than pictures, whose rates alone the renderer knows so far.
     """
+    if family.modalities != ("image",):
+        raise UnsupportedError(
+            f"family {architecture}: got modalities {', '.join(family.modalities)}, allowed: image"
+        )
     from vllm.model_executor.models.registry import ModelRegistry
 
     from era_vllm.compat import models_config_map

@@ -47,10 +47,10 @@ class EraScheduler(WorkBoundScheduler):
 
     @cached_property
     def _largest(self) -> "Mapping[str, int]":
-        """Rows of the largest item of each modality."""
+        """Work of the largest item of each modality."""
         config = self.vllm_config.model_config
         info = MULTIMODAL_REGISTRY.create_processor(config).info
-        return info.get_mm_max_tokens_per_item(config.max_model_len, info.allowed_mm_limits) or {}
+        return info.most_work(config.max_model_len, info.allowed_mm_limits)
 
 
 def importable_name(given: str | type[object]) -> str:

@@ -127,11 +127,22 @@ def test_another_packages_row_for_a_family_of_ours_does_not_switch_us_off(monkey
 
     from era_vllm.vllm_plugin.register import register_family
 
+    era_vllm.register()
     monkeypatch.delitem(RENDERER_REGISTRY.renderers, "era")
     name, family = next(iter(FAMILIES.items()))
     register_family(name, family)
     era_vllm.register()
     assert "era" in RENDERER_REGISTRY.renderers
+
+
+def test_a_family_of_more_than_pictures_is_refused():
+    """Its rates would be dropped on the way."""
+    from era_vllm.vllm_plugin.families import Family
+    from era_vllm.vllm_plugin.register import register_family
+
+    with pytest.raises(UnsupportedError, match="got modalities image, video, allowed: image"):
+        register_family("Some", Family("some:Class", ("image", "video")))
+    assert "Some" not in FAMILIES
 
 
 def test_untested_vllm_does_not_break_a_stock_process(monkeypatch):
