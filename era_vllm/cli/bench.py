@@ -125,7 +125,7 @@ dummy weights stay alive in this process and are asked in turn:
   era                this package: a step encodes as many rows as vLLM profiled memory for
   era, not bounded   the same, scheduled by vLLM's own class, which counts a picture's K tokens
 
-Goal: the longest pause is at most 1.1x stock's. Memory: three times the model, all at once. Writes
+Goal: the longest pause is at most stock's. Memory: three times the model, all at once. Writes
 OUT/bench-gap.json and .png.
 """
 
