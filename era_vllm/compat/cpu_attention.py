@@ -35,7 +35,7 @@ def fp8_kernel(dtype: "torch.dtype") -> str | None:
         return None
     try:
         return _get_attn_isa(dtype, 32, 32, "fp8")
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # vLLM's word for a CPU without one
         raise UnsupportedError(
             f"--kv-cache-dtype fp8: vLLM has no kernel for it on this CPU ({error}); use auto"
         ) from error

@@ -41,7 +41,7 @@ def on_failure(failed: Callable[[], None]) -> None:
     def waiting(*arguments: Any, **named: Any) -> None:  # noqa: ANN401  # vLLM's
         try:
             wait(*arguments, **named)
-        except Exception:
+        except Exception:  # whichever way vLLM says that one is lost; it goes on to the caller
             failed()
             raise
 

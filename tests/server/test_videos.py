@@ -147,12 +147,13 @@ def test_every_loader_of_vllms_samples_as_it_does(loader):
         for data in (GOOD["MP4, H.264"], GOOD["WebM, VP9"], GOOD["WebM, VP9"][:700]):
             try:
                 stock = MediaConnector(**kwargs).fetch_video(url_of(data)).media
-            except Exception:
-                with refusal(""):
+            except IndexError:  # of a loader that keeps no frame of the one that is cut off
+                with refusal("of its frames 0 are sampled"):
                     load(data, **kwargs)
             else:
-                same += bool(frames_alike(load(data, **kwargs), stock))
-    assert same >= 3, "nothing was compared"
+                assert frames_alike(load(data, **kwargs), stock)
+                same += 1
+    assert same >= 8, "of three files in three ways"
 
 
 def test_the_sampled_frames_are_those_that_it_says():
@@ -343,16 +344,19 @@ def test_fewer_frames_said_than_there_are(monkeypatch):
 @pytest.mark.parametrize("cut", [40, 5000, -2000, -300, -1])
 def test_a_file_that_is_cut_off_is_stocks_frames_or_a_clear_400(cut):
     """Of an MP4 whose header stands at its end nothing is left, of a WebM what came before."""
+    same = 0
     for data in (h264()[:cut], written("webm", "VP80", 60)[:cut], clips.gif()[:cut]):
         try:
             stock = MediaConnector().fetch_video(url_of(data)).media
-        except Exception:
+        except ValueError:  # vLLM's own, of one that it cannot open
             stock = None
         if stock is not None and len(stock[0]):
             assert frames_alike(load(data), stock)
+            same += 1
         else:
             with refusal("truncated, or damaged"):
                 load(data)
+    assert same == (0 if cut == 40 else 2)
 
 
 def test_ffmpeg_has_the_list_of_containers_too(tmp_path):
