@@ -1,12 +1,13 @@
 """Which code makes the numbers: part of every cache key, since caches outlive processes.
 
-A version alone does not tell two unreleased builds apart, nor two versions of a policy that is not
-ours. So the code itself is hashed: the same on every machine that has the same files.
+A version alone does not tell two unreleased builds apart, nor two versions of a policy or a family
+that is not ours. So the code itself is hashed: the same on every machine that has the same files.
 """
 
 import hashlib
 import inspect
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,13 @@ _NUMBERS: Final = ("attention", "compat", "models", "policies", "steps", "vllm_p
 
 
 @cache
-def build(policy: str) -> str:
-    """Return our version, a hash of our code, and one of the module of a policy from elsewhere."""
+def build(policy: str, family: str) -> str:
+    """Return our version, a hash of our code, and one of each module that is not ours.
+
+    Args:
+        policy: ``EraConfig.policy``.
+        family: ``Family.target``. What these modules import is not hashed.
+    """
     root = Path(inspect.getfile(era_vllm)).parent
     files = [*root.glob("*.py"), *(f for name in _NUMBERS for f in (root / name).rglob("*.py"))]
     own = hashlib.sha256()
@@ -28,6 +34,12 @@ def build(policy: str) -> str:
         own.update(path.read_bytes())
     parts = [era_vllm.__version__, own.hexdigest()[:12]]
     if ":" in policy:
-        source = Path(inspect.getfile(policy_class(policy))).read_bytes()
-        parts.append(hashlib.sha256(source).hexdigest()[:12])
+        parts.append(_of_file(inspect.getfile(policy_class(policy))))
+    module = family.partition(":")[0]
+    if not module.startswith(f"{era_vllm.__name__}."):
+        parts.append(_of_file(inspect.getfile(import_module(module))))
     return " ".join(parts)
+
+
+def _of_file(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]

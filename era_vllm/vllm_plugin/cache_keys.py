@@ -15,22 +15,27 @@ from vllm.multimodal.hasher import MultiModalHasher
 from era_vllm.config import EraConfig
 from era_vllm.plan import Plan
 from era_vllm.vllm_plugin.build import build
+from era_vllm.vllm_plugin.families import Family
 
 
-def namespace(config: EraConfig, salt: str | None = None) -> str:
+def namespace(config: EraConfig, family: Family, salt: str | None = None) -> str:
     """Return a prompt's cache salt: ours, then the user's own.
 
     Source: vLLM's ``cache_salt``, part of the first block's hash and so of every prefix.
     """
-    ours = f"era {build(config.policy)} {config.fingerprint()}"
+    ours = f"era {build(config.policy, family.target)} {config.fingerprint()}"
     return ours if salt is None else f"{ours} {salt}"
 
 
 def pruned_hashes(
-    hashes: Sequence[str], plans: Sequence[Plan], config: EraConfig, algorithm: str
+    hashes: Sequence[str],
+    plans: Sequence[Plan],
+    config: EraConfig,
+    family: Family,
+    algorithm: str,
 ) -> list[str]:
     """Salt each item's hash with what its plan keeps and the settings' fingerprint."""
-    settings = namespace(config)
+    settings = namespace(config, family)
     return [
         MultiModalHasher.hash_kwargs(
             algorithm, mm_hash=item, era_num_anchors=list(one.num_anchors), era_settings=settings

@@ -183,7 +183,9 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         plans = inputs.hf_processor_mm_kwargs.plans
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         return {
-            modality: pruned_hashes(hashes, plans[modality], self.info.era, algorithm)
+            modality: pruned_hashes(
+                hashes, plans[modality], self.info.era, self.info.family, algorithm
+            )
             if modality in plans
             else hashes
             for modality, hashes in super()._get_mm_hashes(inputs).items()

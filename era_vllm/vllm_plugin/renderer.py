@@ -16,6 +16,7 @@ from era_vllm.compat import input_processor
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.cache_keys import namespace
+from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.names import RATES
 from era_vllm.vllm_plugin.processor import TOKENS_BEFORE
 from era_vllm.vllm_plugin.rates import effective_rates
@@ -80,8 +81,9 @@ class EraRenderer(HfRenderer):
                 parameter=f"mm_processor_kwargs.{RATES}",
             )
         super()._apply_prompt_extras(prompts, prompt_extras)
+        family = family_of(self.model_config.hf_config)
         for row, prompt in enumerate(prompts):
-            salt = namespace(self.era, prompt.get("cache_salt"))
+            salt = namespace(self.era, family, prompt.get("cache_salt"))
             prompts[row] = {**prompt, "cache_salt": salt, **self._rates(prompt)}
 
     def _rates(self, prompt: dict[str, object]) -> dict[str, object]:

@@ -29,6 +29,7 @@ from era_vllm.vllm_plugin.version import check_vllm_version
 
 MODEL = str(CHECKPOINT)
 IMAGE_TOKEN = 4
+LLAVA = FAMILIES["LlavaForConditionalGeneration"]
 
 
 def test_engine_args_switch_pruning_on():
@@ -293,7 +294,7 @@ def test_our_version_is_in_every_images_identity(monkeypatch):
     def salted():
         build.cache_clear()
         plans = [plan_of(one_grid(12, 12, ()), 0.5, EraConfig())]
-        return pruned_hashes(["a"], plans, EraConfig(), "sha256")
+        return pruned_hashes(["a"], plans, EraConfig(), LLAVA, "sha256")
 
     before = salted()
     assert salted() == before
@@ -322,7 +323,7 @@ def test_every_prompt_is_in_a_namespace_of_our_settings(engine, setup, ask, imag
     (own,) = rendered_by(live, {"prompt": "USER: hello ASSISTANT:", "cache_salt": "mine"})
     (picture,) = rendered_by(live, ask("?", images[0]).prompt())
     (other,) = rendered_by(engine(setup(policy="dpp")), {"prompt": "USER: hello ASSISTANT:"})
-    ours = namespace(EraConfig())
+    ours = namespace(EraConfig(), LLAVA)
     assert ours.startswith(f"era {era_vllm.__version__} ")
     assert [one["cache_salt"] for one in (text, own, picture)] == [ours, f"{ours} mine", ours]
     assert other["cache_salt"] != ours

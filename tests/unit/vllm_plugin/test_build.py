@@ -26,9 +26,9 @@ def package(tmp_path, monkeypatch):
     return copy
 
 
-def build(policy="era"):
+def build(policy="era", family="era_vllm.models.llava:EraLlavaForConditionalGeneration"):
     """Ask anew."""
-    return module.build.__wrapped__(policy)
+    return module.build.__wrapped__(policy, family)
 
 
 def test_a_change_of_what_makes_numbers_is_another_build(package):
@@ -57,3 +57,17 @@ def test_a_policy_from_elsewhere_has_a_mark_of_its_own(package, tmp_path, monkey
         assert build("their_policy:Policy") not in (first, build())
     finally:
         sys.modules.pop("their_policy", None)
+
+
+def test_a_family_from_elsewhere_has_a_mark_of_its_own(package, tmp_path, monkeypatch):
+    """Its layout and its signals decide which tokens a cache holds."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "their_family.py"
+    path.write_text("class Model: ...\n")
+    try:
+        first = build(family="their_family:Model")
+        assert first.startswith(build()) and first != build()
+        path.write_text("class Model: ...  # a fix\n")
+        assert build(family="their_family:Model") not in (first, build())
+    finally:
+        sys.modules.pop("their_family", None)
