@@ -62,6 +62,9 @@ class EraConfig:
     positions: Literal["original", "compact"] = "original"
     """``original``: anchors and text keep the positions they have unpruned; ``compact``: K tokens
     take K positions. Source: docs/method.md, X11."""
+    separators: Literal["rows", "tile_rows", "none"] = "rows"
+    """Newlines of a tiled picture that stay where something is pruned: of each row, of each row of
+    tiles, or none. Source: reconstructed (docs/method.md, X13)."""
     allow_extrapolation: bool = False
     """With original positions, generate past those that the model was trained on; else an answer
     ends there, as unpruned."""
@@ -115,6 +118,12 @@ class EraConfig:
             "positions",
             self.positions,
             "'original' or 'compact'",
+        )
+        _check(
+            self.separators in ("rows", "tile_rows", "none"),
+            "separators",
+            self.separators,
+            "'rows', 'tile_rows' or 'none'",
         )
         _check(
             self.bias_store in get_args(BiasStoreName),

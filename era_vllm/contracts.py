@@ -112,6 +112,13 @@ class ModelAdapter(Protocol):
         size = cast("_Sizes", info).get_image_size_with_most_features()
         return (size.height, size.width)
 
+    def mark(self, info: object, modality: str) -> Sequence[int]:
+        """Return the tokens that stand for an item in a prompt, before placeholders take its place.
+
+        By default the modality's own token.
+        """
+        return [getattr(cast("_Info", info).get_hf_config(), f"{modality}_token_id")]
+
     def layout(self, hf_config: object, modality: str, shape: tuple[int, ...]) -> Layout:
         """Return where an item's tokens stand unpruned, and what is pruned together.
 
@@ -124,6 +131,13 @@ class ModelAdapter(Protocol):
         """Rows that an item has in each encoder input that is concatenated over items.
 
         All other inputs have one row an item. So a pass can be cut at items.
+        """
+        return {}
+
+    def unpadded_rows(self, layout: Layout) -> Mapping[str, int]:
+        """Rows that are the item's own in each input that is padded to its neighbours' number.
+
+        So that pixels, their hash and the tower's work are the same whatever else a request holds.
         """
         return {}
 
@@ -175,6 +189,10 @@ class _Size(Protocol):
 @runtime_checkable
 class _Pictures(Protocol):
     def get_image_size(self, item_idx: int) -> _Size: ...
+
+
+class _Info(Protocol):
+    def get_hf_config(self) -> object: ...
 
 
 @runtime_checkable

@@ -71,7 +71,7 @@ class Layout:
         object.__setattr__(self, "spans", self.spans or self.run_lengths)
         if sum(self.run_lengths) != self.length or len(self.spans) != len(self.run_lengths):
             raise ValueError(f"runs of {self.run_lengths} places, {self.length} in all")
-        kept = {*self.run_of_segment, *(i for i, n in enumerate(self.separators_of_run) if n)}
+        kept = {*self.run_of_segment, *(i for i, n in enumerate(self.by_run(self.separators)) if n)}
         if len(kept) != len(self.run_lengths):
             raise ValueError(f"runs of {self.run_lengths} places: nothing of one would be kept")
 
@@ -85,17 +85,24 @@ class Layout:
     @cached_property
     def run_of_segment(self) -> tuple[int, ...]:
         """The run in which each segment is."""
-        return tuple(self._run(int(segment.places[0])) for segment in self.segments)
+        first = torch.tensor([int(one.places[0]) for one in self.segments], dtype=torch.int64)
+        return tuple(map(int, self._runs(first)))
 
     @cached_property
-    def separators_of_run(self) -> tuple[int, ...]:
-        """How many separators each run has."""
-        found = [self._run(int(place)) for place in self.separators]
-        return tuple(map(found.count, range(len(self.run_lengths))))
+    def outside(self) -> Int[Tensor, "k"]:
+        """Places in no segment, those of the separators among them."""
+        inside = torch.zeros(self.length, dtype=torch.bool)
+        for segment in self.segments:
+            inside[segment.places] = True
+        return (~inside).nonzero()[:, 0]
 
-    def _run(self, place: int) -> int:
+    def by_run(self, places: Int[Tensor, "k"]) -> list[int]:
+        """Return how many of these places each run has."""
+        return [*map(int, self._runs(places).bincount(minlength=len(self.run_lengths)))]
+
+    def _runs(self, places: Int[Tensor, "k"]) -> Int[Tensor, "k"]:
         ends = torch.tensor(self.run_lengths).cumsum(0)
-        return int(torch.searchsorted(ends, place, right=True))
+        return torch.searchsorted(ends, places, right=True)
 
 
 @lru_cache(maxsize=256)
@@ -103,3 +110,34 @@ def one_grid(rows: int, columns: int, shape: tuple[int, ...]) -> Layout:
     """Return the layout of an item that is one segment and nothing else."""
     segment = SegmentLayout((rows, columns), torch.arange(rows * columns))
     return Layout(shape, rows * columns, (segment,))
+
+
+def equal_units(
+    grid: tuple[int, int],
+    units: int,
+    shape: tuple[int, ...],
+    *,
+    work: int,
+    separators: int = 0,
+    runs: bool = False,
+) -> Layout:
+    """Return the layout of tiles or frames of one size, a segment each, one after another.
+
+    Args:
+        grid: Rows and columns of a unit's tokens.
+        units: How many there are.
+        work: Tokens that the tower makes of a unit.
+        separators: Rows behind the last unit.
+        runs: Text stands between the units.
+    """
+    n = grid[0] * grid[1]
+    length = units * n + separators
+    return Layout(
+        shape,
+        length,
+        tuple(SegmentLayout(grid, torch.arange(unit * n, unit * n + n)) for unit in range(units)),
+        torch.arange(units * n, length),
+        units=units,
+        work=units * work,
+        run_lengths=(n,) * units if runs else (),
+    )

@@ -7,6 +7,9 @@ identity, reducer, reports) reads the plan. Leaves out: where rates come from (`
 from dataclasses import dataclass
 from functools import cached_property
 
+from jaxtyping import Int
+from torch import Tensor
+
 from era_vllm.config import EraConfig
 from era_vllm.layout import Layout
 
@@ -20,9 +23,18 @@ class Plan:
     """K of each segment, in [1, n]."""
 
     @cached_property
+    def separators(self) -> Int[Tensor, "k"]:
+        """Places that stay as they are: the layout's separators.
+
+        Where nothing is pruned nothing is dropped either, so that such an item is stock's.
+        """
+        full = sum(self.num_anchors) == sum(segment.n for segment in self.layout.segments)
+        return self.layout.outside if full else self.layout.separators
+
+    @cached_property
     def kept(self) -> tuple[int, ...]:
         """Tokens that stay of each run, separators included."""
-        kept = list(self.layout.separators_of_run)
+        kept = self.layout.by_run(self.separators)
         for run, count in zip(self.layout.run_of_segment, self.num_anchors, strict=True):
             kept[run] += count
         return tuple(kept)

@@ -26,6 +26,7 @@ ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "out" / "situations.json"
 TABLE: Final = ROOT / "docs" / "situations.md"
 GPU: Final = "GPU: "
+LLAVA: Final = "LlavaForConditionalGeneration"
 SITUATIONS: Final = (
     "one image",
     "several images",
@@ -40,6 +41,9 @@ SITUATIONS: Final = (
     "abort in mid-prefill",
     "more images than a tower pass",
     "a family of one file: two runs, newlines, unequal segments",
+    "other newlines",
+    "videos",
+    "pictures beside videos",
     "idle dummy batches",
     "decoding past the rope table",
     "tensor parallel 2",
@@ -94,6 +98,8 @@ class Measured:
     allowed: float
     kernel: str = ""
     """vLLM's name of the attention kernel: a CPU's instruction set, a GPU's backend."""
+    family: str = LLAVA
+    """Architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +229,7 @@ def render(results: Mapping[str, Result], refused: Mapping[str, str]) -> str:
             *_table(
                 (
                     "situation",
+                    "family",
                     "positions",
                     "bias store",
                     "test",
@@ -251,14 +258,15 @@ def render(results: Mapping[str, Result], refused: Mapping[str, str]) -> str:
 
 def _shown(results: Mapping[str, Result]) -> Iterator[tuple[str, ...]]:
     """Yield a row for each passed test, positions and store, in the order of ``SITUATIONS``."""
-    groups: dict[tuple[str, str, str, str], list[Measured]] = defaultdict(list)
-    counted: dict[tuple[str, str, str, str], str] = {}
-    places: dict[tuple[str, str, str, str], set[str]] = defaultdict(set)
+    groups: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    counted: dict[tuple[str, ...], str] = {}
+    places: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for test, result in results.items():
         if result.outcome == "passed":
             for one in result.measured:
                 name = test.removeprefix("tests/").partition("[")[0]
-                key = result.situation, one.positions, one.store, name
+                family = one.family.removesuffix("ForConditionalGeneration")
+                key = result.situation, family, one.positions, one.store, name
                 groups[key].append(one)
                 counted[key] = ", ".join(result.counted)
                 place = result.machine, one.kernel, result.commit
@@ -267,9 +275,10 @@ def _shown(results: Mapping[str, Result]) -> Iterator[tuple[str, ...]]:
         rows = groups[key]
         controls = [row.without_bias for row in rows if row.without_bias is not None]
         closest = max(rows, key=lambda row: row.difference / row.allowed)
-        situation, positions, store, test = key
+        situation, family, positions, store, test = key
         yield (
             f"{situation} ({counted[key]})" if counted[key] else situation,
+            family,
             positions,
             store,
             f"`{test}`",

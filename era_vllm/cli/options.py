@@ -67,6 +67,12 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "original|compact",
         "whether anchors and text keep their unpruned positions (default original)",
     ),
+    "separators": (
+        str,
+        "rows|tile_rows|none",
+        "newlines of a tiled picture that stay: of each row, of each row of tiles, none (default "
+        "rows)",
+    ),
     "bias_store": (str, "NAME", "where a slot's bias is kept (default key_columns)"),
     "bias_columns": (
         int,

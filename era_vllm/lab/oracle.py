@@ -9,10 +9,10 @@ with it.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -39,8 +39,107 @@ class Segment:
     """Visual tokens before pruning."""
 
 
-class Oracle:
-    """A LLaVA checkpoint in plain transformers, with eager attention."""
+class LanguageOracle:
+    """A language model in plain transformers, with eager attention, given what its tower gave."""
+
+    model: Any
+    """The Hugging Face model, float32."""
+    dtype: torch.dtype
+
+    @property
+    def visual_tokens(self) -> Sequence[int]:
+        """Token ids that stand for visual tokens in a prompt."""
+        return [self.model.config.image_token_id]
+
+    @torch.inference_mode()
+    def log_probs(
+        self,
+        token_ids: Sequence[int],
+        segments: Sequence[Segment],
+        last: int,
+        *,
+        positions: Literal["original", "compact"] = "original",
+        bias: bool = True,
+        gamma: Gamma = None,
+    ) -> Float32[Tensor, "m v"]:
+        """Return log-probabilities over the vocabulary after each of the last m tokens.
+
+        Args:
+            token_ids: Prompt and answer; each image stands as one run of placeholders, as long as
+                its segment.
+            segments: One a run, in the order of the prompt.
+            last: m.
+            positions: Whether anchors and text keep the positions they have unpruned.
+            bias: False leaves the bias out: the control that a comparison must fail.
+            gamma: ``EraConfig.gamma``, the exponent of each layer and KV head.
+        """
+        ids = torch.tensor([list(token_ids)])
+        embeds = self.model.get_input_embeddings()(ids)
+        visual = self.is_visual(ids, last)
+        column = torch.zeros(ids.shape, dtype=torch.float32)
+        if segments:
+            embeds[visual] = torch.cat([segment.embeds for segment in segments]).to(embeds.dtype)
+            column[visual] = torch.cat([segment.log_bias for segment in segments])
+        length = ids.shape[1]
+        causal = torch.full((length, length), torch.finfo(self.dtype).min).triu(1)
+
+        def mask(exponents: Float32[Tensor, "h"]) -> Float[Tensor, "1 h t t"]:
+            added = exponents[:, None, None] * column
+            return (causal + added.masked_fill(causal < 0, 0.0))[None].to(self.dtype)
+
+        with ExitStack() as stack:
+            if bias and gamma is not None:
+                for layer, exponents in self._exponents(gamma):
+                    stack.callback(_give_mask(layer, mask(exponents)).remove)
+            hidden = self.model.model.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask(torch.full((1,), float(bias))),
+                position_ids=self.position_ids(visual[0], segments, positions)[None],
+                use_cache=False,
+            ).last_hidden_state
+        return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
+
+    def is_visual(self, token_ids: Int[Tensor, "1 t"], last: int) -> Bool[Tensor, "1 t"]:
+        """Return where visual tokens stand: none among the answer's, whatever a model says."""
+        visual = torch.isin(token_ids, torch.tensor(list(self.visual_tokens)))
+        visual[:, token_ids.shape[1] - last + 1 :] = False
+        return visual
+
+    def _exponents(self, gamma: Gamma) -> Iterator[tuple[nn.Module, Float32[Tensor, "hq"]]]:
+        """Return each decoder layer with the exponents of its query heads."""
+        layers = self.model.model.language_model.layers
+        text = self.model.config.get_text_config()
+        table = EraConfig(gamma=gamma).exponents(len(layers), text.num_key_value_heads)
+        groups = text.num_attention_heads // text.num_key_value_heads
+        for layer, row in zip(layers, table, strict=True):
+            yield layer, torch.tensor(row).repeat_interleave(groups)
+
+    def position_ids(
+        self,
+        visual: Bool[Tensor, "t"],
+        segments: Sequence[Segment],
+        positions: Literal["original", "compact"],
+    ) -> Int[Tensor, "t"]:
+        """Return each token's position, spelled out token by token."""
+        if positions == "compact":
+            return torch.arange(len(visual))
+        waiting, places, place = list(segments), [], 0
+        left: list[int] = []
+        for is_visual in visual.tolist():
+            if not is_visual:
+                places.append(place)
+                place += 1
+                continue
+            if not left:
+                segment = waiting.pop(0)
+                left = [place + index for index in segment.anchors.tolist()]
+                place += segment.n
+            places.append(left.pop(0))
+        return torch.tensor(places)
+
+
+class Oracle(LanguageOracle):
+    """A LLaVA-1.5 checkpoint, tower included."""
 
     def __init__(
         self, path: str, dtype: torch.dtype = torch.float32, *, language: bool = True
@@ -145,86 +244,6 @@ class Oracle:
         embeds = average(tokens.embeds, clusters)
         rows = zip(embeds, policy.log_bias(tokens, clusters), anchors, strict=True)
         return [Segment(*row, tokens.n) for row in rows]
-
-    @torch.inference_mode()
-    def log_probs(
-        self,
-        token_ids: Sequence[int],
-        segments: Sequence[Segment],
-        last: int,
-        *,
-        positions: Literal["original", "compact"] = "original",
-        bias: bool = True,
-        gamma: Gamma = None,
-    ) -> Float32[Tensor, "m v"]:
-        """Return log-probabilities over the vocabulary after each of the last m tokens.
-
-        Args:
-            token_ids: Prompt and answer; each image stands as one run of placeholders, as long as
-                its segment.
-            segments: One an image, in the order of the prompt.
-            last: m.
-            positions: Whether anchors and text keep the positions they have unpruned.
-            bias: False leaves the bias out: the control that a comparison must fail.
-            gamma: ``EraConfig.gamma``, the exponent of each layer and KV head.
-        """
-        ids = torch.tensor([list(token_ids)])
-        embeds = self.model.get_input_embeddings()(ids)
-        visual = ids == self.image_token
-        column = torch.zeros(ids.shape, dtype=torch.float32)
-        if segments:
-            embeds[visual] = torch.cat([segment.embeds for segment in segments]).to(embeds.dtype)
-            column[visual] = torch.cat([segment.log_bias for segment in segments])
-        length = ids.shape[1]
-        causal = torch.full((length, length), torch.finfo(self.dtype).min).triu(1)
-
-        def mask(exponents: Float32[Tensor, "h"]) -> Float[Tensor, "1 h t t"]:
-            added = exponents[:, None, None] * column
-            return (causal + added.masked_fill(causal < 0, 0.0))[None].to(self.dtype)
-
-        with ExitStack() as stack:
-            if bias and gamma is not None:
-                for layer, exponents in self._exponents(gamma):
-                    stack.callback(_give_mask(layer, mask(exponents)).remove)
-            hidden = self.model.model.language_model(
-                inputs_embeds=embeds,
-                attention_mask=mask(torch.full((1,), float(bias))),
-                position_ids=self.position_ids(ids[0], segments, positions)[None],
-                use_cache=False,
-            ).last_hidden_state
-        return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
-
-    def _exponents(self, gamma: Gamma) -> Iterator[tuple[nn.Module, Float32[Tensor, "hq"]]]:
-        """Return each decoder layer with the exponents of its query heads."""
-        layers = self.model.model.language_model.layers
-        text = self.model.config.get_text_config()
-        table = EraConfig(gamma=gamma).exponents(len(layers), text.num_key_value_heads)
-        groups = text.num_attention_heads // text.num_key_value_heads
-        for layer, row in zip(layers, table, strict=True):
-            yield layer, torch.tensor(row).repeat_interleave(groups)
-
-    def position_ids(
-        self,
-        token_ids: Int[Tensor, "t"],
-        segments: Sequence[Segment],
-        positions: Literal["original", "compact"],
-    ) -> Int[Tensor, "t"]:
-        """Return each token's position, spelled out token by token."""
-        if positions == "compact":
-            return torch.arange(len(token_ids))
-        waiting, places, place = list(segments), [], 0
-        left: list[int] = []
-        for token in token_ids.tolist():
-            if token != self.image_token:
-                places.append(place)
-                place += 1
-                continue
-            if not left:
-                segment = waiting.pop(0)
-                left = [place + index for index in segment.anchors.tolist()]
-                place += segment.n
-            places.append(left.pop(0))
-        return torch.tensor(places)
 
     def prompt_ids(self, text: str, num_anchors: Sequence[int]) -> list[int]:
         """Tokenize a prompt and widen each ``<image>`` to its number of anchors."""

@@ -20,16 +20,20 @@ class LlavaAdapter(ModelAdapter):
     """Facts about LLaVA-1.5."""
 
     provides = frozenset({Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
+    tower: type = CLIPVisionConfig
+    strategy = "default"
+    """Which tokens of the tower are visual ones: all but the CLS token."""
+    skipped_keys = 1
 
     def check(self, hf_config: LlavaConfig) -> None:
-        """Refuse other towers, and a CLS token among the visual ones."""
-        if not isinstance(vision := hf_config.vision_config, CLIPVisionConfig):
+        """Refuse other towers, and another choice of tokens."""
+        if not isinstance(vision := hf_config.vision_config, self.tower):
             raise UnsupportedError(
-                f"LLaVA vision tower: got {type(vision).__name__}, allowed: CLIPVisionConfig"
+                f"vision tower: got {type(vision).__name__}, allowed: {self.tower.__name__}"
             )
-        if (strategy := hf_config.vision_feature_select_strategy) != "default":
+        if (strategy := hf_config.vision_feature_select_strategy) != self.strategy:
             raise UnsupportedError(
-                f"vision_feature_select_strategy: got {strategy!r}, allowed: 'default' (no CLS)"
+                f"vision_feature_select_strategy: got {strategy!r}, allowed: {self.strategy!r}"
             )
 
     def layout(self, hf_config: LlavaConfig, modality: str, shape: tuple[int, ...]) -> Layout:
@@ -48,7 +52,8 @@ class LlavaAdapter(ModelAdapter):
         """That layer of the built tower."""
         built = model.vision_tower.vision_model.encoder.layers
         tapped = built[self.encoder_layer(hf_config, layer) - 1].self_attn.attn
-        return TappedLayer(tapped, hf_config.vision_config.num_attention_heads, skipped_keys=1)
+        heads = hf_config.vision_config.num_attention_heads
+        return TappedLayer(tapped, heads, self.skipped_keys)
 
 
 EraLlavaForConditionalGeneration = pruned_model(

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from era_vllm.errors import UnsupportedError
 from era_vllm.vllm_plugin.names import PREFIX
+from era_vllm.vllm_plugin.requests import MODALITIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Family:
 FAMILIES: Final = {
     "LlavaForConditionalGeneration": Family(
         "era_vllm.models.llava:EraLlavaForConditionalGeneration"
+    ),
+    "LlavaNextForConditionalGeneration": Family(
+        "era_vllm.models.llava_next:EraLlavaNextForConditionalGeneration"
     ),
 }
 
@@ -47,6 +51,14 @@ def family_of(hf_config: object) -> Family:
         UnsupportedError: it has none.
     """
     return FAMILIES[_original(getattr(hf_config, "architectures", None))]
+
+
+def modalities_of(hf_config: object) -> tuple[str, ...]:
+    """Return what a served model takes: its family's, or whatever a request may hold."""
+    try:
+        return family_of(hf_config).modalities
+    except UnsupportedError:  # a stock engine serves any model
+        return MODALITIES
 
 
 def _original(architectures: Sequence[str] | None) -> str:

@@ -121,12 +121,12 @@ class Inspector:
 
 def _of_slots(one: PrunedItem) -> Float32[Tensor, "k"]:
     """Return the log-bias of an item's tokens in the order of the prompt; separators have none."""
-    layout = one.item.plan.layout
+    layout, separators = one.item.plan.layout, one.item.plan.separators
     pairs = list(zip(layout.segments, one.segments, strict=True))
     bias = [of.result.log_bias[of.row].cpu() for _, of in pairs]
     places = [segment.places[of.result.anchors[of.row].cpu()] for segment, of in pairs]
-    bias.append(torch.zeros(len(layout.separators)))
-    return torch.cat(bias)[torch.cat([*places, layout.separators]).argsort()]
+    bias.append(torch.zeros(len(separators)))
+    return torch.cat(bias)[torch.cat([*places, separators]).argsort()]
 
 
 def token_entropy(policy: PruningPolicy, tokens: VisualTokens) -> Float32[Tensor, "s n"] | None:

@@ -159,8 +159,14 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
 
     def _check_placeholders(self, prompt: str | Sequence[int], modality: str, items: int) -> None:
         """Refuse a prompt from which items' marks were cut, which vLLM takes for a fault."""
-        mark = getattr(self.info.get_hf_config(), f"{modality}_token_id", None)
-        if isinstance(prompt, str) or mark is None or (found := prompt.count(mark)) >= items:
+        if isinstance(prompt, str) or not items:
+            return
+        mark = list(self.info.adapter.mark(self.info, modality))
+        found = sum(list(prompt[at : at + len(mark)]) == mark for at in range(len(prompt)))
+        if found < items and len(mark) > 1:  # its tokens may have merged with their neighbours
+            tokenizer = self.info.get_tokenizer()
+            found = tokenizer.decode(prompt).count(tokenizer.decode(mark))
+        if found >= items:
             return
         raise VLLMValidationError(
             f"the prompt has {found} places for {items} {modality}s; leave truncate_prompt_tokens "
@@ -209,6 +215,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         Here and not in ``_call_hf_processor``, which some families go round.
         """
         processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        for plans in hf_kwargs.plans.values():
+            self._cut_padding(processed, plans)
         stock = super()._get_mm_fields_config(processed, hf_kwargs)
         for modality, plans in hf_kwargs.plans.items():
             if not plans:
@@ -218,6 +226,16 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             hashes = [pixel_hash(_pixels(item)) for item in items]
             processed.update(pack_items(plans, hashes, modality))
         return processed
+
+    def _cut_padding(self, processed: BatchFeature, plans: Sequence[Plan]) -> None:
+        """Give each item its own rows. Mutates: processed."""
+        own = [self.info.adapter.unpadded_rows(plan.layout) for plan in plans]
+        for name in own[0] if own else ():
+            pairs = zip(processed[name], own, strict=True)
+            processed[name] = [
+                rows if len(rows) == counts[name] else rows[: counts[name]].clone()
+                for rows, counts in pairs
+            ]
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]

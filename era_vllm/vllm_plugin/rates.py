@@ -11,8 +11,8 @@ from typing import Final
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.names import RATES
+from era_vllm.vllm_plugin.requests import MODALITIES
 
-_MODALITIES: Final = ("image", "video")
 _NEAR: Final = 0.85  # so that EVS's video_pruning_rate is another name
 
 
@@ -33,8 +33,8 @@ def effective_rates(
     refuse_misspelt(processor_kwargs)
     given = processor_kwargs.get(RATES)
     by_modality = given if isinstance(given, Mapping) else _of_modalities(given)
-    if unknown := [name for name in by_modality if name not in _MODALITIES]:
-        raise ConfigError(f"{RATES}: got {unknown[0]!r}, allowed: {' and '.join(_MODALITIES)}")
+    if unknown := [name for name in by_modality if name not in MODALITIES]:
+        raise ConfigError(f"{RATES}: got {unknown[0]!r}, allowed: {' and '.join(MODALITIES)}")
     return {
         modality: _rates(by_modality.get(modality), modality, count, config)
         for modality, count in items.items()
@@ -45,7 +45,7 @@ def _of_modalities(given: object) -> dict[str, object]:
     """A number is for every item; a list is the pictures'."""
     if isinstance(given, list | tuple):
         return {"image": given}
-    return dict.fromkeys(_MODALITIES, given)
+    return dict.fromkeys(MODALITIES, given)
 
 
 def _rates(given: object, modality: str, count: int, config: EraConfig) -> list[float]:

@@ -131,6 +131,7 @@ Members = list[tuple[int, int]]
 class _OnDevice(NamedTuple):
     places: list[Int[Tensor, "n"]]
     separators: Int[Tensor, "k"]
+    outside: Int[Tensor, "k"]
     offsets: Int[Tensor, "length p"]
 
 
@@ -142,7 +143,8 @@ def _on(layout: Layout, device: torch.device) -> _OnDevice:
         return x.to(device, non_blocking=True)
 
     places = [to(segment.places) for segment in layout.segments]
-    return _OnDevice(places, to(layout.separators), to(layout.position_offsets))
+    outside = to(layout.outside)
+    return _OnDevice(places, to(layout.separators), outside, to(layout.position_offsets))
 
 
 def _groups(items: Sequence[Encoded]) -> Iterator[tuple[int, Members]]:
@@ -184,7 +186,8 @@ def _packed(items: Sequence[Encoded], members: Members, result: PrunedTokens) ->
 def _assembled(item: Encoded, pruned: PrunedItem) -> Tensor:
     """Return an item's packed rows in their unpruned order. No host synchronisation."""
     layout, device = item.item.plan.layout, item.rows.device
-    if len(pruned.segments) == 1 and not len(layout.separators):
+    separators = item.item.plan.separators
+    if len(pruned.segments) == 1 and not len(separators):
         (only,) = pruned.segments
         return only.packed[only.row]
     known = _on(layout, device)
@@ -193,8 +196,9 @@ def _assembled(item: Encoded, pruned: PrunedItem) -> Tensor:
         own[segment.result.anchors[segment.row]]
         for own, segment in zip(known.places, pruned.segments, strict=True)
     ]
-    if len(layout.separators):
-        kept, at = item.rows[known.separators], known.separators
+    if len(separators):
+        at = known.separators if separators is layout.separators else known.outside
+        kept = item.rows[at]
         no_bias = torch.zeros(len(at), dtype=torch.float32, device=device)
         rows.append(pack(kept, no_bias, known.offsets[at]))
         places.append(at)

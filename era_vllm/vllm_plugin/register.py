@@ -11,6 +11,7 @@ from typing import Final
 from era_vllm.errors import UnsupportedError
 from era_vllm.vllm_plugin.families import FAMILIES, Family
 from era_vllm.vllm_plugin.names import PREFIX, TOKENIZER_MODE
+from era_vllm.vllm_plugin.requests import MODALITIES
 from era_vllm.vllm_plugin.version import TESTED, installed_version
 
 logger = logging.getLogger(__name__)
@@ -60,11 +61,12 @@ def register_family(architecture: str, family: Family) -> None:
         family: Its row.
 
     Raises:
-        UnsupportedError: it takes more than pictures, whose rates alone the renderer knows so far.
+        UnsupportedError: it takes something else than pictures and videos.
     """
-    if family.modalities != ("image",):
+    if not set(family.modalities) <= set(MODALITIES):
         raise UnsupportedError(
-            f"family {architecture}: got modalities {', '.join(family.modalities)}, allowed: image"
+            f"family {architecture}: got modalities {', '.join(family.modalities)}, allowed: "
+            f"{', '.join(MODALITIES)}"
         )
     from vllm.model_executor.models.registry import ModelRegistry
 

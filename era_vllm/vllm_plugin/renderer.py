@@ -1,14 +1,15 @@
-"""The renderer behind ``--tokenizer-mode era``: vLLM's own, plus one effective rate per image.
+"""The renderer behind ``--tokenizer-mode era``: vLLM's own, plus one effective rate an item.
 
 Every kind of request passes here after vLLM has refused what clients may not send, so this is
 where rates are made explicit, and where a bad one becomes an HTTP 400 before any work is done.
-What was done with each image goes back into the request's context.
+What was done with each item goes back into the request's context.
 """
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from functools import cached_property, partial
 from typing import Final
 
+from PIL.Image import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
@@ -22,10 +23,10 @@ from era_vllm.vllm_plugin.processor import TOKENS_BEFORE
 from era_vllm.vllm_plugin.rates import effective_rates
 from era_vllm.vllm_plugin.requests import (
     FIELD,
-    ImageRate,
+    ItemRate,
     current,
     image_details,
-    image_rates,
+    item_rates,
     reports,
 )
 from era_vllm.vllm_plugin.resolve import era_config
@@ -34,6 +35,8 @@ from era_vllm.vllm_plugin.trained_range import end_in_time
 _DETAILS = "era_details"
 _ITEM_RATES = "era_rates"
 """Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
+_AXES: Final = {"image": 3, "video": 4}
+"""Modality -> axes of an array that is one item."""
 _MOST_PIXELS: Final = 2**24
 """Larger pictures of a request are not kept until the engine has begun to answer it."""
 RENDER: Final = "era_render"
@@ -87,38 +90,56 @@ class EraRenderer(HfRenderer):
             prompts[row] = {**prompt, "cache_salt": salt, **self._rates(prompt)}
 
     def _rates(self, prompt: dict[str, object]) -> dict[str, object]:
-        """Return what a prompt needs for its images to be pruned; nothing where it has none."""
+        """Return what a prompt needs for its items to be pruned; nothing where it has none."""
         data = prompt.get("multi_modal_data")
-        images = data.get("image") if isinstance(data, dict) else None
-        if images is None:
+        counts = {
+            modality: _count(data[modality], axes)
+            for modality, axes in _AXES.items()
+            if isinstance(data, dict) and data.get(modality) is not None
+        }
+        if not counts:
             return {}
         given = prompt.get("mm_processor_kwargs")
         kwargs = dict(given) if isinstance(given, dict) else {}
         try:
-            rates = self._image_rates(kwargs, prompt.get(_DETAILS), _count(images))
+            rates = self._item_rates(kwargs, prompt.get(_DETAILS), counts)
         except ConfigError as error:
             field = getattr(error, "field", f"mm_processor_kwargs.{RATES}")
             raise VLLMValidationError(str(error), parameter=field) from error
-        kwargs[RATES] = [rate.pruning_rate for rate in rates]
+        kwargs[RATES] = {
+            modality: [rate.pruning_rate for rate in some] for modality, some in rates.items()
+        }
         return {"mm_processor_kwargs": kwargs, _ITEM_RATES: rates}
 
-    def _image_rates(
-        self, kwargs: dict[str, object], details: Sequence[object] | None, count: int
-    ) -> list[ImageRate]:
-        explicit = effective_rates(kwargs, {"image": count}, self.era)
+    def _item_rates(
+        self,
+        kwargs: dict[str, object],
+        details: Sequence[object] | None,
+        counts: Mapping[str, int],
+    ) -> dict[str, list[ItemRate]]:
+        explicit = effective_rates(kwargs, counts, self.era)
         if RATES in kwargs:
-            return [ImageRate(rate, "era") for rate in explicit["image"]]
-        details = [None] * count if details is None else details
-        if len(details) != count:
+            return {
+                modality: [ItemRate(rate, "era") for rate in some]
+                for modality, some in explicit.items()
+            }
+        if details is not None and len(details) != (images := counts.get("image", 0)):
             raise ConfigError(
-                f"messages: got {count} images, but {len(details)} parts that are one; send each "
+                f"messages: got {images} images, but {len(details)} parts that are one; send each "
                 "as a part of type image_url or input_image"
             )
         request = current()
-        return image_rates(details, request.rate if request else None, self.era)
+        asked = request.rates if request else {}
+        every = {modality: [None] * count for modality, count in counts.items()}
+        if details is not None and "image" in counts:
+            every["image"] = list(details)
+        return {
+            modality: item_rates(some, asked.get(modality), self.era)
+            for modality, some in every.items()
+        }
 
     def process_for_engine(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
-        """Do what vLLM does, and report what was done with the images."""
+        """Do what vLLM does, and report what was done with the items."""
         inputs = super().process_for_engine(prompt, *args, **kwargs)
         self._report(prompt, inputs, **kwargs)
         return inputs
@@ -130,7 +151,7 @@ class EraRenderer(HfRenderer):
             kwargs["skip_mm_cache"] = True
         inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
         self._report(prompt, inputs, **kwargs)
-        known = None in inputs.get("mm_kwargs", {}).get("image", ())
+        known = any(None in some for some in inputs.get("mm_kwargs", {}).values())
         if known and request is not None and request.pixels <= _MOST_PIXELS:
             inputs[RENDER] = partial(self._process_again, prompt, *args, **kwargs)
         return inputs
@@ -156,8 +177,15 @@ class EraRenderer(HfRenderer):
         before, request = inputs.pop(TOKENS_BEFORE, None), current()
         if before is None or request is None or skip_mm_cache:
             return
-        after = [place.get_num_embeds() for place in inputs["mm_placeholders"]["image"]]
-        request.report(reports(prompt[_ITEM_RATES], before["image"], after, self.era))
+        places = inputs["mm_placeholders"]
+        after = {name: [place.get_num_embeds() for place in places[name]] for name in before}
+        request.report(
+            {
+                modality: reports(rates, before[modality], after[modality], self.era)
+                for modality, rates in prompt[_ITEM_RATES].items()
+                if rates
+            }
+        )
 
 
 def _details(messages: Iterable[object]) -> Sequence[object]:
@@ -180,12 +208,23 @@ def _with_lists(messages: Iterable[object]) -> list[object]:
     ]
 
 
-def _count(images: object) -> int:
-    """Return how many pictures vLLM will make of what a prompt holds as ``image``.
+def _count(items: object, axes: int) -> int:
+    """Return how many items vLLM will make of what a prompt holds of a modality.
+
+    Args:
+        items: The value.
+        axes: Of an array that is one.
 
     Upstream: vllm/multimodal/parse.py:753 ``_parse_image_data`` (0.32.0): a picture or an array of
-    three axes is one, anything else a row of them.
+    three axes is one, anything else a row of them; ``_parse_video_data``: so are an array of four,
+    a list of pictures or of arrays that are, and a pair of frames and facts.
     """
-    if getattr(images, "ndim", None) == 3 or not isinstance(images, Sized):
+    if getattr(items, "ndim", None) == axes or not isinstance(items, Sized):
         return 1
-    return len(images)
+    if axes == _AXES["image"] or not len(items):
+        return len(items)
+    pair = isinstance(items, tuple) and len(items) == 2
+    frames = isinstance(items, list) and all(
+        isinstance(item, Image) or getattr(item, "ndim", None) == axes - 1 for item in items
+    )
+    return 1 if pair or frames else len(items)

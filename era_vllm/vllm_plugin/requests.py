@@ -1,7 +1,8 @@
-"""What a request asks for and what was done with each of its images. No vllm or torch import.
+"""What a request asks for and what was done with each of its items. No vllm or torch import.
 
-A request says how much to prune by its ``era`` field, for all of its images, or by OpenAI's own
-``detail`` of each image; else the server's default holds. The field travels from the route to the
+An item is a picture or a video. A request says how much to prune by its ``era`` field, for all of
+its items or for each modality, or by OpenAI's own ``detail`` of a picture; else the server's
+default holds. The field travels from the route to the
 renderer, and the report back, in a ``RequestContext``: one context variable an HTTP request.
 Offline there is none, and a prompt may carry its rates itself (``rates``).
 """
@@ -18,11 +19,17 @@ from era_vllm.errors import ConfigError, unknown_name
 
 Source = Literal["era", "detail", "default"]
 FIELD: Final = "era"
-FORMS: Final = '{"pruning_rate": number} or {"level": name}'
+MODALITIES: Final = ("image", "video")
+FORMS: Final = (
+    '{"pruning_rate": number} or {"level": name}, or one of them by modality: '
+    '{"image": {...}, "video": {...}}'
+)
+_FORMS_OF_ONE: Final = '{"pruning_rate": number} or {"level": name}'
 DETAILS: Final = {"high": "off", "original": "off", "low": "strong", "auto": None}
 """OpenAI's ``detail`` -> level; None = the server's default."""
 _IMAGE_TYPES: Final = frozenset({"image_url", "input_image", "image_pil"})
 _IMAGE_KEYS: Final = frozenset({"image_url", "image_pil"})
+_VIDEO: Final = "video_url"
 
 
 class FieldError(ConfigError):
@@ -34,8 +41,8 @@ class FieldError(ConfigError):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRate:
-    """One image's effective rate, and what decided it."""
+class ItemRate:
+    """One item's effective rate, and what decided it."""
 
     pruning_rate: float
     source: Source
@@ -44,8 +51,8 @@ class ImageRate:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageReport:
-    """What was done with one image, as the response says it."""
+class ItemReport:
+    """What was done with one item, as the response says it."""
 
     pruning_rate: float
     level: str | None
@@ -62,12 +69,16 @@ class ImageReport:
         return asdict(self)
 
 
+Reports = Mapping[str, Sequence[ItemReport]]
+"""By modality."""
+
+
 @dataclass(slots=True)
 class RequestContext:
     """One HTTP request: its field in, what was done out."""
 
-    rate: float | None = None
-    """The rate that the ``era`` field asks for."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Modality -> the rate that the ``era`` field asks for."""
     details: Sequence[object] | None = None
     """``detail`` of each image, where vLLM's messages do not say; None = they do."""
     only_counted: bool = False
@@ -78,15 +89,15 @@ class RequestContext:
     """Of the first of its pictures that was refused, and counted."""
     loads: set[Any] = field(default_factory=set)
     """Tasks that load its pictures."""
-    images: Sequence[ImageReport] = ()
+    items: Reports = field(default_factory=dict)
     """Of the last prompt, which is a chat's only one."""
-    all_images: list[ImageReport] = field(default_factory=list)
-    """Of all prompts that were made ready for the engine."""
+    all_items: list[tuple[str, ItemReport]] = field(default_factory=list)
+    """Of all prompts that were made ready for the engine, each with its modality."""
 
-    def report(self, images: Sequence[ImageReport]) -> None:
-        """Keep what was done with a prompt's images."""
-        self.images = images
-        self.all_images += images
+    def report(self, items: Reports) -> None:
+        """Keep what was done with a prompt's items."""
+        self.items = items
+        self.all_items += [(modality, one) for modality, some in items.items() for one in some]
 
 
 _CONTEXT: Final[ContextVar[RequestContext | None]] = ContextVar("era_request", default=None)
@@ -105,64 +116,85 @@ def request_context() -> Iterator[RequestContext]:
         _CONTEXT.reset(token)
 
 
-def requested_rate(field: object, config: EraConfig) -> float | None:
-    """Return the rate that an ``era`` field asks for; None = no field.
+def requested_rates(
+    field: object, config: EraConfig, modalities: Sequence[str]
+) -> dict[str, float]:
+    """Return the rates that an ``era`` field asks for, by modality; none it does not speak of.
+
+    Args:
+        field: As it came; None = none.
+        config: The server's settings.
+        modalities: Those that the model takes.
 
     Raises:
-        FieldError: malformed, an unknown level, or out of the server's bounds.
+        FieldError: malformed, an unknown level, out of the server's bounds, or for a modality that
+            the model does not take.
     """
     if field is None:
-        return None
-    if not isinstance(field, Mapping) or len(field) != 1:
+        return {}
+    if not isinstance(field, Mapping) or not field:
         raise FieldError(FIELD, field, FORMS)
-    ((name, value),) = field.items()
+    if not any(name in field for name in MODALITIES):
+        return dict.fromkeys(modalities, _requested_rate(field, config, FIELD, FORMS))
+    for name, value in field.items():
+        if name not in modalities:
+            taken = ", ".join(modalities)
+            raise FieldError(f"{FIELD}.{name}", value, f"{taken} (what this model takes)")
+    return {
+        name: _requested_rate(value, config, f"{FIELD}.{name}", _FORMS_OF_ONE)
+        for name, value in field.items()
+    }
+
+
+def _requested_rate(value: object, config: EraConfig, at: str, forms: str) -> float:
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise FieldError(at, value, forms)
+    ((name, wanted),) = value.items()
     if name == "pruning_rate":
-        if not config.serves(value):
-            raise FieldError(f"{FIELD}.{name}", value, f"a number in {config.bounds}")
-        return config.check_rate(value)
+        if not config.serves(wanted):
+            raise FieldError(f"{at}.{name}", wanted, f"a number in {config.bounds}")
+        return config.check_rate(wanted)
     if name == "level":
-        return _rate_of_level(value, config)
+        return _rate_of_level(wanted, config, at)
     raise FieldError(
-        FIELD, field, f"{FORMS} ({unknown_name('field', name, ('level', 'pruning_rate'))})"
+        at, value, f"{forms} ({unknown_name('field', str(name), ('level', 'pruning_rate'))})"
     )
 
 
-def _rate_of_level(level: object, config: EraConfig) -> float:
+def _rate_of_level(level: object, config: EraConfig, at: str) -> float:
     served = {name: rate for name, rate in config.levels if config.serves(rate)}
     if isinstance(level, str) and level in served:
         return config.check_rate(served[level])
     names = ", ".join(f"{name} ({rate:.10g})" for name, rate in served.items())
     allowed = f"{names or 'none'} (levels with a rate in {config.bounds})"
-    raise FieldError(f"{FIELD}.level", level, allowed)
+    raise FieldError(f"{at}.level", level, allowed)
 
 
-def image_rates(
-    details: Iterable[object], asked: float | None, config: EraConfig
-) -> list[ImageRate]:
-    """Return each image's effective rate: what was asked for, else its detail, else the default.
+def item_rates(details: Iterable[object], asked: float | None, config: EraConfig) -> list[ItemRate]:
+    """Return each item's effective rate: what was asked for, else its detail, else the default.
 
     Args:
-        details: ``detail`` of each image, None where it has none.
-        asked: What ``requested_rate`` returned.
+        details: ``detail`` of each picture, None where it has none, as no video has.
+        asked: What ``requested_rates`` returned for the modality.
         config: The server's settings.
 
     Raises:
         FieldError: an unknown detail.
     """
-    return [_image_rate(detail, asked, config) for detail in details]
+    return [_item_rate(detail, asked, config) for detail in details]
 
 
-def _image_rate(detail: object, asked: float | None, config: EraConfig) -> ImageRate:
+def _item_rate(detail: object, asked: float | None, config: EraConfig) -> ItemRate:
     if detail is not None and not (isinstance(detail, str) and detail in DETAILS):
         raise FieldError("image_url.detail", detail, ", ".join(DETAILS))
     if asked is not None:
-        return ImageRate(asked, "era")
+        return ItemRate(asked, "era")
     level = DETAILS[detail] if detail is not None else None
     if level is None:
-        return ImageRate(config.check_rate(config.pruning_rate), "default")
+        return ItemRate(config.check_rate(config.pruning_rate), "default")
     wanted = dict(config.levels)[level]
     rate = min(max(wanted, config.min_pruning_rate), config.max_pruning_rate)
-    return ImageRate(config.check_rate(rate), "detail", clamped=rate != wanted)
+    return ItemRate(config.check_rate(rate), "detail", clamped=rate != wanted)
 
 
 def image_details(messages: Iterable[object]) -> list[object]:
@@ -189,6 +221,11 @@ def is_image(part: object) -> bool:
     return isinstance(kind, str) and kind in _IMAGE_TYPES
 
 
+def is_video(part: Mapping[str, object]) -> bool:
+    """Say whether a part of a message is a video."""
+    return part.get("type", _VIDEO) == _VIDEO and _VIDEO in part
+
+
 def _detail(part: Mapping[str, object]) -> object:
     url = part.get("image_url")
     within = url.get("detail") if isinstance(url, dict) else None
@@ -196,21 +233,21 @@ def _detail(part: Mapping[str, object]) -> object:
 
 
 def reports(
-    rates: Sequence[ImageRate],
+    rates: Sequence[ItemRate],
     before: Sequence[int | None],
     after: Sequence[int | None],
     config: EraConfig,
-) -> list[ImageReport]:
-    """Return what the response says of each image.
+) -> list[ItemReport]:
+    """Return what the response says of each item of a modality.
 
     Args:
-        rates: What decided each image's rate.
+        rates: What decided each one's rate.
         before: Tokens of each from the encoder.
         after: Tokens of each in the prompt.
         config: The server's settings.
     """
     return [
-        ImageReport(
+        ItemReport(
             pruning_rate=rate.pruning_rate,
             level=config.level(rate.pruning_rate),
             source=rate.source,

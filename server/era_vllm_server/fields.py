@@ -43,13 +43,14 @@ _FOREIGN: Final = frozenset(
     {*(name for name in _MEDIA if name.startswith(("video", "audio"))), "input_audio"}
     | {"input_video", "video", "audio"}
 )
-"""What no family takes yet; else each route would refuse it in words of its own."""
+"""What pictures alone do not include; else each route would refuse it in words of its own."""
+_TAKES: Final = {
+    ("image",): "text and pictures only (allowed: image_url, input_image)",
+    ("image", "video"): "text, pictures and videos only (allowed: image_url, input_image, "
+    "video_url)",
+}
 _SPOKEN: Final = ("messages", "input", "system", "content_parts")
 """Fields whose parts a model is given."""
-_PICTURES_ALONE: Final = (
-    "got it in a message, but this model takes text and pictures only (allowed: image_url, "
-    "input_image); leave it out"
-)
 _TOP: Final = f'put {{"{FIELD}": {{"level": "strong"}}}} at the top level of the body'
 _WHOLE: Final = (
     "it is a field of the whole request; for one picture alone send detail: high, low or auto"
@@ -67,7 +68,11 @@ _FEATURES: Final = (
 
 
 def check(
-    path: str, fields: dict[str, object], take_era: Collection[str], owner: str | None
+    path: str,
+    fields: dict[str, object],
+    take_era: Collection[str],
+    owner: str | None,
+    modalities: tuple[str, ...],
 ) -> Refusal | bytes | None:
     """Return why a body is refused, or what is to be read in its place.
 
@@ -76,6 +81,7 @@ def check(
         fields: The body.
         take_era: Paths that have the field ``era``.
         owner: Who sends it, to keep names of pictures apart; None = no names are taken.
+        modalities: What the model takes.
 
     Mutates: fields.
     """
@@ -91,10 +97,12 @@ def check(
     parts = list(_parts(fields))
     if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
         return refused("image_pil", _PIL)
+    foreign = _FOREIGN - {"video_url"} if "video" in modalities else _FOREIGN
     for part in _parts({name: fields.get(name) for name in _SPOKEN}):
         kinds = [part["type"]] if "type" in part else list(_MEDIA & part.keys())
-        if any(isinstance(kind, str) and kind in _FOREIGN for kind in kinds):
-            return refused("media", f"{kinds[0]}: {_PICTURES_ALONE}")
+        if any(isinstance(kind, str) and kind in foreign for kind in kinds):
+            said = f"got it in a message, but this model takes {_TAKES[modalities]}; leave it out"
+            return refused("media", f"{kinds[0]}: {said}")
     named = [part for part in parts if part.get("uuid") is not None and _is_media(part)]
     if named and owner is None:
         return refused("image_uuid", _UUID)

@@ -31,9 +31,9 @@ LIMITS: Final = {
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",  # 5 s, as httpx: a request can meet the closing
 }
 """vLLM's own limits, set where the user has not set them; behind each vLLM's default."""
-IMAGES: Final = 16
-"""vLLM's default is 999. A pruned image is few tokens and a whole run of the encoder, so that the
-length of a prompt no longer bounds the work."""
+ITEMS: Final = {"image": 16, "video": 2}
+"""Most of a prompt; vLLM's default is 999. A pruned item is few tokens and a whole run of the
+encoder, so that the length of a prompt no longer bounds the work."""
 _OURS: Final = {"VLLM_MEDIA_CONNECTOR": CONNECTOR, "VLLM_USE_RUST_FRONTEND": "0"}
 """Variables without which there is no front; others' values refuse."""
 _GROUPS: Final = (
@@ -81,8 +81,7 @@ def with_front(
     if drain_s and not user.shutdown_timeout:
         words += ["--shutdown-timeout", str(int(drain_s) + _MARGIN_S)]
     media = user.limit_mm_per_prompt or {}
-    if "image" not in media:
-        words += _images(typed, media)
+    words += _limits(typed, media)
     wanted = {
         "VLLM_MAX_IMAGE_PIXELS": str(settings.max_image_pixels),  # vLLM's default: 178956970
         **LIMITS,
@@ -113,12 +112,15 @@ def _refuse_ways_around(user: Namespace) -> None:
         )
 
 
-def _images(typed: Sequence[str], others: Mapping[str, object]) -> list[str]:
-    """Return the words that add the limit of images to what the user says of other media."""
-    flag = "--limit-mm-per-prompt"
+def _limits(typed: Sequence[str], given: Mapping[str, object]) -> list[str]:
+    """Return the words that add the limits of items to what the user says of some of them."""
+    flag, more = "--limit-mm-per-prompt", {k: v for k, v in ITEMS.items() if k not in given}
+    if not more:
+        return []
     if any(word.replace("_", "-").startswith(f"{flag}.") for word in typed):
-        return [f"{flag}.image", str(IMAGES)]  # vLLM puts such words behind all others
-    return [flag, json.dumps({**others, "image": IMAGES})]
+        # vLLM puts such words behind all others
+        return [word for name, most in more.items() for word in (f"{flag}.{name}", str(most))]
+    return [flag, json.dumps({**given, **more})]
 
 
 def _installed() -> list[str]:

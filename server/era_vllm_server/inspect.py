@@ -39,7 +39,7 @@ from era_vllm.errors import UnsupportedError
 from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
 from era_vllm.viz import draw, seen
 from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH
-from era_vllm.vllm_plugin.requests import FieldError, ImageRate, image_rates, requested_rate
+from era_vllm.vllm_plugin.requests import FieldError, ItemRate, item_rates, requested_rates
 from era_vllm_server import probe
 from era_vllm_server.workers import answer, call_workers
 
@@ -132,10 +132,10 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
     return JSONResponse(_payload(found, rate, config, png))
 
 
-def _rate(request: InspectRequest, config: EraConfig) -> ImageRate:
+def _rate(request: InspectRequest, config: EraConfig) -> ItemRate:
     try:
-        asked = requested_rate(request.era, config)
-        return image_rates([request.image_url.detail], asked, config)[0]
+        asked = requested_rates(request.era, config, ("image",)).get("image")
+        return item_rates([request.image_url.detail], asked, config)[0]
     except FieldError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from error
 
@@ -205,7 +205,7 @@ def _of_one_engine(
 
 
 def _payload(
-    found: Pruned, rate: ImageRate, config: EraConfig, png: bytes | None
+    found: Pruned, rate: ItemRate, config: EraConfig, png: bytes | None
 ) -> dict[str, object]:
     (pruned,) = found.pruned["segments"]
     told: dict[str, object] = {

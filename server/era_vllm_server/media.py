@@ -60,10 +60,6 @@ _NOT_BASE64: Final = {
     "'": " (Python's b'...': send what is between the quotes)",
 }
 _OTHERS: Final = {VideoMediaIO: "video", AudioMediaIO: "audio"}
-_TAKES_VIDEO: Final = False
-"""No family does yet, and ``fields`` refuses them before they come here. With the first that does,
-both go by the family, and ``VideoBounds`` become settings."""
-_VIDEO_BOUNDS: Final = VideoBounds()
 _log = logging.getLogger(__name__)
 
 
@@ -101,9 +97,8 @@ class GuardedConnector(MediaConnector):
         request.loads.add(this)
         what = _OTHERS.get(type(media_io), "picture")
         try:
-            takes = isinstance(media_io, ImageMediaIO) or (what == "video" and _TAKES_VIDEO)
-            if not takes:
-                raise RefusedError("this server takes pictures and text only")
+            if not isinstance(media_io, ImageMediaIO | VideoMediaIO):
+                raise RefusedError("this server takes text, pictures and videos only")
             if (remote := self._remote(url)) is None:
                 data = await asyncio.to_thread(self._local, url)
             else:
@@ -247,7 +242,14 @@ class GuardedConnector(MediaConnector):
             self._count(pixels, request)
             _held().take(frames, pixels, _REQUESTS * self.settings.max_request_pixels)
 
-        return await videos.load(data, media_io, _VIDEO_BOUNDS, take)
+        settings = self.settings
+        bounds = VideoBounds(
+            seconds=settings.max_video_seconds,
+            frames=settings.max_video_frames,
+            frame_pixels=settings.max_frame_pixels,
+            decode_s=settings.video_timeout_s,
+        )
+        return await videos.load(data, media_io, bounds, take)
 
     def _count(self, pixels: int, request: RequestContext) -> None:
         request.pixels += pixels

@@ -27,19 +27,36 @@ from vllm.engine.protocol import EngineClient
 
 from era_vllm.compat.vllm_entrypoints import get_prometheus_registry
 from era_vllm.vllm_plugin.metrics import BUCKETS_S, Counted
+from era_vllm.vllm_plugin.requests import MODALITIES
 from era_vllm_server.workers import call_workers
 
 logger = logging.getLogger(__name__)
 
-TOKENS_BEFORE: Final = Counter(
-    "era:image_tokens_before",
-    "Image tokens that prompts would hold without pruning.",
-    ["policy", "level"],
-)
-TOKENS_AFTER: Final = Counter(
-    "era:image_tokens_after", "Image tokens that the language model was given.", ["policy", "level"]
-)
-IMAGES: Final = Counter("era:images", "Images by what decided their pruning rate.", ["source"])
+TOKENS_BEFORE: Final = {
+    name: Counter(
+        f"era:{name}_tokens_before",
+        f"{name.capitalize()} tokens that prompts would hold without pruning.",
+        ["policy", "level"],
+    )
+    for name in MODALITIES
+}
+TOKENS_AFTER: Final = {
+    name: Counter(
+        f"era:{name}_tokens_after",
+        f"{name.capitalize()} tokens that the language model was given.",
+        ["policy", "level"],
+    )
+    for name in MODALITIES
+}
+ITEMS: Final = {
+    name: Counter(
+        f"era:{name}s",
+        f"{name.capitalize()}s by what decided their pruning rate.",
+        ["source"],
+    )
+    for name in MODALITIES
+}
+"""By modality: era:images, era:videos."""
 CLAMPED: Final = Counter("era:clamped_images", "Images whose detail was brought into bounds.")
 REJECTED: Final = Counter("era:rejected_requests", "Requests refused by the front.", ["reason"])
 RESPONSES: Final = Counter(
@@ -120,14 +137,14 @@ class Figures:
         bounds = [*map(str, BUCKETS_S), "+Inf"]
         yield HistogramMetricFamily(
             "era:reducer_seconds",
-            "Seconds of a pass of the reducer: select, merge and bias of the images encoded at "
+            "Seconds of a pass of the reducer: select, merge and bias of the items encoded at "
             "once; the encoder is not in it.",
             buckets=list(zip(bounds, accumulate(passes), strict=True)),
             sum_value=sum(one["seconds"] for one in self.engines),
         )
         yield CounterMetricFamily(
             "era:reduced_images",
-            "Images that were encoded and reduced; those that a cache answers are not.",
+            "Items that were encoded and reduced; those that a cache answers are not.",
             value=sum(one["images"] for one in self.engines),
         )
         degenerate = CounterMetricFamily(

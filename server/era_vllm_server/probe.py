@@ -51,7 +51,7 @@ async def render(engine: EngineClient, image: Image | None, rate: float | None) 
     with (
         request_context() as request
     ):  # of its own: no client's field holds here, and nothing is counted
-        request.rate = rate
+        request.rates = {} if rate is None else {"image": rate}
         (rendered,) = await engine.renderer.render_cmpl_async([parsed])
     return rendered
 

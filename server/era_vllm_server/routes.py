@@ -18,16 +18,19 @@ from vllm.exceptions import VLLMValidationError
 
 from era_vllm.compat.vllm_entrypoints import chat_api, messages_api, responses_api, tokenize_api
 from era_vllm.config import EraConfig
+from era_vllm.vllm_plugin.families import modalities_of
 from era_vllm.vllm_plugin.requests import (
     FIELD,
+    MODALITIES,
     FieldError,
-    ImageReport,
+    ItemReport,
     current,
     image_details,
-    image_rates,
     is_image,
+    is_video,
+    item_rates,
     reports,
-    requested_rate,
+    requested_rates,
 )
 from era_vllm_server.metrics import REJECTED
 from era_vllm_server.middleware.body import Body
@@ -48,21 +51,28 @@ _SOURCE: Final = (
     '{"type": "base64", "media_type": "image/png", "data": ...} or {"type": "url", "url": ...}; '
     "send the picture itself, no files are kept here"
 )
+_RATE: Final = {
+    "type": "object",
+    "properties": {
+        "pruning_rate": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+        "level": {"type": "string"},
+    },
+    "additionalProperties": False,
+    "minProperties": 1,
+    "maxProperties": 1,
+}
 _EraField = Annotated[
     object,
     WithJsonSchema(
         {
-            "description": "How much to prune all images of this request.",
+            "description": "How much to prune all items of this request, or by modality.",
             "anyOf": [
+                _RATE,
                 {
                     "type": "object",
-                    "properties": {
-                        "pruning_rate": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-                        "level": {"type": "string"},
-                    },
+                    "properties": dict.fromkeys(MODALITIES, _RATE),
                     "additionalProperties": False,
                     "minProperties": 1,
-                    "maxProperties": 1,
                 },
                 {"type": "null"},
             ],
@@ -83,7 +93,13 @@ def attach(app: FastAPI) -> None:
         take_era=frozenset(_ROUTES),
         policy=app.state.era_config.policy,
         allow_image_uuid=app.state.era_settings.allow_image_uuid,
+        modalities=lambda: _modalities(app),
     )
+
+
+def _modalities(app: FastAPI) -> tuple[str, ...]:
+    """Return what the model takes, which is known once its engine is there."""
+    return modalities_of(app.state.vllm_config.model_config.hf_config)
 
 
 def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Response | None]]:
@@ -99,17 +115,20 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
         context = current()
         assert context is not None, "Body opens one for every request"
         body: dict[str, Any] = await raw_request.json()  # which FastAPI has parsed
-        unseen = list[ImageReport]()
+        unseen = dict[str, list[ItemReport]]()
+        takes = _modalities(raw_request.app)
         try:
-            context.rate = requested_rate(body.get(FIELD), config)
+            context.rates = requested_rates(body.get(FIELD), config, takes)
             context.only_counted = place is None
             details = image_details([{"content": _pictures(stock.path, body)}])
             if stock.path.startswith(_MESSAGES):  # in whose conversion they get lost
                 context.details = details
             if config.max_pruning_rate == 0:  # and the renderer is vLLM's own
-                unknown = [None] * len(details)
-                rates = image_rates(details, context.rate, config)
-                unseen = reports(rates, unknown, unknown, config)
+                every = {"image": details, "video": [None] * _videos(body)}
+                for modality, of_items in every.items():
+                    rates = item_rates(of_items, context.rates.get(modality), config)
+                    unknown = [None] * len(rates)
+                    unseen[modality] = reports(rates, unknown, unknown, config)
         except FieldError as error:
             REJECTED.labels(FIELD).inc()
             raise VLLMValidationError(str(error), parameter=error.field) from error
@@ -118,9 +137,11 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
             return response
         if unseen and response.status_code == HTTPStatus.OK:
             context.report(unseen)
-        images = [image.as_dict() for image in context.images]
         policy = config.policy if config.max_pruning_rate else None
-        return with_era(response, {"policy": policy, "images": images}, place)
+        done = {f"{name}s": [one.as_dict() for one in some] for name, some in context.items.items()}
+        if not done.get("videos"):
+            done.pop("videos", None)
+        return with_era(response, {"policy": policy, "images": [], **done}, place)
 
     handler.__doc__ = stock.endpoint.__doc__
     return handler
@@ -158,6 +179,15 @@ def _pictures(path: str, body: dict[str, Any]) -> list[dict[str, object]]:
     if lost:
         raise FieldError("image", lost[0], "in a message of the user")
     return [_part(block) for block in found]
+
+
+def _videos(body: dict[str, Any]) -> int:
+    """Return how many videos a chat holds."""
+    said = body.get("messages") or body.get("input")
+    items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
+    contents = [item.get("content") for item in items]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return sum(isinstance(part, dict) and is_video(part) for part in parts)
 
 
 def _blocks(content: object, kind: str) -> list[dict[str, Any]]:

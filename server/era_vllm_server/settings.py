@@ -59,8 +59,9 @@ class ServerSettings(BaseSettings):
     max_request_pixels: int = Field(
         2**27,
         ge=1,
-        description="pixels of all pictures of a request, which are decoded before it is admitted; "
-        "more is a 400; all requests together may hold eight times as many, more is a 503",
+        description="pixels of all pictures and sampled frames of a request, which are decoded "
+        "before it is admitted; more is a 400; all requests together may hold eight times as many, "
+        "more is a 503",
     )
     image_formats: str = Field(
         "PNG,JPEG,MPO,WEBP,GIF,BMP,AVIF",
@@ -72,6 +73,24 @@ class ServerSettings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="how long a picture is decoded, more is a 400, and waits to be, more is a 503",
+    )
+    max_video_seconds: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="longest video; more is a 400"
+    )
+    max_video_frames: int = Field(
+        36_000,
+        ge=1,
+        description="most frames of a video, all of which before the last sampled one are decoded; "
+        "more is a 400",
+    )
+    max_frame_pixels: int = Field(
+        2**23, ge=1, description="largest frame of a video; more is a 400"
+    )
+    video_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long a video is decoded, more is a 400, and waits to be, more is a 503",
     )
     request_timeout_s: float = Field(
         600.0,

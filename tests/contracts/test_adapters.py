@@ -37,7 +37,19 @@ def _llava() -> Any:
     return LlavaConfig(vision_config=CLIPVisionConfig(image_size=336, patch_size=14).to_dict())
 
 
-CASES: Final = {"LlavaForConditionalGeneration": Case(_llava, lambda *_: ())}
+def _llava_next() -> Any:
+    from transformers import LlavaNextConfig
+
+    return LlavaNextConfig(
+        vision_config=_llava().vision_config.to_dict(),
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    )
+
+
+CASES: Final = {
+    "LlavaForConditionalGeneration": Case(_llava, lambda *_: ()),
+    "LlavaNextForConditionalGeneration": Case(_llava_next, lambda _, *size: size[:2]),
+}
 SIZE: Final = st.floats(0, math.log(4000)).map(lambda x: round(math.exp(x)))
 """Log-uniform."""
 SIZES: Final = st.one_of(

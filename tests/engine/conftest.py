@@ -81,14 +81,21 @@ class Setup:
 
     settings: str
     llm: str
+    model: str = MODEL
 
 
 @pytest.fixture(scope="session")
 def setup() -> Callable[..., Setup]:
     """``setup(policy="dpp", llm={...})``: describe an engine by fields of ``EraConfig``."""
 
-    def describe(*, stock: bool = False, llm: dict[str, object] | None = None, **settings: object):
-        return Setup(json.dumps(None if stock else settings), json.dumps(llm or {}))
+    def describe(
+        *,
+        stock: bool = False,
+        llm: dict[str, object] | None = None,
+        model: str = MODEL,
+        **settings: object,
+    ):
+        return Setup(json.dumps(None if stock else settings), json.dumps(llm or {}), model)
 
     return describe
 
@@ -144,6 +151,8 @@ class Engine:
     pruned: dict[tuple[int, int], tuple[VisualTokens, PrunedTokens, int]] = field(
         default_factory=dict
     )
+    items: dict[tuple[int, tuple[int, ...]], "PrunedItem"] = field(default_factory=dict)
+    """By the hash of the pixels and K of each segment."""
     encoded: int = 0
 
     @property
@@ -177,9 +186,19 @@ class Engine:
         """Keep what was pruned, by picture and number of anchors."""
         self.encoded += len(items)
         for one in items:
+            self.items[one.item.pixel_hash, one.item.plan.num_anchors] = one
             segment = one.segments[0]  # LLaVA-1.5's only one
             key = (one.item.pixel_hash, *one.item.plan.num_anchors)
             self.pruned[key] = (segment.tokens, segment.result, segment.row)
+
+    def chosen(
+        self, key: tuple[int, tuple[int, ...]]
+    ) -> list[tuple[tuple[int, int], torch.Tensor, torch.Tensor]]:
+        """Return grid, anchors [a] and assignment [n] of each segment of an item."""
+        return [
+            (one.tokens.grid, one.result.anchors[one.row], one.result.assignment[one.row])
+            for one in self.items[key].segments
+        ]
 
     def ask(self, requests: Sequence[Request], steps: int = STEPS) -> list[Answer]:
         """Answer greedily for exactly ``steps`` tokens, all requests in one batch."""
@@ -267,9 +286,9 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
         }
         settings = json.loads(wanted.settings)
         if settings is None:
-            alive[wanted] = Engine(LLM(**{"model": MODEL, **arguments}), None)
+            alive[wanted] = Engine(LLM(**{"model": wanted.model, **arguments}), None)
         else:
-            pruning = era_vllm.engine_args(MODEL, **settings)
+            pruning = era_vllm.engine_args(wanted.model, **settings)
             alive[wanted] = Engine(LLM(**{**pruning, **arguments}), EraConfig.parse(settings))
             if hasattr(alive[wanted].model, "policy"):
                 alive[wanted].model.reducer.listeners.append(alive[wanted].record)
@@ -283,7 +302,7 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
         one.core.shutdown()
 
 
-Measured = Callable[[EraConfig, str, float, float | None, float], None]
+Measured = Callable[..., None]
 
 
 @pytest.fixture
@@ -296,9 +315,10 @@ def measured(record_property: Callable[[str, object], None]) -> Measured:
         difference: float,
         without_bias: float | None,
         allowed: float,
+        family: str = situations.LLAVA,
     ) -> None:
         row = situations.Measured(
-            config.positions, config.bias_store, difference, without_bias, allowed, kernel
+            config.positions, config.bias_store, difference, without_bias, allowed, kernel, family
         )
         record_property("measured", asdict(row))
 

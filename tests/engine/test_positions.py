@@ -363,5 +363,5 @@ def test_what_the_oracle_calls_original(oracle):
     ]
     token = oracle.image_token
     ids = torch.tensor([7, 8, token, token, 7, token, token, 8])
-    found = oracle.position_ids(ids, segments, "original")
+    found = oracle.position_ids(ids == oracle.image_token, segments, "original")
     assert found.tolist() == [0, 1, 3, 7, 11, 12, 15, 16]

@@ -48,7 +48,10 @@ def send(body, path="/pooling", *, allow=False, key=None, pieces=1, root=""):
         headers.append((b"authorization", f"Bearer {key}".encode()))
     scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "headers": headers}
     layer = BodyLimits(
-        Body(application, frozenset({TAKES}), "era", allow), 2**30, 2**31, (b"retry-after", b"2")
+        Body(application, frozenset({TAKES}), "era", allow, lambda: ("image",)),
+        2**30,
+        2**31,
+        (b"retry-after", b"2"),
     )
     asyncio.run(layer(scope, receive, sent))
     assert len(given) + (len(answer) > 0) == 1

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import BaseRoute, Route, Router
 
-from era_vllm_server.middleware.log import IMAGES, LOGGER, JsonLine, RequestLog, _route
+from era_vllm_server.middleware.log import ITEMS, LOGGER, JsonLine, RequestLog, _route
 
 IMAGE = {
     "pruning_rate": 0.889,
@@ -27,7 +27,7 @@ SECRET = "hunter2"
 
 async def chat(request):
     await request.body()
-    request.state.__setattr__(IMAGES, [{**IMAGE, "url": f"https://example.com/{SECRET}"}])
+    request.state.__setattr__(ITEMS, [("image", {**IMAGE, "url": f"https://x.example/{SECRET}"})])
     return JSONResponse({"seen": request.headers["x-request-id"]})
 
 

@@ -45,7 +45,6 @@ HUGE = (15360, 15360)
 def _takes_video(monkeypatch):
     """Open the connector, with processes of the test's own, that end with it."""
     pool = decoders.Decoders(2, "video", videos._COMMAND, videos.OPTIONS)
-    monkeypatch.setattr(media, "_TAKES_VIDEO", True)
     monkeypatch.setattr(videos, "_decoders", lambda _: pool)
     yield
     end = time.monotonic() + 5
@@ -95,7 +94,8 @@ def load(data, **options):
 @contextmanager
 def bounds(monkeypatch, **changed):
     with monkeypatch.context() as context:
-        context.setattr(media, "_VIDEO_BOUNDS", replace(BOUNDS, **changed))
+        given = replace(BOUNDS, **changed)
+        context.setattr(media, "VideoBounds", lambda **_: given)
         yield
 
 
@@ -545,8 +545,11 @@ def test_another_vllm_that_opens_videos_elsewhere_is_said(monkeypatch):
     monkeypatch.undo()
 
 
-def test_no_family_takes_video_yet(monkeypatch):
-    monkeypatch.setattr(media, "_TAKES_VIDEO", False)
-    with refusal("this server takes pictures and text only"):
-        load(h264(2))
+def test_the_bounds_are_settings(monkeypatch):
+    media._settings.cache_clear()
+    monkeypatch.setenv("ERA_MAX_VIDEO_SECONDS", "0.5")
+    with refusal("allowed are 0.5"):
+        load(h264(frames=30))
+    monkeypatch.undo()
+    media._settings.cache_clear()
     assert not children()

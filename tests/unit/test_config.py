@@ -31,6 +31,7 @@ OTHER: dict[str, object] = {
     "bias_store": "value_column",
     "bias_columns": 1,
     "positions": "compact",
+    "separators": "tile_rows",
     "allow_extrapolation": True,
     "gamma": [[1.0, 0.5], [0.9, 0.0]],
 }

@@ -58,7 +58,10 @@ def test_a_test_that_fails_or_is_skipped_is_not_shown_as_exact() -> None:
     }
     page = render(results, {"everything": "no reason"})
     exact, _, rest = page.partition("## Refused")
-    assert "| bf16 (3 drafts) | original | key_columns | `engine/test_a.py::test_good` |" in exact
+    assert (
+        "| bf16 (3 drafts) | Llava | original | key_columns | `engine/test_a.py::test_good` |"
+        in exact
+    )
     assert "| Some CPU (AVX2), vec16, 29832b7 |" in exact
     assert "test_bad" not in page
     assert "| preemption | **fails**: 1 of 1 tests |" in rest

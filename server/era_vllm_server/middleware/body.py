@@ -9,18 +9,18 @@ context, and counts the pictures of what is answered. Leaves out what fields mea
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from era_vllm.compat.starlette_path import get_route_path
-from era_vllm.vllm_plugin.requests import ImageReport, request_context
+from era_vllm.vllm_plugin.requests import ItemReport, request_context
 from era_vllm_server.fields import check, owner, refused
-from era_vllm_server.metrics import CLAMPED, IMAGES, TOKENS_AFTER, TOKENS_BEFORE
+from era_vllm_server.metrics import CLAMPED, ITEMS, TOKENS_AFTER, TOKENS_BEFORE
 from era_vllm_server.middleware.limits import replay
-from era_vllm_server.middleware.log import IMAGES as LOGGED
+from era_vllm_server.middleware.log import ITEMS as LOGGED
 from era_vllm_server.refusals import Refusal
 
 MAX_BYTES_OF: Final = {b"[{": 2**17, b",": 2**19, b'"': 2**20, b"\\": 2**20}
@@ -66,7 +66,12 @@ class Body:
     """The layer, inside of vLLM's authentication."""
 
     def __init__(
-        self, app: ASGIApp, take_era: frozenset[str], policy: str, allow_image_uuid: bool
+        self,
+        app: ASGIApp,
+        take_era: frozenset[str],
+        policy: str,
+        allow_image_uuid: bool,
+        modalities: Callable[[], tuple[str, ...]],
     ) -> None:
         """Put it around an application.
 
@@ -75,12 +80,14 @@ class Body:
             take_era: Paths whose bodies may have the field ``era``.
             policy: Label of what is counted.
             allow_image_uuid: Put a client's names apart by its key, instead of refusing them.
+            modalities: Tells what the model takes.
         """
         sys.set_int_max_str_digits(MAX_DIGITS)
         self.app = app
         self._take_era = take_era
         self._policy = policy
         self._allow_image_uuid = allow_image_uuid
+        self._modalities = modalities
 
     async def __call__(self, asgi: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -104,7 +111,7 @@ class Body:
 
             async def counting(message: Message) -> None:
                 if message.get("status") == HTTPStatus.OK:  # of a stream before its first event
-                    self._count(asgi, request.all_images)
+                    self._count(asgi, request.all_items)
                 await send(message)
 
             await self.app(asgi, receive, counting)
@@ -129,17 +136,18 @@ class Body:
             return None
         if not isinstance(fields, dict):
             return None
-        return check(path, fields, self._take_era, owner(asgi) if self._allow_image_uuid else None)
+        sender = owner(asgi) if self._allow_image_uuid else None
+        return check(path, fields, self._take_era, sender, self._modalities())
 
-    def _count(self, asgi: Scope, images: Sequence[ImageReport]) -> None:
+    def _count(self, asgi: Scope, items: Sequence[tuple[str, ItemReport]]) -> None:
         """Count what was done, and leave it for the request log."""
-        asgi.setdefault("state", {})[LOGGED] = [image.as_dict() for image in images]
-        for image in images:
-            labels = (self._policy, image.level or "custom")
-            TOKENS_BEFORE.labels(*labels).inc(image.tokens_before or 0)
-            TOKENS_AFTER.labels(*labels).inc(image.tokens_after or 0)
-            IMAGES.labels(image.source).inc()
-            CLAMPED.inc(image.clamped)
+        asgi.setdefault("state", {})[LOGGED] = [(name, one.as_dict()) for name, one in items]
+        for modality, one in items:
+            labels = (self._policy, one.level or "custom")
+            TOKENS_BEFORE[modality].labels(*labels).inc(one.tokens_before or 0)
+            TOKENS_AFTER[modality].labels(*labels).inc(one.tokens_after or 0)
+            ITEMS[modality].labels(one.source).inc()
+            CLAMPED.inc(one.clamped)
 
 
 def _too_much(excess: str) -> Refusal:

@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 import uuid
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Final
@@ -25,8 +26,8 @@ from era_vllm_server.metrics import RESPONSES
 from era_vllm_server.refusals import STATUS
 
 LOGGER: Final = "era_vllm_server.requests"
-IMAGES: Final = "era_images"
-"""Key of ``request.state`` where a route leaves what was done with each image."""
+ITEMS: Final = "era_items"
+"""Key of ``request.state`` where what was done with each item is left, with its modality."""
 SHOWN: Final = ("pruning_rate", "level", "source", "clamped", "tokens_before", "tokens_after")
 QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/ping"})
 """Asked every few seconds by machines."""
@@ -87,9 +88,7 @@ class RequestLog:
             "route": _route(scope),
             "status": status,
             "ms": round(seconds * 1e3, 1),
-            "images": [
-                {key: image[key] for key in SHOWN} for image in scope["state"].get(IMAGES, ())
-            ],
+            **_shown(scope["state"].get(ITEMS, ())),
         }
         self._logger.info("request", extra={"fields": fields})
 
@@ -102,6 +101,14 @@ class JsonLine(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, object] = getattr(record, "fields", {})
         return json.dumps({"time": time, "event": record.getMessage(), **fields})
+
+
+def _shown(items: Sequence[tuple[str, Mapping[str, object]]]) -> dict[str, list[object]]:
+    """Return what was done with a request's items; videos only where there are some."""
+    shown: dict[str, list[object]] = {"images": []}
+    for modality, one in items:
+        shown.setdefault(f"{modality}s", []).append({key: one[key] for key in SHOWN})
+    return shown
 
 
 def _logger() -> logging.Logger:

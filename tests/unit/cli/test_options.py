@@ -24,6 +24,7 @@ VALUES: dict[str, object] = {
     "attention_layer": -1,
     "attention_queries": "cls",
     "positions": "compact",
+    "separators": "none",
     "allow_extrapolation": True,
     "bias_store": "value_column",
     "bias_columns": 1,

@@ -20,7 +20,7 @@ def flags(**given):
 
 
 NOTHING = flags()
-IMAGES = ["--limit-mm-per-prompt", '{"image": 16}']
+LIMIT = ["--limit-mm-per-prompt", '{"image": 16, "video": 2}']
 
 
 @pytest.fixture(autouse=True)
@@ -149,14 +149,16 @@ def test_safe_defaults_are_set():
     assert launch.environment["VLLM_USE_RUST_FRONTEND"] == "0"
     assert "era" in launch.environment["VLLM_PLUGINS"].split(",")
     head = ["--h11-max-incomplete-event-size", str(MAX_HEAD_BYTES)]
-    assert words == ["m", "--middleware", MIDDLEWARE, *head, "--shutdown-timeout", "30", *IMAGES]
+    assert words == ["m", "--middleware", MIDDLEWARE, *head, "--shutdown-timeout", "30", *LIMIT]
 
 
 def test_the_users_own_environment_and_flags_win(monkeypatch):
     monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "5")
     monkeypatch.setenv("VLLM_PLUGINS", "foo")
     user = flags(
-        shutdown_timeout=99, limit_mm_per_prompt={"image": 3}, h11_max_incomplete_event_size=9
+        shutdown_timeout=99,
+        limit_mm_per_prompt={"image": 3, "video": 0},
+        h11_max_incomplete_event_size=9,
     )
     launch, words = front("m", "--limit_mm_per_prompt.image=3", user=user)
     assert "VLLM_MAX_N_SEQUENCES" not in launch.environment
@@ -176,11 +178,15 @@ def test_a_variable_that_would_take_the_front_away_refuses(monkeypatch, name, va
         front("m")
 
 
-def test_the_limit_of_images_joins_those_of_other_media():
+def test_the_limits_of_items_join_those_of_other_media():
     user = flags(limit_mm_per_prompt={"video": 1})
     dotted = front("m", "--limit_mm_per_prompt.video=1", user=user)[1]
     assert dotted[-2:] == ["--limit-mm-per-prompt.image", "16"]
     assert front("m", "--config", "c.yaml", user=user)[1][-1] == '{"video": 1, "image": 16}'
+    user = flags(limit_mm_per_prompt={"audio": 1})
+    dotted = front("m", "--limit-mm-per-prompt.audio=1", user=user)[1]
+    flag = "--limit-mm-per-prompt"
+    assert dotted[-4:] == [f"{flag}.image", "16", f"{flag}.video", "2"]
 
 
 @pytest.mark.parametrize("name", ["https://a.org", "a.org/x", "a.org:80", "*.a.org", "", "u@a.org"])

@@ -52,10 +52,11 @@ def expected(one: Encoded, config: EraConfig) -> tuple[Tensor, Tensor, Tensor]:
         rows.append(torch.cat([result.embeds[0], result.riders[0]], -1))
         bias.append(result.log_bias[0])
         places.append(segment.places[result.anchors[0]])
-    rows.append(one.rows[layout.separators])
-    bias.append(torch.zeros(len(layout.separators)))
-    order = torch.cat([*places, layout.separators]).argsort()
-    at = torch.cat([*places, layout.separators])[order]
+    separators = one.item.plan.separators
+    rows.append(one.rows[separators])
+    bias.append(torch.zeros(len(separators)))
+    order = torch.cat([*places, separators]).argsort()
+    at = torch.cat([*places, separators])[order]
     return torch.cat(rows)[order], torch.cat(bias)[order], layout.position_offsets[at]
 
 

@@ -8,18 +8,25 @@ import pytest
 from era_vllm.config import EraConfig
 from era_vllm.vllm_plugin.requests import (
     FieldError,
-    ImageRate,
+    ItemRate,
     current,
     image_details,
-    image_rates,
+    is_video,
+    item_rates,
     reports,
     request_context,
-    requested_rate,
+    requested_rates,
 )
 
 PLAIN = EraConfig()
 BOUNDED = EraConfig(pruning_rate=0.5, min_pruning_rate=0.25, max_pruning_rate=0.8)
 STOCK = EraConfig.parse({"max_pruning_rate": 0.0})
+BOTH = ("image", "video")
+
+
+def requested_rate(field: object, config: EraConfig) -> float | None:
+    """Of a model that takes pictures alone."""
+    return requested_rates(field, config, ("image",)).get("image")
 
 
 @pytest.mark.parametrize(
@@ -97,33 +104,84 @@ def test_explicit_rates_out_of_bounds_are_refused_by_any_name(
             requested_rate({"pruning_rate": rate}, config)
 
 
+@pytest.mark.parametrize(
+    ("field", "rates"),
+    [
+        (None, {}),
+        ({"level": "light"}, {"image": 0.5, "video": 0.5}),
+        ({"video": {"pruning_rate": 0.95}}, {"video": 0.95}),
+        (
+            {"image": {"level": "strong"}, "video": {"pruning_rate": 0.9}},
+            {"image": 0.889, "video": 0.9},
+        ),
+    ],
+    ids=str,
+)
+def test_the_field_speaks_of_both_modalities_or_of_each(
+    field: object, rates: dict[str, float]
+) -> None:
+    assert requested_rates(field, PLAIN, BOTH) == rates
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "said"),
+    [
+        ({"video": {"level": "off"}}, "era.video", "allowed: image (what this model takes)"),
+        ({"image": {"level": "of"}}, "era.image.level", "off (0), light (0.5)"),
+        ({"image": {"pruning_rate": 2}}, "era.image.pruning_rate", "a number in [0, 0.95]"),
+        ({"image": 0.5}, "era.image", '{"level": name}'),
+        ({"image": {}}, "era.image", '{"level": name}'),
+        ({"image": {"image": {"level": "off"}}}, "era.image", "unknown field 'image'"),
+        ({"image": {"level": "off"}, "level": "off"}, "era.level", "allowed: image"),
+        ({"image": {"level": "off"}, "audio": {}}, "era.audio", "allowed: image"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_field_by_modality_is_refused_where_it_is_wrong(
+    field: object, name: str, said: str
+) -> None:
+    with pytest.raises(FieldError) as refused:
+        requested_rates(field, PLAIN, ("image",))
+    assert refused.value.field == name and said in str(refused.value)
+    assert len(str(refused.value)) < 300
+
+
+def test_videos_are_found_in_every_form() -> None:
+    url = {"url": "data:,"}
+    assert is_video({"type": "video_url", "video_url": url}) and is_video({"video_url": url})
+    assert not is_video({"type": "text", "text": "?", "video_url": url})
+    assert not is_video({"type": ["video_url"], "video_url": url}) and not is_video(
+        {"image_url": url}
+    )
+
+
 def test_details_are_levels_and_the_field_goes_before_them() -> None:
     details = ["high", "original", "low", "auto", None]
-    assert image_rates(details, None, PLAIN) == [
-        ImageRate(0.0, "detail"),
-        ImageRate(0.0, "detail"),
-        ImageRate(0.889, "detail"),
-        ImageRate(0.778, "default"),
-        ImageRate(0.778, "default"),
+    assert item_rates(details, None, PLAIN) == [
+        ItemRate(0.0, "detail"),
+        ItemRate(0.0, "detail"),
+        ItemRate(0.889, "detail"),
+        ItemRate(0.778, "default"),
+        ItemRate(0.778, "default"),
     ]
-    assert image_rates(details, 0.5, PLAIN) == [ImageRate(0.5, "era")] * 5
+    assert item_rates(details, 0.5, PLAIN) == [ItemRate(0.5, "era")] * 5
 
 
 def test_details_out_of_bounds_are_brought_into_them_and_said_to_be() -> None:
-    assert image_rates(["high", "low", None], None, BOUNDED) == [
-        ImageRate(0.25, "detail", clamped=True),
-        ImageRate(0.8, "detail", clamped=True),
-        ImageRate(0.5, "default"),
+    assert item_rates(["high", "low", None], None, BOUNDED) == [
+        ItemRate(0.25, "detail", clamped=True),
+        ItemRate(0.8, "detail", clamped=True),
+        ItemRate(0.5, "default"),
     ]
-    assert image_rates(["high", "low"], None, STOCK) == [
-        ImageRate(0.0, "detail"),
-        ImageRate(0.0, "detail", clamped=True),
+    assert item_rates(["high", "low"], None, STOCK) == [
+        ItemRate(0.0, "detail"),
+        ItemRate(0.0, "detail", clamped=True),
     ]
 
 
 def test_details_follow_the_servers_own_levels() -> None:
     own = EraConfig.parse({"levels": {"off": 0, "strong": 0.6, "mine": 0.1}})
-    assert image_rates(["low"], None, own) == [ImageRate(0.6, "detail")]
+    assert item_rates(["low"], None, own) == [ItemRate(0.6, "detail")]
     assert requested_rate({"level": "mine"}, own) == 0.1
     with pytest.raises(FieldError, match=r"off \(0\), mine \(0.1\), strong \(0.6\)"):
         requested_rate({"level": "light"}, own)
@@ -133,7 +191,7 @@ def test_details_follow_the_servers_own_levels() -> None:
 def test_an_unknown_detail_is_refused_whatever_the_field_says(detail: object) -> None:
     for asked in (None, 0.5):
         with pytest.raises(FieldError, match="image_url.detail: got .*high, original, low, auto"):
-            image_rates([detail], asked, PLAIN)
+            item_rates([detail], asked, PLAIN)
 
 
 def test_details_are_found_in_every_form_of_an_image_in_order() -> None:
@@ -168,7 +226,7 @@ def test_details_are_found_in_every_form_of_an_image_in_order() -> None:
 
 
 def test_a_report_says_level_source_and_tokens() -> None:
-    rates = [ImageRate(0.889, "detail"), ImageRate(0.6, "era"), ImageRate(0.0, "detail", True)]
+    rates = [ItemRate(0.889, "detail"), ItemRate(0.6, "era"), ItemRate(0.0, "detail", True)]
     first, second, third = (
         one.as_dict() for one in reports(rates, [144] * 3, [16, 58, 144], PLAIN)
     )
@@ -188,16 +246,16 @@ def test_each_request_has_a_scope_that_its_tasks_share() -> None:
     async def render(rate: float) -> None:
         await asyncio.sleep(0)
         found = current()
-        assert found is not None and found.rate == rate
-        found.report(reports([ImageRate(rate, "era")], [4], [2], PLAIN))
+        assert found is not None and found.rates == {"image": rate}
+        found.report({"image": reports([ItemRate(rate, "era")], [4], [2], PLAIN)})
 
     async def request(rate: float) -> float:
         with request_context() as opened:
-            opened.rate = rate
+            opened.rates = {"image": rate}
             await asyncio.create_task(render(rate))
             await asyncio.create_task(render(rate))
-            assert (len(opened.images), len(opened.all_images)) == (1, 2)
-            return opened.images[0].pruning_rate
+            assert (len(opened.items["image"]), len(opened.all_items)) == (1, 2)
+            return opened.items["image"][0].pruning_rate
 
     async def both() -> list[float]:
         return await asyncio.gather(request(0.1), request(0.2))

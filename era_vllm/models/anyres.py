@@ -1,0 +1,133 @@
+"""Pictures as a base view and a grid of tiles (LLaVA-NeXT, LLaVA-OneVision). No vllm import.
+
+Of the grid's tokens [rows x side, columns x side] those of padding are cut off, OneVision resizes
+the rest to a bounded number, and a newline follows each row of what remains:
+
+    0 .. side^2 - 1                       the base view
+    side^2 + r (width + 1) + c            row r, column c of the rest; c = width is the newline
+
+The base view is a segment, and so is what remains of each tile: tiles are not square any more, and
+one that is all padding is none.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+from era_vllm.layout import Layout, SegmentLayout
+
+Separators = Literal["rows", "tile_rows", "none"]
+"""``EraConfig.separators``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a model cuts its pictures into tiles."""
+
+    pinpoints: tuple[tuple[int, int], ...]
+    """(height, width) in pixels of the grids that there are."""
+    tile: int
+    """Pixels of a tile's side."""
+    side: int
+    """Rows and columns of a tile's tokens."""
+    max_tiles: int | None = None
+    """A grid of clearly more tokens than those of so many tiles is resized to them; None = none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """One picture's tokens behind its base view."""
+
+    side: int
+    tiles: tuple[int, int]
+    """Rows and columns of tiles."""
+    cut: tuple[int, int]
+    """Rows and columns of padding that are cut off, at each side."""
+    unpadded: tuple[int, int]
+    """Rows and columns of what remains, either of which may be 0."""
+    resized: tuple[int, int]
+    """The same after a resize."""
+
+    def bands(self, axis: int) -> list[tuple[int, int]]:
+        """Return first and last + 1 of the rows (columns) that each row (column) of tiles has.
+
+        Where there was a resize a row belongs to the tile that its centre falls into.
+        """
+        rows = self.resized[axis]
+        step = self.unpadded[axis] / rows if rows else 1.0
+        centres = (torch.arange(rows, dtype=torch.float64) + 0.5) * step + self.cut[axis]
+        ends = torch.arange(1, self.tiles[axis] + 1, dtype=torch.float64) * self.side
+        last = torch.searchsorted(centres, ends).tolist()
+        return list(zip([0, *last], last, strict=False))
+
+
+@lru_cache(maxsize=256)
+def tile_grid(tiling: Tiling, height: int, width: int) -> TileGrid:
+    """Return the grid of a picture of so many pixels.
+
+    Upstream: vllm/model_executor/models/llava_next.py:147 and llava_onevision.py:131
+    ``_get_num_unpadded_features`` (0.32.0), whose roundings are these.
+    """
+    shape = get_anyres_image_grid_shape(
+        (height, width), [*map(list, tiling.pinpoints)], tiling.tile
+    )
+    rows, columns = (count * tiling.side for count in shape)
+    top = left = 0
+    if width / height > columns / rows:
+        top = (rows - int(round(height * (columns / width), 7))) // 2
+    else:
+        left = (columns - int(round(width * (rows / height), 7))) // 2
+    unpadded = rows - 2 * top, columns - 2 * left
+    resized = unpadded
+    if tiling.max_tiles is not None:
+        ratio = math.sqrt(unpadded[0] * unpadded[1] / (tiling.max_tiles * tiling.side**2))
+        if ratio > 1.1:
+            resized = int(unpadded[0] // ratio), int(unpadded[1] // ratio)
+    return TileGrid(tiling.side, shape, (top, left), unpadded, resized)
+
+
+@lru_cache(maxsize=256)
+def tiled(tiling: Tiling, height: int, width: int, separators: Separators) -> Layout:
+    """Return the layout of a picture of so many pixels, which are its shape."""
+    grid = tile_grid(tiling, height, width)
+    rows, columns = grid.resized
+    base = tiling.side**2
+    places = base + torch.arange(rows * (columns + 1)).view(rows, columns + 1)
+    segments = [SegmentLayout((tiling.side, tiling.side), torch.arange(base))]
+    ends_of_tiles = []
+    for top, bottom in grid.bands(0):
+        ends_of_tiles += [bottom - 1] if bottom > top else []
+        for left, right in grid.bands(1):
+            part = places[top:bottom, left:right]
+            if part.numel():
+                segments.append(SegmentLayout((bottom - top, right - left), part.flatten()))
+    newlines = places[:, columns]
+    kept = {"rows": newlines, "tile_rows": newlines[ends_of_tiles], "none": newlines[:0]}
+    units = 1 + math.prod(grid.tiles)
+    return Layout(
+        (height, width),
+        base + places.numel(),
+        tuple(segments),
+        kept[separators].clone(),
+        units=units,
+        work=units * base,
+    )
+
+
+def arranged(maps: Float32[Tensor, "u c m"], grid: TileGrid) -> Float32[Tensor, "c length"]:
+    """Do to a picture's maps what the family does to its features; newlines get 0."""
+    (rows, columns), side, count = grid.tiles, grid.side, maps.shape[1]
+    tiles = maps[1:].unflatten(2, (side, side)).unflatten(0, (rows, columns))
+    whole = tiles.permute(2, 0, 3, 1, 4).reshape(count, rows * side, columns * side)
+    (top, left), (height, width) = grid.cut, grid.unpadded
+    whole = whole[:, top : top + height, left : left + width]
+    if grid.resized != grid.unpadded:
+        whole = nn.functional.interpolate(whole[None], list(grid.resized), mode="bilinear")[0]
+    whole = nn.functional.pad(whole, (0, 1))
+    return torch.cat([maps[0], whole.flatten(1)], 1)

@@ -1,0 +1,8 @@
+"""Families with random weights: one file each, a small checkpoint and an oracle of its own."""
+
+from typing import Final
+
+from tests.engine.families import llava_next
+from tests.engine.families.case import Case
+
+CASES: Final[tuple[Case, ...]] = (llava_next.CASE,)
