@@ -28,6 +28,10 @@ class SegmentLayout:
     """Rows and columns of its tokens."""
     places: Int[Tensor, "n"]
     """Their places in the item, raster order."""
+    unit: int = 0
+    """Row of the tower's batch whose pixels they show."""
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """Top, left, bottom and right of what they show of the unit, in its own height and width."""
 
     @property
     def n(self) -> int:
@@ -135,7 +139,9 @@ def equal_units(
     return Layout(
         shape,
         length,
-        tuple(SegmentLayout(grid, torch.arange(unit * n, unit * n + n)) for unit in range(units)),
+        tuple(
+            SegmentLayout(grid, torch.arange(unit * n, unit * n + n), unit) for unit in range(units)
+        ),
         torch.arange(units * n, length),
         units=units,
         work=units * work,

@@ -1,6 +1,7 @@
 """Draw what a model still sees: kept tokens, what each of them stands for, and its bias.
 
-Left the picture as the model is given it, right the same picture with its pruned tokens darkened:
+Left the picture as the model is given it, right the same picture with its pruned tokens darkened;
+of tiles and frames the right one of each:
 
     bright, framed cell   an anchor, a token that is kept
     dark, tinted cell     a pruned token, merged into an anchor (black: dropped altogether)
@@ -12,6 +13,8 @@ alone, so that it works wherever the package does.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
@@ -20,14 +23,14 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from era_vllm.types import PrunedTokens
-
 _PANEL: Final = 720  # pixels, about: a whole number of cells
 _WIDE_PANEL: Final = 960  # where the grid is finer than _COARSE
 _COARSE: Final = 16
 _MARGIN: Final = 24
 _HEAD: Final = 84
 _FOOT: Final = 88
+_SHEET_PANEL: Final = 320
+_CAPTION: Final = 24
 _PAPER: Final = (250, 250, 248)
 _INK: Final = (32, 32, 36)
 _FAINT: Final = (104, 104, 112)
@@ -41,56 +44,104 @@ _TICKS: Final = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 51
 Colour = tuple[int, int, int]
 
 
-def draw(
-    image: Image.Image,
-    pruned: PrunedTokens,
-    grid: tuple[int, int],
-    title: str,
-) -> Image.Image:
-    """Draw the first segment.
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the pipeline made of one segment, and what the segment shows."""
+
+    image: Image.Image
+    """As the model is given it, after resizing and cropping (``seen``)."""
+    grid: tuple[int, int]
+    """Rows and columns of its visual tokens."""
+    anchors: Sequence[int]
+    assignment: Sequence[int]
+    log_bias: Sequence[float]
+    name: str = ""
+    """Which tile or frame it is."""
+
+
+def draw(segments: Sequence[Kept], title: str, note: str = "") -> Image.Image:
+    """Draw an item: one segment beside the picture as it was, several as a sheet of all.
 
     Args:
-        image: The segment as the model is given it, after resizing and cropping (``seen``).
-        pruned: What the pipeline made of it.
-        grid: Rows and columns of its visual tokens.
+        segments: Of the item.
         title: First line, to which is added how many tokens are kept.
+        note: What else is kept, such as newlines.
 
     Returns:
-        An RGB picture of 1500 x 900 pixels or more; ``cell_box`` says where each token lies in it.
+        An RGB picture; of one segment 1500 x 900 pixels or more, in which ``cell_box`` says where
+        each token lies.
     """
-    rows, columns = grid
-    cell = cell_size(grid)
-    anchors = pruned.anchors[0].tolist()
-    assignment = pruned.assignment[0].tolist()
-    biases = pruned.log_bias[0].tolist()
-    top = max(max(biases), math.log(2))
-    colours = [_colour(bias / top) for bias in biases]
-    given = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+    n = sum(len(one.assignment) for one in segments)
+    kept = sum(len(one.anchors) for one in segments)
+    title = f"{title}: {n} -> {kept} visual tokens{f', {note}' if note else ''}"
+    top = max(math.log(2), *(max(one.log_bias) for one in segments))
+    return _pair(segments[0], title, top) if len(segments) == 1 else _sheet(segments, title, top)
 
+
+def _pair(one: Kept, title: str, top: float) -> Image.Image:
+    (rows, columns), cell = one.grid, cell_size(one.grid)
     width = 3 * _MARGIN + 2 * columns * cell
     sheet = Image.new("RGB", (width, _HEAD + rows * cell + _FOOT), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    sheet.paste(given, (_MARGIN, _HEAD))
-    sheet.paste(_darkened(given, assignment, colours, grid), (2 * _MARGIN + columns * cell, _HEAD))
-    _draw_borders(pen, assignment, grid)
-    for anchor, colour in zip(anchors, colours, strict=True):
-        left, upper, right, lower = cell_box(anchor, grid)
-        own = cell_box(anchor, grid, panel=0)
-        sheet.paste(sheet.crop(own), (left, upper))
-        frame = max(2, cell // 10)
-        pen.rectangle((left, upper, right - 1, lower - 1), outline=colour, width=frame)
-        inner = (left + frame, upper + frame, right - 1 - frame, lower - 1 - frame)
-        pen.rectangle(inner, outline=(0, 0, 0), width=1)
-
-    kept = f"{title}: {len(assignment)} -> {len(anchors)} visual tokens"
-    pen.text((_MARGIN, 14), kept, _INK, _font(24))
-    pen.text(
-        (_MARGIN, _HEAD - 30), f"the model is given {len(assignment)} tokens", _FAINT, _font(17)
-    )
-    caption = f"it keeps {len(anchors)}: the bright cells; dark ones are merged into them"
+    sheet.paste(_given(one, cell), (_MARGIN, _HEAD))
+    sheet.paste(_panel(one, cell, top), (2 * _MARGIN + columns * cell, _HEAD))
+    pen.text((_MARGIN, 14), title, _INK, _font(24))
+    count, kept = len(one.assignment), len(one.anchors)
+    pen.text((_MARGIN, _HEAD - 30), f"the model is given {count} tokens", _FAINT, _font(17))
+    caption = f"it keeps {kept}: the bright cells; dark ones are merged into them"
     pen.text((2 * _MARGIN + columns * cell, _HEAD - 30), caption, _FAINT, _font(17))
     _draw_colour_bar(pen, top, width, _HEAD + rows * cell)
     return sheet
+
+
+def _sheet(segments: Sequence[Kept], title: str, top: float) -> Image.Image:
+    """Draw what is kept of several, in rows, all cells of one size."""
+    cell = max(4, _SHEET_PANEL // max(max(one.grid) for one in segments))
+    panels = [_panel(one, cell, top) for one in segments]
+    wide, high = (max(panel.size[axis] for panel in panels) for axis in (0, 1))
+    wide, high = max(wide, _SHEET_PANEL // 2), high + _CAPTION
+    columns = min(len(panels), max(3, round(math.sqrt(len(panels) * 1.6 * high / wide))))
+    rows = -(-len(panels) // columns)
+    width = max(_MARGIN + columns * (wide + _MARGIN), 900)
+    sheet = Image.new("RGB", (width, _HEAD + rows * (high + _MARGIN) + _FOOT), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((_MARGIN, 14), title, _INK, _font(24))
+    legend = "bright cells are kept, dark ones are merged into them"
+    pen.text((_MARGIN, _HEAD - 34), legend, _FAINT, _font(17))
+    for at, (one, panel) in enumerate(zip(segments, panels, strict=True)):
+        row, column = divmod(at, columns)
+        left, upper = _MARGIN + column * (wide + _MARGIN), _HEAD + row * (high + _MARGIN)
+        caption = f"{one.name}: {len(one.assignment)} -> {len(one.anchors)}"
+        pen.text((left, upper), caption, _FAINT, _font(15))
+        sheet.paste(panel, (left, upper + _CAPTION))
+    _draw_colour_bar(pen, top, width, _HEAD + rows * (high + _MARGIN))
+    return sheet
+
+
+def _given(one: Kept, cell: int) -> Image.Image:
+    rows, columns = one.grid
+    size = (columns * cell, rows * cell)
+    return one.image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def _panel(one: Kept, cell: int, top: float) -> Image.Image:
+    """Return the segment with its pruned tokens darkened and its anchors framed."""
+    columns = one.grid[1]
+    colours = [_colour(bias / top) for bias in one.log_bias]
+    given = _given(one, cell)
+    panel = _darkened(given, one.assignment, colours, one.grid)
+    pen = ImageDraw.Draw(panel)
+    _draw_borders(pen, one.assignment, one.grid, cell)
+    for anchor, colour in zip(one.anchors, colours, strict=True):
+        row, column = divmod(anchor, columns)
+        box = (column * cell, row * cell, column * cell + cell, row * cell + cell)
+        panel.paste(given.crop(box), box[:2])
+        frame = max(1 if cell < 12 else 2, cell // 10)
+        pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour, width=frame)
+        if cell >= 12:
+            inner = (box[0] + frame, box[1] + frame, box[2] - 1 - frame, box[3] - 1 - frame)
+            pen.rectangle(inner, outline=(0, 0, 0), width=1)
+    return panel
 
 
 def cell_size(grid: tuple[int, int]) -> int:
@@ -130,9 +181,11 @@ def seen(
 
 
 def _darkened(
-    given: Image.Image, assignment: list[int], colours: list[Colour], grid: tuple[int, int]
+    given: Image.Image,
+    assignment: Sequence[int],
+    colours: Sequence[Colour],
+    grid: tuple[int, int],
 ) -> Image.Image:
-    cell = cell_size(grid)
     grey = ImageOps.grayscale(given).point(lambda value: round(value * _DARKENED))
     tints = Image.new("RGB", (grid[1], grid[0]))
     for token, anchor in enumerate(assignment):
@@ -143,16 +196,18 @@ def _darkened(
     dropped.putdata([0 if anchor >= 0 else 255 for anchor in assignment])
     mixed = Image.blend(grey.convert("RGB"), flat, _TINT)
     mixed.paste((0, 0, 0), mask=dropped.resize(given.size, Image.Resampling.NEAREST))
-    assert mixed.size == (grid[1] * cell, grid[0] * cell)
     return mixed
 
 
-def _draw_borders(pen: ImageDraw.ImageDraw, assignment: list[int], grid: tuple[int, int]) -> None:
+def _draw_borders(
+    pen: ImageDraw.ImageDraw, assignment: Sequence[int], grid: tuple[int, int], cell: int
+) -> None:
     rows, columns = grid
-    thickness = 2 if cell_size(grid) > 48 else 1
+    thickness = 2 if cell > 48 else 1
     for token, anchor in enumerate(assignment):
-        left, upper, right, lower = cell_box(token, grid)
         row, column = divmod(token, columns)
+        left, upper = column * cell, row * cell
+        right, lower = left + cell, upper + cell
         if column + 1 < columns and assignment[token + 1] != anchor:
             pen.line((right, upper, right, lower), _LINE, thickness)
         if row + 1 < rows and assignment[token + columns] != anchor:

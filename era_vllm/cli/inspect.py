@@ -68,7 +68,7 @@ def kept_picture(
     oracle: "Oracle", image: "Image", config: EraConfig
 ) -> "tuple[Image, PrunedTokens]":
     """Prune an image at the config's rate and draw what is kept."""
-    from era_vllm.viz import draw, seen
+    from era_vllm.viz import Kept, draw, seen
 
     pruned = oracle.reduce([image], config, config.pruning_rate)
     processor = oracle.processor.image_processor
@@ -76,7 +76,9 @@ def kept_picture(
     vision = oracle.model.config.vision_config
     side = vision.image_size // vision.patch_size
     title = f"policy {config.policy}, pruning rate {config.pruning_rate:g}"
-    return draw(given, pruned, (side, side), title), pruned
+    rows = (pruned.anchors[0], pruned.assignment[0], pruned.log_bias[0])
+    kept = Kept(given, (side, side), *(row.tolist() for row in rows))
+    return draw([kept], title), pruned
 
 
 def save(picture: "Image", path: Path) -> None:

@@ -54,6 +54,12 @@ class TileGrid:
     resized: tuple[int, int]
     """The same after a resize."""
 
+    def shown(self, axis: int, band: int, ends: tuple[int, int]) -> tuple[float, float]:
+        """Return first and last of what rows (columns) show of their tile, as a share of it."""
+        step = self.unpadded[axis] / self.resized[axis]
+        first, last = ((self.cut[axis] + end * step) / self.side - band for end in ends)
+        return max(first, 0.0), min(last, 1.0)
+
     def bands(self, axis: int) -> list[tuple[int, int]]:
         """Return first and last + 1 of the rows (columns) that each row (column) of tiles has.
 
@@ -101,12 +107,16 @@ def tiled(tiling: Tiling, height: int, width: int, separators: Separators) -> La
     places = base + torch.arange(rows * (columns + 1)).view(rows, columns + 1)
     segments = [SegmentLayout((tiling.side, tiling.side), torch.arange(base))]
     ends_of_tiles = []
-    for top, bottom in grid.bands(0):
+    for row, (top, bottom) in enumerate(grid.bands(0)):
         ends_of_tiles += [bottom - 1] if bottom > top else []
-        for left, right in grid.bands(1):
+        for column, (left, right) in enumerate(grid.bands(1)):
             part = places[top:bottom, left:right]
             if part.numel():
-                segments.append(SegmentLayout((bottom - top, right - left), part.flatten()))
+                upper, lower = grid.shown(0, row, (top, bottom))
+                first, last = grid.shown(1, column, (left, right))
+                unit, box = 1 + row * grid.tiles[1] + column, (upper, first, lower, last)
+                size = bottom - top, right - left
+                segments.append(SegmentLayout(size, part.flatten(), unit, box))
     newlines = places[:, columns]
     kept = {"rows": newlines, "tile_rows": newlines[ends_of_tiles], "none": newlines[:0]}
     units = 1 + math.prod(grid.tiles)

@@ -16,6 +16,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from era_vllm.contracts import PruningPolicy
+from era_vllm.layout import SegmentLayout
 from era_vllm.policies import era
 from era_vllm.steps.entropy import head_entropy, head_profile, unattended
 from era_vllm.types import Signal, VisualTokens
@@ -37,6 +38,10 @@ class Watched(NamedTuple):
 class FoundSegment:
     """What was pruned of one segment, in plain values."""
 
+    unit: int
+    """Tile or frame."""
+    box: tuple[float, float, float, float]
+    """Top, left, bottom, right of what it shows of it, in shares of its height and width."""
     grid: tuple[int, int]
     anchors: list[int]
     assignment: list[int]
@@ -50,6 +55,11 @@ class Found:
     """What was pruned of one item."""
 
     segments: list[FoundSegment]
+    length: int
+    """Of the item unpruned."""
+    units: int
+    separators: int
+    """Tokens that are kept as they are: newlines."""
     log_bias: list[float]
     """Of the item's slots, in the order of the prompt."""
 
@@ -93,13 +103,22 @@ class Inspector:
         for one in items if self._until else ():
             watched = Watched(one.item.pixel_hash, one.item.plan.num_anchors)
             if watched in self._until:
-                segments = [self._segment(segment) for segment in one.segments]
-                self._found[watched] = Found(segments, _of_slots(one).tolist())
+                plan = one.item.plan
+                pairs = zip(plan.layout.segments, one.segments, strict=True)
+                self._found[watched] = Found(
+                    [self._segment(*pair) for pair in pairs],
+                    plan.layout.length,
+                    plan.layout.units,
+                    len(plan.separators),
+                    _of_slots(one).tolist(),
+                )
 
-    def _segment(self, segment: PrunedSegment) -> FoundSegment:
+    def _segment(self, layout: SegmentLayout, segment: PrunedSegment) -> FoundSegment:
         tokens, result, row = segment.tokens, segment.result, segment.row
         entropy = token_entropy(self._policy, tokens)
         return FoundSegment(
+            layout.unit,
+            layout.box,
             tokens.grid,
             result.anchors[row].tolist(),
             result.assignment[row].tolist(),

@@ -223,7 +223,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
                 continue
             fields = {name: config for name, config in stock.items() if config.modality == modality}
             items = MultiModalKwargsItems.from_hf_inputs(processed, fields)[modality]
-            hashes = [pixel_hash(_pixels(item)) for item in items]
+            hashes = [pixel_hash(pixels_of(item)) for item in items]
             processed.update(pack_items(plans, hashes, modality))
         return processed
 
@@ -263,7 +263,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         ]
 
 
-def _pixels(item: MultiModalKwargsItem) -> Tensor:
+def pixels_of(item: MultiModalKwargsItem) -> Tensor:
     """Return an item's pixels as the tower is given them."""
     return next(
         element.data

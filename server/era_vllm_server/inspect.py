@@ -1,9 +1,9 @@
-"""``/v1/era/inspect``: what one image loses, as this engine really prunes it.
+"""``/v1/era/inspect``: what a picture or video loses, as this engine really prunes it.
 
-The image goes through the engine as a request of its own: the same connector, processor, encoder
+The item goes through the engine as a request of its own: the same connector, processor, encoder
 and policy as a client's, under an identity that no cache knows. The workers catch what their
 reducer made of it (``inspector.py``); with ``read_back`` they also read the biases out of the KV
-slots while the request holds them. One image at a time in an API server, within a time limit; who
+slots while the request holds them. One item at a time in an API server, within a time limit; who
 comes meanwhile is told to come again.
 """
 
@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
-import torch
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
-from PIL.Image import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from vllm import envs
 from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+from vllm.transformers_utils.processor import get_video_processor_cls_name
+from vllm.transformers_utils.processors.internvl import IMAGENET_MEAN, IMAGENET_STD
 
 from era_vllm.compat.vllm_entrypoints import (
     create_error_response,
@@ -36,9 +36,10 @@ from era_vllm.compat.vllm_entrypoints import (
 )
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.types import DEGENERATE_KINDS, PrunedTokens
-from era_vllm.viz import draw, seen
-from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH
+from era_vllm.viz import Kept, draw, seen
+from era_vllm.vllm_plugin.families import modalities_of
+from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, field
+from era_vllm.vllm_plugin.processor import pixels_of
 from era_vllm.vllm_plugin.requests import FieldError, ItemRate, item_rates, requested_rates
 from era_vllm_server import probe
 from era_vllm_server.workers import answer, call_workers
@@ -66,37 +67,68 @@ class ImageUrl(BaseModel):
     detail: str | None = None
 
 
-def _as_object(image_url: object) -> object:
+class VideoUrl(BaseModel):
+    """A video as in a chat."""
+
+    model_config = ConfigDict(extra="forbid")
+    url: str
+
+
+def _as_object(given: object) -> object:
     """Take the address alone for the object, as chat routes do."""
-    return {"url": image_url} if isinstance(image_url, str) else image_url
+    return {"url": given} if isinstance(given, str) else given
 
 
 class InspectRequest(BaseModel):
     """Body of the route."""
 
     model_config = ConfigDict(extra="forbid")
-    image_url: Annotated[ImageUrl, BeforeValidator(_as_object)]
+    image_url: Annotated[ImageUrl | None, BeforeValidator(_as_object)] = None
+    video_url: Annotated[VideoUrl | None, BeforeValidator(_as_object)] = None
     era: Annotated[Any, Field(description="as in a chat")] = None
     read_back: bool = False
     picture: bool = True
 
+    @model_validator(mode="after")
+    def _one_item(self) -> "InspectRequest":
+        if (self.image_url is None) == (self.video_url is None):
+            raise ValueError("image_url, video_url: needed one of the two")
+        return self
+
+    @property
+    def modality(self) -> str:
+        """Of the item."""
+        return "video" if self.image_url is None else "image"
+
+    @property
+    def url(self) -> str:
+        """Of the item."""
+        found = self.image_url or self.video_url
+        assert found is not None, "_one_item"
+        return found.url
+
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What came back for one image."""
+    """What came back for one item."""
 
-    image: MultiModalKwargsItem
+    item: MultiModalKwargsItem
     """What the encoder was given."""
     pruned: Mapping[str, Any]
     """``inspector.Found`` of rank 0; all ranks prune alike."""
     read_back: list[Mapping[str, Any]] | None
     """``worker.ReadBack`` of each rank."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of the encoder."""
+        return int(self.pruned["length"])
+
 
 @router.post("/v1/era/inspect", dependencies=[Depends(validate_json_request)])
 @with_cancellation
 async def inspect(request: InspectRequest, raw_request: Request) -> Response:
-    """Return what is kept of an image: JSON, or the picture alone where PNG is asked for."""
+    """Return what is kept of an item: JSON, or the picture alone where PNG is asked for."""
     state = raw_request.app.state
     config: EraConfig = state.era_config
     retry = {"Retry-After": str(state.era_settings.retry_after_s)}
@@ -104,16 +136,18 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
         return _refusal(HTTPStatus.BAD_REQUEST, "this server prunes nothing (maximum rate 0)")
     if not answer(state.engine_client):
         return _refusal(HTTPStatus.NOT_IMPLEMENTED, _OTHER_WORKERS)
-    rate = _rate(request, config)
+    takes = modalities_of(state.vllm_config.model_config.hf_config)
+    if request.modality not in takes:
+        wrong = f"{request.modality}_url: this model takes {' and '.join(takes)} only"
+        return _refusal(HTTPStatus.BAD_REQUEST, wrong)
+    rate = _rate(request, config, takes)
     if state.era_inspecting.locked():
         return _refusal(HTTPStatus.TOO_MANY_REQUESTS, "an inspection is running; try again", retry)
     async with state.era_inspecting:
-        image = await _fetch(state.vllm_config.model_config, request.image_url.url)
+        item = await _fetch(state.vllm_config.model_config, request)
         try:
             async with asyncio.timeout(_LIMIT_S):
-                found = await _ask(
-                    state.engine_client, image, rate.pruning_rate, read_back=request.read_back
-                )
+                found = await _ask(state.engine_client, item, rate.pruning_rate, request)
         except UnsupportedError as error:
             return _refusal(HTTPStatus.NOT_IMPLEMENTED, str(error))
         except TimeoutError:
@@ -126,45 +160,51 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
         if png_alone or request.picture:
             title = f"policy {config.policy}, pruning rate {rate.pruning_rate:g}"
             processor = state.engine_client.renderer.get_mm_processor().info.get_hf_processor()
-            png = await asyncio.to_thread(_draw, found, processor.image_processor, title)
+            png = await asyncio.to_thread(_draw, found, processor, title, request.modality)
     if png_alone:
         return Response(png, media_type="image/png")
     return JSONResponse(_payload(found, rate, config, png))
 
 
-def _rate(request: InspectRequest, config: EraConfig) -> ItemRate:
+def _rate(request: InspectRequest, config: EraConfig, takes: tuple[str, ...]) -> ItemRate:
     try:
-        asked = requested_rates(request.era, config, ("image",)).get("image")
-        return item_rates([request.image_url.detail], asked, config)[0]
+        asked = requested_rates(request.era, config, takes).get(request.modality)
+        detail = request.image_url.detail if request.image_url else None
+        return item_rates([detail], asked, config)[0]
     except FieldError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from error
 
 
-async def _fetch(config: ModelConfig, url: str) -> Image:
-    """Get an image as the chat routes do."""
+async def _fetch(config: ModelConfig, request: InspectRequest) -> object:
+    """Get an item as the chat routes do."""
     connector = MEDIA_CONNECTOR_REGISTRY.load(
         envs.VLLM_MEDIA_CONNECTOR,
         media_io_kwargs=config.get_multimodal_config().media_io_kwargs,
         allowed_local_media_path=config.allowed_local_media_path,
         allowed_media_domains=config.allowed_media_domains,
     )
-    return await connector.fetch_image_async(url)
+    if request.modality == "image":
+        return await connector.fetch_image_async(request.url)
+    name = get_video_processor_cls_name(config)
+    return await connector.fetch_video_async(request.url, video_processor=name)
 
 
 async def _ask(
-    engine: EngineClient, image: Image, rate: float, *, read_back: bool
+    engine: EngineClient, item: object, rate: float, request: InspectRequest
 ) -> Pruned | None:
-    """Send an image through the engine; None = it lost its slots before they could be read.
+    """Send an item through the engine; None = it lost its slots before they could be read.
 
     Raises:
-        VLLMValidationError: the image cannot be taken.
+        VLLMValidationError: the item cannot be taken.
         UnsupportedError: the pixels are elsewhere, or this backend's KV cache cannot be read.
     """
-    prompt = await probe.render(engine, image, rate)
-    (given,) = prompt["mm_kwargs"]["image"]
-    if PIXEL_HASH not in given:  # a place in shared memory instead of the pixels
+    modality, read_back = request.modality, request.read_back
+    prompt = await probe.render(engine, item, rate, modality)
+    (given,) = prompt["mm_kwargs"][modality]
+    names = [field(name, modality) for name in (PIXEL_HASH, NUM_ANCHORS)]
+    if names[0] not in given:  # a place in shared memory instead of the pixels
         raise UnsupportedError(_SHARED)
-    key = [given[field].data.tolist() for field in (PIXEL_HASH, NUM_ANCHORS)]
+    key = [given[name].data.tolist() for name in names]
     await call_workers(engine, "era_watch", *key, _LIMIT_S)
     request_id = f"era-inspect-{uuid.uuid4().hex}"
     tokens = _TOKENS_WHILE_READING if read_back else 1
@@ -185,7 +225,7 @@ def _of_one_engine(
     the slots are found only where the request is.
 
     Args:
-        given: The image.
+        given: The item.
         taken: ``worker.Taken``: [engine][rank].
         read_back: Whether the slots were to be read.
 
@@ -207,16 +247,18 @@ def _of_one_engine(
 def _payload(
     found: Pruned, rate: ItemRate, config: EraConfig, png: bytes | None
 ) -> dict[str, object]:
-    (pruned,) = found.pruned["segments"]
+    segments, separators = found.pruned["segments"], found.pruned["separators"]
     told: dict[str, object] = {
         "policy": config.policy,
         "pruning_rate": rate.pruning_rate,
         "level": config.level(rate.pruning_rate),
         "source": rate.source,
         "clamped": rate.clamped,
-        "tokens_before": len(pruned["assignment"]),
-        "tokens_after": len(pruned["anchors"]),
-        **pruned,
+        "tokens_before": found.length,
+        "tokens_after": len(found.pruned["log_bias"]),
+        "units": found.pruned["units"],
+        "separators": separators,
+        "segments": segments,
     }
     if (ranks := found.read_back) is not None:
         told["read_back"] = {
@@ -234,20 +276,32 @@ def _payload(
     return told
 
 
-def _draw(found: Pruned, processor: Any, title: str) -> bytes:  # noqa: ANN401  # transformers'
-    (pruned,) = found.pruned["segments"]
-    anchors, assignment = (torch.tensor([pruned[name]]) for name in ("anchors", "assignment"))
-    drawn = PrunedTokens(
-        torch.empty(1, anchors.shape[1], 0),
-        torch.tensor([pruned["log_bias"]]),
-        anchors,
-        assignment,
-        torch.zeros(DEGENERATE_KINDS, dtype=torch.int64),
+def _draw(found: Pruned, processor: Any, title: str, modality: str) -> bytes:  # noqa: ANN401
+    """Return a PNG of every tile or frame, by transformers' processor or vLLM's own."""
+    of_pictures = getattr(processor, "image_processor", None)
+    mean, std = (
+        tuple(getattr(of_pictures, name, values))
+        for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    given = seen(found.image["pixel_values"].data, mean, std)
+    pixels = pixels_of(found.item)
+    units, what = pixels.reshape(-1, *pixels.shape[-3:]), "tile" if modality == "image" else "frame"
+    kept = []
+    for one in found.pruned["segments"]:
+        picture, (top, left, bottom, right) = seen(units[one["unit"]], mean, std), one["box"]
+        width, height = picture.size
+        box = (
+            round(left * width),
+            round(top * height),
+            round(right * width),
+            round(bottom * height),
+        )
+        name = f"{what} {one['unit'] + 1} of {found.pruned['units']}"
+        segment = (one[key] for key in ("anchors", "assignment", "log_bias"))
+        kept.append(Kept(picture.crop(box), tuple(one["grid"]), *segment, name))
+    separators = found.pruned["separators"]
+    note = f"{separators} newlines kept" if separators else ""
     buffer = io.BytesIO()
-    draw(given, drawn, tuple(pruned["grid"]), title).save(buffer, "png")
+    draw(kept, title, note).save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Final
 
-from PIL.Image import Image
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 from vllm.inputs import EngineInput
@@ -17,7 +16,7 @@ from vllm.renderers.inputs.preprocess import parse_model_prompt
 
 from era_vllm.vllm_plugin.requests import request_context
 
-_TEXT: Final = "USER: {image} ASSISTANT:"
+_TEXT: Final = "USER: {item} ASSISTANT:"
 
 
 def takes_images(engine: EngineClient) -> bool:
@@ -26,32 +25,35 @@ def takes_images(engine: EngineClient) -> bool:
     return limits is not None and limits.get_limit_per_prompt("image") > 0
 
 
-async def render(engine: EngineClient, image: Image | None, rate: float | None) -> EngineInput:
-    """Return a prompt about one image, or none, ready for the engine.
+async def render(
+    engine: EngineClient, item: object | None, rate: float | None, modality: str = "image"
+) -> EngineInput:
+    """Return a prompt about one item, or none, ready for the engine.
 
-    The image has an identity of its own, so that no cache answers for it.
+    The item has an identity of its own, so that no cache answers for it.
 
     Args:
         engine: The API server's client.
-        image: RGB.
+        item: What vLLM's connector gives.
         rate: Pruning rate; None for a stock engine.
+        modality: The item's.
 
     Raises:
-        VLLMValidationError: the image cannot be taken.
+        VLLMValidationError: the item cannot be taken.
     """
-    prompt: dict[str, object] = {"prompt": _TEXT.format(image="")}
-    if image is not None:
+    prompt: dict[str, object] = {"prompt": _TEXT.format(item="")}
+    if item is not None:
         builder = engine.renderer.get_mm_processor().dummy_inputs
         prompt = {
-            "prompt": _TEXT.format(image=builder.get_dummy_text({"image": 1})),
-            "multi_modal_data": {"image": image},
-            "multi_modal_uuids": {"image": [f"era-{uuid.uuid4().hex}"]},
+            "prompt": _TEXT.format(item=builder.get_dummy_text({modality: 1})),
+            "multi_modal_data": {modality: [item]},
+            "multi_modal_uuids": {modality: [f"era-{uuid.uuid4().hex}"]},
         }
     parsed = parse_model_prompt(engine.model_config, prompt)
     with (
         request_context() as request
     ):  # of its own: no client's field holds here, and nothing is counted
-        request.rates = {} if rate is None else {"image": rate}
+        request.rates = {} if rate is None else {modality: rate}
         (rendered,) = await engine.renderer.render_cmpl_async([parsed])
     return rendered
 

@@ -45,7 +45,10 @@ def test_anchors_clusters_bias_and_entropy_are_the_policys(server, image):
     said = inspect(server, image, {"level": "strong"}, picture=False).json()
     assert "picture" not in said and "read_back" not in said
     assert (said["policy"], said["level"], said["source"]) == ("era", "strong", "era")
-    assert (said["tokens_before"], said["tokens_after"], said["grid"]) == (144, 16, [12, 12])
+    assert (said["tokens_before"], said["tokens_after"]) == (144, 16)
+    assert (said["units"], said["separators"]) == (1, 0)
+    (said,) = said["segments"]
+    assert (said["grid"], said["unit"], said["box"]) == ([12, 12], 0, [0, 0, 1, 1])
     anchors, assignment = said["anchors"], said["assignment"]
     assert anchors == sorted(set(anchors)) and len(anchors) == 16 and len(assignment) == 144
     assert [assignment[token] for token in anchors] == list(range(16))
@@ -68,7 +71,7 @@ def test_the_bias_is_read_back_from_the_slots_of_the_running_request(server, ima
     read = said["read_back"]
     assert (read["layers"], len(read["differences"])) == (4, 4)
     assert max(read["differences"]) < STORED and read["kv_heads"] >= 1
-    pairs = zip(read["log_bias"], said["log_bias"], strict=True)
+    pairs = zip(read["log_bias"], said["segments"][0]["log_bias"], strict=True)
     assert max(abs(a - b) for a, b in pairs) < STORED
     assert max(read["log_bias"]) > 1
     assert read["largest_text_bias"] == 0 and read["text_slots"] >= 4
@@ -76,8 +79,9 @@ def test_the_bias_is_read_back_from_the_slots_of_the_running_request(server, ima
 
 def test_off_keeps_every_token(server, image):
     said = inspect(server, image, {"level": "off"}, read_back=True, picture=False).json()
-    assert said["anchors"] == said["assignment"] == list(range(144))
-    assert not any(said["log_bias"]) and max(said["read_back"]["differences"]) == 0
+    (kept,) = said["segments"]
+    assert kept["anchors"] == kept["assignment"] == list(range(144))
+    assert not any(kept["log_bias"]) and max(said["read_back"]["differences"]) == 0
 
 
 def test_no_cache_answers_and_none_is_spoilt(server, image):
@@ -136,6 +140,8 @@ def test_another_engine_with_the_same_picture_is_not_taken_for_ours(engines):
         ({"image_url": {"url": "x", "detail": "odd"}}, "detail"),
         ({"images": []}, "images"),
         ({"image_url": None}, "image_url"),
+        ({"video_url": "data:video/mp4;base64,AAAA"}, "needed one of the two"),
+        ({"image_url": None, "video_url": "data:video/mp4;base64,AAAA"}, "takes image only"),
     ],
     ids=str,
 )
@@ -173,7 +179,7 @@ def test_one_at_a_time_and_safe_under_load(server, image):
     assert all(int(reply.headers["retry-after"]) >= 1 for reply in refused)
     said = [replies[-1].json() for replies in tries]
     assert all(max(one["read_back"]["differences"]) < STORED for one in said)
-    assert all(one["anchors"] == said[0]["anchors"] for one in said)
+    assert all(one["segments"] == said[0]["segments"] for one in said)
 
 
 def until_answered(server, image):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from era_vllm.cli.doctor import findings, page
@@ -16,8 +15,7 @@ from era_vllm.cli.main import COMMANDS, main
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server, wait_for
-from era_vllm.types import PrunedTokens
-from era_vllm.viz import cell_box, draw
+from era_vllm.viz import Kept, cell_box, draw
 from era_vllm.vllm_plugin.launch import plugins_to_allow
 
 SAMPLE = CHECKPOINT.parent / "samples" / "sample_00.png"
@@ -149,20 +147,17 @@ def _is_bright(drawn: Image.Image, token: int, grid: tuple[int, int]) -> bool:
 
 
 def test_anchors_carry_the_colour_of_their_bias_and_dropped_tokens_are_black() -> None:
-    pruned = PrunedTokens(
-        embeds=torch.zeros(1, 2, 4),
-        log_bias=torch.tensor([[0.0, 2.0]]),
-        anchors=torch.tensor([[1, 4]]),
-        assignment=torch.tensor([[1, 0, 1, 1, 1, -1]]),
-        degenerate=torch.zeros(4, dtype=torch.int64),
-    )
-    grid = (2, 3)
-    drawn = draw(Image.new("RGB", (30, 20), (200, 210, 220)), pruned, grid, "a title")
+    grid, given = (2, 3), Image.new("RGB", (30, 20), (200, 210, 220))
+    one = Kept(given, grid, [1, 4], [1, 0, 1, 1, 1, -1], [0.0, 2.0], "tile 1 of 2")
+    drawn = draw([one], "a title")
     frames = [drawn.getpixel(cell_box(token, grid)[:2]) for token in (1, 4)]
     assert [BIAS_COLOURS[frame] for frame in frames] == [0.0, 1.0]  # type: ignore[index]
     assert [_is_bright(drawn, token, grid) for token in range(6)] == [0, 1, 0, 0, 1, 0]
     left, upper, right, lower = cell_box(5, grid)
     assert drawn.getpixel(((left + right) // 2, (upper + lower) // 2)) == (0, 0, 0)
+    sheet = draw([one] * 7, "a title", "3 newlines kept")
+    colours = {colour for _, colour in sheet.getcolors(2**24)}
+    assert {*BIAS_COLOURS, (0, 0, 0), (200, 210, 220)} <= colours
 
 
 def test_doctors_page_ends_with_what_to_do() -> None:

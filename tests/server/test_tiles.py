@@ -1,0 +1,107 @@
+"""A server of each tiled family: a chat by HTTP, what was done by modality, inspect's picture.
+
+Random weights; whether answers are exact is shown without a server (tests/engine/test_tiled.py).
+"""
+
+import base64
+import io
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.engine.families import CASES
+from tests.engine.families.case import ODD, TALL
+from tests.server.asking import CHAT, picture, post
+from tests.server.clips import h264
+from tests.server.conftest import ERA_VLLM, LIMITS, started
+from tests.server.test_operations import added, scraped
+
+pytestmark = pytest.mark.slow
+TEMPLATE = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:"
+BOTH = {"image": {"level": "strong"}, "video": {"pruning_rate": 0.95}}
+CLIP = {"url": "data:video/mp4;base64," + base64.b64encode(h264(16, (96, 64))).decode()}
+VIDEO = {"type": "video_url", "video_url": CLIP}
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case(request):
+    """A family."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(case, tmp_path_factory):
+    """A server of it."""
+    folder = tmp_path_factory.mktemp(case.name)
+    case.save(folder / "model")
+    template = folder / "chat.jinja"
+    template.write_text(TEMPLATE)
+    words = [*LIMITS, "--max-model-len", "3072", "--dtype", "float32"]
+    words += ["--chat-template", str(template), "--served-model-name", "era-sample"]
+    command = [ERA_VLLM, "serve", str(folder / "model"), *words]
+    with started(folder, {"family": (command, {})}) as (server,):
+        yield server
+
+
+def ask(server, *parts, **options):
+    """Ask a chat about some parts."""
+    content = [*parts, {"type": "text", "text": "what shape is red?"}]
+    messages = [{"role": "user", "content": content}]
+    body = {"model": "era-sample", "messages": messages, "max_tokens": 4, "temperature": 0}
+    return post(server, CHAT, body | options)
+
+
+def test_pictures_are_reported_one_by_one(server):
+    before = scraped(server)
+    said = ask(server, picture(ODD), picture(TALL, "low"), logprobs=False)
+    assert said.status_code == 200, said.text
+    first, second = said.json()["era"]["images"]
+    assert "videos" not in said.json()["era"]
+    assert (first["level"], second["level"]) == ("medium", "strong")
+    assert 0 < first["tokens_after"] < 0.4 * first["tokens_before"]
+    found = added(before, scraped(server), "era:image_tokens")
+    assert found["era:image_tokens_before_total{medium,era}"] == first["tokens_before"]
+    assert found["era:image_tokens_after_total{strong,era}"] == second["tokens_after"]
+
+
+def test_a_field_by_modality(case, server):
+    parts = (picture(TALL), VIDEO)
+    said = ask(server, *parts, era=BOTH)
+    if "video" not in case.marks:
+        assert said.status_code == 400 and "text and pictures only" in said.text
+        said = ask(server, picture(TALL), era=BOTH)
+        assert said.status_code == 400 and "era.video" in said.text
+        return
+    assert said.status_code == 200, said.text
+    (image,), (video,) = (said.json()["era"][name] for name in ("images", "videos"))
+    assert (image["level"], image["source"]) == ("strong", "era")
+    assert (video["pruning_rate"], video["level"], video["source"]) == (0.95, None, "era")
+    assert video["tokens_after"] < 0.15 * video["tokens_before"]
+    flat = ask(server, *parts, era={"level": "off"}).json()["era"]
+    for one in (*flat["images"], *flat["videos"]):
+        assert one["level"] == "off" and one["tokens_after"] == one["tokens_before"]
+    default = ask(server, *parts).json()["era"]
+    assert {one["source"] for one in (*default["images"], *default["videos"])} == {"default"}
+
+
+def test_inspect_draws_tiles_and_frames(case, server, tmp_path):
+    for kind, part in {"image": picture(ODD), "video": VIDEO}.items():
+        body = {name: part[name] for name in (f"{kind}_url",)} | {"read_back": True}
+        reply = httpx.post(f"{server.url}/v1/era/inspect", json=body, timeout=120)
+        if kind not in case.marks:
+            assert reply.status_code == 400 and "this model takes image only" in reply.text
+            continue
+        assert reply.status_code == 200, reply.text
+        said = reply.json()
+        segments = said["segments"]
+        assert len(segments) > 1 and said["units"] >= len(segments)
+        assert len({one["unit"] for one in segments}) == len(segments)
+        kept = sum(len(one["anchors"]) for one in segments) + said["separators"]
+        assert said["tokens_after"] == kept == len(said["read_back"]["log_bias"])
+        assert max(said["read_back"]["differences"]) < 1e-5
+        assert said["read_back"]["largest_text_bias"] == 0
+        assert all(0 <= edge <= 1 for one in segments for edge in one["box"])
+        drawn = Image.open(io.BytesIO(base64.b64decode(said["picture"].partition(",")[2])))
+        drawn.save(tmp_path / f"{kind}.png")
+        assert drawn.width >= 900
