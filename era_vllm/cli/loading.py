@@ -12,7 +12,7 @@ from PIL import Image
 
 from era_vllm.bench.provenance import free_memory
 from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
-from era_vllm.errors import ConfigError
+from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.pictures import RefusedError, shown
 from era_vllm.vllm_plugin.families import era_architecture
 from era_vllm.vllm_plugin.launch import architectures
@@ -20,8 +20,9 @@ from era_vllm.vllm_plugin.launch import model_config as read_config
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
-    from era_vllm.lab.oracle import Oracle
+    from era_vllm.lab.oracle import LanguageOracle, Oracle
 
 _OVERHEAD_BYTES: Final = 2 << 30  # activations, KV cache, the libraries themselves
 
@@ -84,7 +85,12 @@ def open_oracle(
     """
     import torch
 
-    era_architecture(architectures(model_config(model)))
+    if architectures(model_config(model)) != ["LlavaForConditionalGeneration"]:
+        raise UnsupportedError(
+            f"model {model!r}: got {', '.join(architectures(model_config(model)))}, allowed here: "
+            "LlavaForConditionalGeneration, whose tower runs in plain transformers; of other "
+            "families a server draws what is kept (POST /v1/era/inspect)"
+        )
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from era_vllm.lab.oracle import Oracle
@@ -97,6 +103,53 @@ def open_oracle(
         raise ConfigError(
             f"model {model!r}: the checkpoint lacks weights, processor or tokenizer; needed a "
             "complete one, as save_pretrained writes it"
+        ) from error
+
+
+def open_language_oracle(model: str) -> "LanguageOracle":
+    """Load any family's checkpoint in plain transformers, float32, with its tower where known.
+
+    Raises:
+        ConfigError: no such checkpoint, or one that lacks files.
+        UnsupportedError: a family that is not served, or that transformers does not have.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from era_vllm.lab.oracle import LanguageOracle
+
+    names = architectures(model_config(model))
+    era_architecture(names)
+    if names == ["LlavaForConditionalGeneration"]:
+        return open_oracle(model)
+    set_verbosity_error()
+    disable_progress_bar()
+    known = auto_config(model)
+    from transformers import AutoModelForImageTextToText
+
+    oracle = LanguageOracle()
+    oracle.model = AutoModelForImageTextToText.from_pretrained(
+        model, config=known, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    oracle.dtype = torch.float32
+    return oracle
+
+
+def auto_config(model: str) -> "PretrainedConfig":
+    """Return a checkpoint's config as transformers has it.
+
+    Raises:
+        UnsupportedError: transformers has no such family.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except ValueError as error:
+        names = ", ".join(architectures(model_config(model)))
+        raise UnsupportedError(
+            f"model {model!r}: got {names}, which transformers does not have without code of the "
+            "checkpoint's own; there is nothing to compare the engine with"
         ) from error
 
 
@@ -130,13 +183,14 @@ def lacking_memory(
         UnsupportedError: a family that is not served.
     """
     import torch
-    from transformers import LlavaForConditionalGeneration
-
-    from era_vllm.lab.oracle import oracle_config
+    from transformers import AutoModelForImageTextToText
 
     era_architecture(architectures(model_config(model)))
+    config = auto_config(model)
+    if not language:
+        config.get_text_config().num_hidden_layers = 0
     with torch.device("meta"):
-        empty = LlavaForConditionalGeneration(oracle_config(model, language=language))
+        empty = AutoModelForImageTextToText.from_config(config)
     size = dtype.itemsize * sum(parameter.numel() for parameter in empty.parameters())
     needed, free = copies * size + _OVERHEAD_BYTES, free_memory()
     if free is None or needed <= free:

@@ -45,6 +45,8 @@ class PrunedItem:
 
     item: Planned
     segments: Sequence[PrunedSegment]
+    packed: Tensor
+    """[kept, d + r + c]: what goes on to vLLM, in its unpruned order."""
 
 
 Listener = Callable[[Sequence[PrunedItem]], None]
@@ -80,14 +82,13 @@ class Reducer(nn.Module):
                 packed = _packed(items, members, result)
                 for row, member in enumerate(members):
                     found[member] = PrunedSegment(tokens, result, packed, row)
-            pruned = [
-                PrunedItem(item.item, [found[i, j] for j in range(len(item.item.plan.num_anchors))])
-                for i, item in enumerate(items)
-            ]
-            done = [_assembled(*pair) for pair in zip(items, pruned, strict=True)]
+            pruned = list[PrunedItem]()
+            for i, item in enumerate(items):
+                own = [found[i, j] for j in range(len(item.item.plan.num_anchors))]
+                pruned.append(PrunedItem(item.item, own, _assembled(item, own)))
         for listener in tuple(self.listeners):
             listener(pruned)
-        return done
+        return [one.packed for one in pruned]
 
     def rehearse(self, items: Sequence[Encoded]) -> None:
         """Run the pipeline at its largest, the largest grids at K = n - 1, and drop the result.
@@ -183,18 +184,18 @@ def _packed(items: Sequence[Encoded], members: Members, result: PrunedTokens) ->
     return pack(rows, result.log_bias, of_tokens.gather(1, index))
 
 
-def _assembled(item: Encoded, pruned: PrunedItem) -> Tensor:
+def _assembled(item: Encoded, pruned: Sequence[PrunedSegment]) -> Tensor:
     """Return an item's packed rows in their unpruned order. No host synchronisation."""
     layout, device = item.item.plan.layout, item.rows.device
     separators = item.item.plan.separators
-    if len(pruned.segments) == 1 and not len(separators):
-        (only,) = pruned.segments
+    if len(pruned) == 1 and not len(separators):
+        (only,) = pruned
         return only.packed[only.row]
     known = _on(layout, device)
-    rows = [segment.packed[segment.row] for segment in pruned.segments]
+    rows = [segment.packed[segment.row] for segment in pruned]
     places = [
         own[segment.result.anchors[segment.row]]
-        for own, segment in zip(known.places, pruned.segments, strict=True)
+        for own, segment in zip(known.places, pruned, strict=True)
     ]
     if len(separators):
         at = known.separators if separators is layout.separators else known.outside

@@ -7,6 +7,7 @@ is read from vLLM's own config, built as ``era-vllm serve`` would build it. Leav
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,6 +23,7 @@ from era_vllm.layout import Layout as ItemLayout
 from era_vllm.plan import plan
 from era_vllm.policies import policy_class, policy_names
 from era_vllm.types import Signal
+from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.launch import plugins_to_allow
 from era_vllm.vllm_plugin.names import PLUGIN
 from era_vllm.vllm_plugin.version import INSTALL, TESTED, check_vllm_version
@@ -121,35 +123,43 @@ def model(config: "VllmConfig", era: EraConfig) -> tuple[list[Finding], Layout]:
     of_model, parallel = config.model_config, config.parallel_config
     found, _ = ModelRegistry.resolve_model_cls(of_model.architectures, of_model)
     found.adapter.check(of_model.hf_config)
-    largest = _largest(of_model, found.adapter)
-    kept = sum(plan(largest, era.pruning_rate, era).kept)
-    n, grids = (
-        largest.length,
-        " + ".join(f"{a} x {b}" for a, b in (one.grid for one in largest.segments)),
-    )
+    takes = family_of(of_model.hf_config).modalities
+    largest = {modality: _largest(of_model, found.adapter, modality) for modality in takes}
     found.adapter.encoder_layer(of_model.hf_config, era.attention_layer)  # refuses one that is not
     section = "Model"
     findings = [
         Finding(section, "class", f"{found.__module__}:{found.__name__}"),
-        Finding(
-            section,
-            "image tokens",
-            f"{n} ({grids}); {kept} kept at the default rate {era.pruning_rate:g}",
+        *(
+            Finding(section, f"{modality} tokens", _tokens(layout, era))
+            for modality, layout in largest.items()
         ),
         *_policies(found.adapter.provides, era.policy),
     ]
     attention, head_size = _attention(config, era)
     per_layer = 2 * 4 * of_model.get_num_kv_heads(parallel) * head_size
-    return [*findings, *attention], Layout(n, per_layer * of_model.get_num_layers(parallel))
+    bytes_per_token = per_layer * of_model.get_num_layers(parallel)
+    return [*findings, *attention], Layout(largest["image"].length, bytes_per_token)
 
 
-def _largest(of_model: "ModelConfig", adapter: "ModelAdapter") -> ItemLayout:
-    """Return the layout of the picture with the most tokens."""
+def _tokens(layout: ItemLayout, era: EraConfig) -> str:
+    """Say what the largest item is made of, and what stays of it."""
+    grids = Counter(f"{rows} x {columns}" for rows, columns in (s.grid for s in layout.segments))
+    parts = [grid if count == 1 else f"{count} of {grid}" for grid, count in grids.items()]
+    if newlines := len(layout.outside):
+        parts.append(f"{newlines} newlines" if newlines > 1 else "1 newline")
+    most = "" if len(parts) == 1 and len(layout.segments) == 1 else "at most "
+    kept = sum(plan(layout, era.pruning_rate, era).kept)
+    sizes = " + ".join(parts)
+    return f"{most}{layout.length} ({sizes}); {kept} kept at the default rate {era.pruning_rate:g}"
+
+
+def _largest(of_model: "ModelConfig", adapter: "ModelAdapter", modality: str) -> ItemLayout:
+    """Return the layout of the item with the most tokens."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     info = MULTIMODAL_REGISTRY.create_processor(of_model).info
-    shape = adapter.max_shape(info, "image", of_model.max_model_len, {"image": 1})
-    return adapter.layout(of_model.hf_config, "image", shape)
+    shape = adapter.max_shape(info, modality, of_model.max_model_len, {modality: 1})
+    return adapter.layout(of_model.hf_config, modality, shape)
 
 
 def _vllm_version(section: str) -> Finding:

@@ -6,7 +6,6 @@ module is imported after setting it. Leaves out the comparison (``check.py``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Final
 
 import torch
@@ -16,16 +15,15 @@ from vllm.platforms import current_platform
 
 from era_vllm.attention.layer import RectifiedAttention
 from era_vllm.bench.engines import engine
-from era_vllm.bench.inputs import image_prompt
 from era_vllm.cli.doctor.check import CONTROL_FACTOR, TOLERANCE, Check, EngineAnswer, compare
 from era_vllm.cli.doctor.findings import Finding, Layout
-from era_vllm.cli.loading import lacking_memory, open_oracle
+from era_vllm.cli.loading import lacking_memory, open_language_oracle
 from era_vllm.config import DEFAULT_PRUNING_RATE, EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.oracle import segments_of
+from era_vllm.lab.oracle import Segment
 from era_vllm.lab.samples import load_samples
 from era_vllm.lab.screen import muted, progress
-from era_vllm.types import PrunedTokens
+from era_vllm.vllm_plugin.packing import unpack
 from era_vllm.vllm_plugin.reducer import PrunedItem
 
 SECTION: Final = "Live check"
@@ -47,8 +45,12 @@ def live_check(
         layout: Sizes of the pruned model.
     """
     copies = 2 if current_platform.is_cpu() else 1  # the engine's is on the GPU
-    with muted():
-        lacking = lacking_memory(model, torch.float32, copies)
+    try:
+        with muted():
+            lacking = lacking_memory(model, torch.float32, copies)
+    except UnsupportedError as error:  # the parts of it that can be looked at are all right
+        yield Finding(SECTION, "left out", str(error))
+        return
     if lacking:
         advice = "leave the check out with --no-check, or run it where there is more memory"
         yield Finding(SECTION, "memory", lacking, advice)
@@ -61,10 +63,11 @@ def live_check(
         answer, built = live_answer(arguments, sample.image, question, rate, layout)
     progress("asking plain transformers the same")
     with muted():
-        result = compare(open_oracle(model), answer, sample.image, config, rate)
-    kept = len(answer.segment.anchors)
+        result = compare(open_language_oracle(model), answer, sample.image, config, rate)
+    kept = sum(len(segment.anchors) for segment in answer.segments)
+    n = sum(segment.n for segment in answer.segments)
     yield Finding(SECTION, "asked", f"{sample.file}: {question}")
-    kept_text = f"kept {kept} of {layout.image_tokens} image tokens"
+    kept_text = f"kept {kept} of {n} image tokens"
     yield Finding(SECTION, "engine", f"float32, eager; {built}; {kept_text}")
     yield from verdict(result, kept)
 
@@ -77,11 +80,11 @@ def live_answer(
     Returns: the answer, and what the language model was built with in words.
     Raises:  UnsupportedError: the engine pruned nothing.
     """
-    taken: list[PrunedTokens] = []
+    taken: list[PrunedItem] = []
 
     def listen(model: torch.nn.Module) -> str:
         def keep(items: Sequence[PrunedItem]) -> None:
-            taken.extend(_on_cpu(item.segments[0].result) for item in items)
+            taken.extend(items)
 
         model.reducer.listeners.append(keep)
         layers = [part for part in model.modules() if isinstance(part, RectifiedAttention)]
@@ -100,7 +103,13 @@ def live_answer(
         max_logprobs=-1,
     ) as llm:
         (built,) = llm.apply_model(listen)
-        prompt = image_prompt(image, rate, question)
+        renderer = llm.llm_engine.renderer
+        mark = renderer.get_mm_processor().dummy_inputs.get_dummy_text({"image": 1})
+        prompt = {
+            "prompt": f"USER: {mark} {question} ASSISTANT:",
+            "multi_modal_data": {"image": image},
+            "mm_processor_kwargs": {"era": [rate]},
+        }
         (output,) = llm.generate([prompt], sampling, use_tqdm=False)
     if not taken:
         raise UnsupportedError(
@@ -112,7 +121,8 @@ def live_answer(
     answer = EngineAnswer(
         token_ids=[*output.prompt_token_ids, *completion.token_ids[:-1]],
         log_probs=torch.tensor(rows),
-        segment=segments_of(taken[0])[0],
+        segments=runs_of(taken[0]),
+        anchors=[one.result.anchors[one.row].cpu() for one in taken[0].segments],
     )
     return answer, built
 
@@ -124,9 +134,12 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
         result: The comparison.
         kept: K.
     """
-    same = f"the same {kept} as plain transformers chooses from features of its own"
-    other = "not all those that plain transformers chooses: near-ties decided by a last bit"
-    yield Finding(SECTION, "anchors", same if result.same_anchors else other)
+    said = {
+        True: f"the same {kept} as plain transformers chooses from features of its own",
+        False: "not all those that plain transformers chooses: near-ties decided by a last bit",
+        None: "as the engine chose them; no tower of plain transformers was asked",
+    }
+    yield Finding(SECTION, "anchors", said[result.same_anchors])
     yield Finding(
         SECTION,
         "with bias",
@@ -154,7 +167,12 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
     )
 
 
-def _on_cpu(pruned: PrunedTokens) -> PrunedTokens:
-    """Copy to where the oracle is."""
-    values = (getattr(pruned, field.name) for field in fields(pruned))
-    return PrunedTokens(*(None if value is None else value.cpu() for value in values))
+def runs_of(item: PrunedItem) -> list[Segment]:
+    """Return what stands in each of an item's runs, as it goes to the language model."""
+    plan = item.item.plan
+    found = unpack(item.packed.cpu(), axes=1)
+    parts = zip(*(values.split(list(plan.kept)) for values in found), strict=True)
+    return [
+        Segment(rows.float(), log_bias, offsets[:, 0], span)
+        for (rows, log_bias, offsets), span in zip(parts, plan.layout.spans, strict=True)
+    ]

@@ -34,7 +34,11 @@ def items(tokens, result):
     """Pictures of one segment each, as the reducer hands them on."""
     found = Plan(one_grid(3, 4, ()), (result.anchors.shape[1],))
     return [
-        PrunedItem(Planned(found, name), [PrunedSegment(tokens, result, torch.zeros(0), row)])
+        PrunedItem(
+            Planned(found, name),
+            [PrunedSegment(tokens, result, torch.zeros(0), row)],
+            torch.zeros(0),
+        )
         for row, name in enumerate(tokens.pixel_hash.tolist())
     ]
 
