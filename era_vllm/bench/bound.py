@@ -5,38 +5,50 @@ tower and the projector still work on all N. Attention, head size and positions 
 reducer can be faster; its answers mean nothing.
 """
 
-from typing import Final
+from importlib import import_module
+from typing import Any, Final
 
 from torch import Tensor
-from vllm.model_executor.models import llava
 
-from era_vllm.models.llava import LlavaAdapter
-from era_vllm.vllm_plugin.families import Family
-from era_vllm.vllm_plugin.fields import unpack_items
+from era_vllm.vllm_plugin.families import FAMILIES, Family
+from era_vllm.vllm_plugin.fields import modality_of, unpack_items
 from era_vllm.vllm_plugin.models import pruned_processors
 from era_vllm.vllm_plugin.names import PREFIX
 from era_vllm.vllm_plugin.register import register_family
 
-ARCHITECTURE: Final = "EraBenchFirstTokens"
-_ADAPTER: Final = LlavaAdapter()
+_NAME: Final = "FirstTokens"
 
 
-@pruned_processors(
-    _ADAPTER,
-    info=llava.LlavaProcessingInfo,
-    processor=llava.LlavaMultiModalProcessor,
-    dummy_inputs=llava.LlavaDummyInputsBuilder,
-)
-class FirstTokensLlava(llava.LlavaForConditionalGeneration):
-    """LLaVA-1.5 that hands the first K tokens of each image on."""
+def register(architecture: str) -> str:
+    """Make a family's bound known to vLLM; idempotent.
 
-    def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
-        """Return for each image [K, d]."""
-        items = unpack_items(kwargs, _ADAPTER, self.config, "image")
-        rows = super().embed_multimodal(**kwargs)
+    Args:
+        architecture: Of the family.
+
+    Returns:
+        The name that it has.
+    """
+    name = f"{_NAME}{architecture}"
+    known = FAMILIES[architecture]
+    register_family(name, Family(f"{__name__}:{name}", known.modalities, known.axes))
+    return PREFIX + name
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  # a class of which no type knows the base
+    """Return the class of a bound, for vLLM's registry."""
+    if not name.startswith(_NAME):
+        raise AttributeError(name)
+    module, _, pruned = FAMILIES[name.removeprefix(_NAME)].target.partition(":")
+    own = getattr(import_module(module), pruned)
+    adapter, (stock, parts) = own.adapter, own.parts
+
+    def embed_multimodal(self: Any, **kwargs: object) -> list[Tensor]:  # noqa: ANN401
+        """Return for each item [K, d]."""
+        modality = modality_of(kwargs, FAMILIES[name].modalities)
+        items = unpack_items(kwargs, adapter, self.config, modality)
+        rows = stock.embed_multimodal(self, **kwargs)
         return [own[: sum(item.plan.kept)] for own, item in zip(rows, items, strict=True)]
 
-
-def register() -> None:
-    """Make the architecture known to vLLM; idempotent."""
-    register_family(ARCHITECTURE.removeprefix(PREFIX), Family(f"{__name__}:FirstTokensLlava"))
+    bound = type(name, (stock,), {"embed_multimodal": embed_multimodal, "__module__": __name__})
+    globals()[name] = pruned_processors(adapter, **parts)(bound)
+    return globals()[name]

@@ -19,7 +19,7 @@ from era_vllm.bench.clock import Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures
 from era_vllm.bench.provenance import hardware
 from era_vllm.bench.setup import named, set_environment
-from era_vllm.lab.dummy import IMAGE_SIZE, LlamaSize, make_dummy_llava
+from era_vllm.lab.dummy import IMAGE_SIZE, LlamaSize, make_dummy
 from era_vllm.lab.screen import muted, progress
 
 RATES: Final = (0.0, 0.778, 0.889, 0.944)
@@ -70,7 +70,7 @@ def main() -> int:
         from era_vllm.bench.engines import TimedEngine
         from era_vllm.bench.sides import arguments_of, dummy_engine
     with tempfile.TemporaryDirectory() as folder:
-        make_dummy_llava(Path(folder), size)
+        make_dummy(Path(folder), size)
         arguments = arguments_of("pruned", Path(folder))
         with dummy_engine(arguments, _DTYPE, True, kv_bytes=512 << 20, context=1024) as llm:
             engine, tokens = TimedEngine(llm), dict.fromkeys(RATES, 0)

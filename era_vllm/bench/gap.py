@@ -14,7 +14,7 @@ from era_vllm.bench.gap_engines import GapEngine, arguments_of
 from era_vllm.bench.inputs import image_prompt, noise_pictures
 from era_vllm.bench.report import Goal, Report, shown, table, times
 from era_vllm.bench.setup import GapOptions, device, named
-from era_vllm.lab.dummy import IMAGE_SIZE, IMAGE_TOKENS, MAX_CONTEXT, SIZES, make_dummy_llava
+from era_vllm.lab.dummy import IMAGE_SIZE, IMAGE_TOKENS, MAX_CONTEXT, SIZES, make_dummy
 from era_vllm.lab.screen import muted, progress
 
 ENGINES: Final = ("stock", "era", "era, not bounded")
@@ -29,7 +29,7 @@ def run(options: GapOptions, out: Path) -> Report:
     engines: dict[str, GapEngine] = {}
     encoded: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        make_dummy_llava(Path(folder), size)
+        make_dummy(Path(folder), size)
         for kind in ENGINES:
             with muted():
                 given = arguments_of(Path(folder), kind, options.era)

@@ -12,11 +12,11 @@ QUESTION: Final = "what color is the circle?"
 _WORDS: Final = (8, 80)  # token ids of plain words in the sample's tokenizer
 
 
-def noise_pictures(side: int, seed: int = 0) -> Iterator[Image.Image]:
-    """Yield pictures of side x side pixels without end."""
-    noise = np.random.default_rng(seed)
+def noise_pictures(height: int, width: int | None = None, seed: int = 0) -> Iterator[Image.Image]:
+    """Yield pictures of height x width pixels without end; width None = height."""
+    noise, size = np.random.default_rng(seed), (height, height if width is None else width, 3)
     while True:
-        yield Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        yield Image.fromarray(noise.integers(0, 256, size, dtype=np.uint8))
 
 
 def word_prompts(length: int, seed: int = 0) -> Iterator[list[int]]:
@@ -27,8 +27,12 @@ def word_prompts(length: int, seed: int = 0) -> Iterator[list[int]]:
 
 
 def image_prompt(
-    picture: Image.Image, rate: float | None, question: str = QUESTION
+    picture: Image.Image,
+    rate: float | None,
+    question: str = QUESTION,
+    mark: str = "<image>",
 ) -> dict[str, object]:
     """Return what ``LLM.generate`` takes; a rate of None is for an engine that cannot prune."""
-    prompt = {"prompt": prompt_of(question), "multi_modal_data": {"image": picture}}
+    text = prompt_of(question).replace("<image>", mark)
+    prompt = {"prompt": text, "multi_modal_data": {"image": picture}}
     return prompt if rate is None else {**prompt, "mm_processor_kwargs": {"era": [rate]}}

@@ -9,8 +9,8 @@ from era_vllm.bench import plots
 from era_vllm.bench.clock import Cell, Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
 from era_vllm.bench.report import Goal, Report, engine_table, percent, shown, table, times
-from era_vllm.bench.setup import EngineOptions, Kind, facts_of
-from era_vllm.lab.dummy import IMAGE_SIZE
+from era_vllm.bench.setup import EngineOptions, Kind, facts_of, prefill_flops
+from era_vllm.lab.dummy import FAMILIES, SIZES
 from era_vllm.lab.screen import progress
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ def run(options: EngineOptions, out: Path, *, profiled: bool) -> Report:
         facts = {
             **facts_of({name: engine.facts() for name, engine in engines.items()}, options),
             "prompt_tokens": tokens,
+            "prefill_tflops": {
+                cell: prefill_flops(SIZES[options.shape], count) / 1e12
+                for cell, count in tokens.items()
+            },
             "ratios": _ratios(samples, options.rates),
         }
         if profiled:
@@ -51,10 +55,11 @@ def run(options: EngineOptions, out: Path, *, profiled: bool) -> Report:
 def _cells(
     engines: "Mapping[str, TimedEngine]", options: EngineOptions, tokens: dict[str, int]
 ) -> dict[str, Cell]:
-    pictures, words = noise_pictures(IMAGE_SIZE), word_prompts(options.text_tokens)
+    family = FAMILIES[options.family]
+    pictures, words = noise_pictures(*family.picture), word_prompts(options.text_tokens)
 
     def image(cell: str, engine: str, rate: float | None) -> Mapping[str, float]:
-        prompt = image_prompt(next(pictures), rate)
+        prompt = image_prompt(next(pictures), rate, mark=family.mark)
         taken = engines[engine].ask(prompt, options.decode_tokens)
         tokens[cell] = engines[engine].prompt_tokens
         return taken
@@ -120,6 +125,7 @@ def _report(
         [
             cell,
             str(facts["prompt_tokens"][cell]),
+            f"{facts['prefill_tflops'][cell]:.3g}",
             *timed(cell, "ttft", "stock"),
             *(shown(samples.median(cell, measure)) for measure in ("decode", *stages)),
             percent(samples.ratio(cell, cell, "reducer", "tower")),
@@ -133,7 +139,7 @@ def _report(
     names = [stage.replace("_", " ") for stage in stages]
     head = ["TTFT", "p90", "of stock", "decode"]
     tables = [
-        table(["picture", "tokens", *head, *names, "reducer / tower"], rows),
+        table(["picture", "tokens", "TFLOP", *head, *names, "reducer / tower"], rows),
         table(["text only", *head, "p90", "of stock"], text_rows),
         engine_table(facts["engines"]),
     ]
@@ -160,6 +166,7 @@ def _report(
         facts=facts,
         notes=(
             f"{facts['model']}; one request at a time",
+            "TFLOP: of the language model's layers over the prompt, computed",
             "`of stock` is the median of ratios within a round; wide's projections are wider too",
         ),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from era_vllm.bench.provenance import core_count
-from era_vllm.lab.dummy import SIZES, LlamaSize
+from era_vllm.lab.dummy import FAMILIES, SIZES, LlamaSize
 from era_vllm.lab.screen import IN_PROCESS
 
 FIXED_K: Final = 64
@@ -24,6 +24,7 @@ class EngineOptions:
     rounds: int
     warm_ups: int
     shape: str
+    family: str
     dtype: str
     rates: list[float]
     text_tokens: int
@@ -82,13 +83,23 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def named(size: LlamaSize) -> str:
+def named(size: LlamaSize, family: str = "llava") -> str:
     """Describe a model without weights for a reader."""
-    tower = "CLIP-L/14-336" if size.tower_layers == 24 else f"{size.tower_layers} layers of CLIP-L"
+    of = FAMILIES[family]
+    tower = of.tower if size.tower_layers == 24 else f"{size.tower_layers} layers of {of.tower}"
+    tiles = f", {of.tiles} tiles a picture" if of.tiles > 1 else ""
     return (
         f"{size.parameters / 1e9:.2f} B Llama ({size.layers} layers x {size.hidden}) behind "
-        f"{tower}, dummy weights"
+        f"{tower}{tiles}, dummy weights"
     )
+
+
+def prefill_flops(size: LlamaSize, tokens: int) -> float:
+    """Return the operations of the language model's layers over a prompt, computed.
+
+    Two a multiplication: every parameter once a token, and half of all pairs twice.
+    """
+    return 2.0 * size.parameters * tokens + 2.0 * size.layers * size.hidden * tokens**2
 
 
 def facts_of(
@@ -96,5 +107,5 @@ def facts_of(
 ) -> dict[str, object]:
     """Return model, device and engines for the JSON."""
     graphs = "eager" if options.eager else "compiled"
-    model = f"{named(SIZES[options.shape])}, {options.dtype}, {graphs}"
+    model = f"{named(SIZES[options.shape], options.family)}, {options.dtype}, {graphs}"
     return {"model": model, "device": device(), "engines": engines}

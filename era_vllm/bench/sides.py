@@ -16,7 +16,7 @@ import era_vllm
 from era_vllm.bench import bound
 from era_vllm.bench.engines import TimedEngine, engine
 from era_vllm.bench.setup import EngineOptions, Kind, named
-from era_vllm.lab.dummy import SIZES, make_dummy_llava
+from era_vllm.lab.dummy import FAMILIES, SIZES, make_dummy
 from era_vllm.lab.screen import progress
 
 
@@ -33,14 +33,14 @@ def side_by_side(
     """
     size = SIZES[options.shape]
     count = "four" if len(kinds) == 4 else len(kinds)
-    progress(f"starting {count} engines: {named(size)}")
+    progress(f"starting {count} engines: {named(size, options.family)}")
     engines: dict[str, TimedEngine] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         narrow, wide = Path(folder) / "narrow", Path(folder) / "wide"
-        make_dummy_llava(narrow, size)
+        make_dummy(narrow, size, options.family)
         for name, (kind, widened) in kinds.items():
             started = dummy_engine(
-                arguments_of(kind, wide if widened else narrow, options.era),
+                arguments_of(kind, wide if widened else narrow, options.era, options.family),
                 options.dtype,
                 options.eager,
                 options.kv_bytes,
@@ -49,7 +49,8 @@ def side_by_side(
             engines[name] = TimedEngine(stack.enter_context(started))
             engines[name].watch()
             if not wide.exists():
-                make_dummy_llava(wide, replace(size, head_size=engines[name].head_size))
+                wider = replace(size, head_size=engines[name].head_size)
+                make_dummy(wide, wider, options.family)
         yield engines
 
 
@@ -71,13 +72,16 @@ def dummy_engine(
 
 
 def arguments_of(
-    kind: Kind, folder: Path, era: Mapping[str, object] | None = None
+    kind: Kind,
+    folder: Path,
+    era: Mapping[str, object] | None = None,
+    family: str = "llava",
 ) -> Mapping[str, object]:
     """Return what ``LLM`` is given for a checkpoint folder."""
     if kind == "stock":
         return {"model": str(folder)}
     if kind == "pruned":
         return era_vllm.engine_args(str(folder), **(era or {}))
-    bound.register()
+    architecture = bound.register(FAMILIES[family].architecture)
     arguments = era_vllm.engine_args(str(folder), policy="uniform", positions="compact")
-    return {**arguments, "hf_overrides": {"architectures": [bound.ARCHITECTURE]}}
+    return {**arguments, "hf_overrides": {"architectures": [architecture]}}

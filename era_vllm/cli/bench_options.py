@@ -15,7 +15,7 @@ from era_vllm.bench.setup import FIXED_K, FIXED_N, EngineOptions, GapOptions, de
 from era_vllm.cli.options import era_settings
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
-from era_vllm.lab.dummy import MAX_CONTEXT, SIZES
+from era_vllm.lab.dummy import FAMILIES, MAX_CONTEXT, SIZES
 from era_vllm.policies import policy_names
 
 _ELEMENT_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -49,6 +49,13 @@ def add_engine_options(
     """
     add = partial(_add, parser)
     listed = ",".join(f"{rate:g}" for rate in rates)
+    parser.add_argument(
+        "--family",
+        choices=FAMILIES,
+        default="llava",
+        help="llava (LLaVA-1.5: 576 tokens a picture), llava-next (an overview, 4 tiles: 2,928), "
+        "internvl (4 tiles, a thumbnail: 1,280) (default %(default)s)",
+    )
     add("--rates", numbers(float, 0, 1), list(rates), "R,R", f"pruning rates (default {listed})")
     text = "prompt of the text-only requests (default %(default)s)"
     add("--text-tokens", at_least(1), 512, "N", text)
@@ -129,7 +136,8 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     """
     era = era_settings(arguments)
     _check_rates(arguments.rates, era)
-    longest = max(arguments.text_tokens, 600) + arguments.decode_tokens
+    of_picture = FAMILIES[arguments.family].tokens + 24  # of the question
+    longest = max(arguments.text_tokens, of_picture) + arguments.decode_tokens
     context = -(-longest // 256) * 256
     if context > MAX_CONTEXT:
         raise ConfigError(

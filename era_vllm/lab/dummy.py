@@ -1,8 +1,9 @@
-"""A LLaVA-1.5 of any size without weights: config, processor and tokenizer, for ``load_format``
+"""A model of any size without weights: config, processor and tokenizer, for ``load_format``
 ``"dummy"``. What it takes to time a model that cannot be downloaded; its answers mean nothing.
 
-The vision tower is CLIP-L/14-336's, so an image has 576 tokens. What is no size, and the
-tokenizer, are the shipped sample's. Leaves out timing (``bench/``).
+LLaVA-1.5 and LLaVA-NeXT have the tower of CLIP-L/14-336, with 576 tokens a tile; InternVL has
+InternViT-300M's, with 256. What is no size, and the tokenizer, are the shipped sample's. Leaves out
+timing (``bench/``).
 """
 
 import json
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from era_vllm.lab import CHECKPOINT
 
@@ -61,16 +62,113 @@ SIZES: Final[Mapping[str, LlamaSize]] = {
 """Names for the command line. ``7b`` is LLaVA-1.5-7B; ``tiny`` tries a command, times nothing."""
 
 
-def make_dummy_llava(folder: Path, size: LlamaSize | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class DummyFamily:
+    """What is asked of a family: one picture of a size that makes tiles."""
+
+    architecture: str
+    picture: tuple[int, int]
+    """Height and width in pixels."""
+    tokens: int
+    """Of that picture, unpruned, newlines included."""
+    mark: str = "<image>"
+    """What stands for it in a prompt."""
+    tower: str = "CLIP-L/14-336"
+    tiles: int = 1
+
+
+FAMILIES: Final[Mapping[str, DummyFamily]] = {
+    "llava": DummyFamily("LlavaForConditionalGeneration", (336, 336), IMAGE_TOKENS),
+    "llava-next": DummyFamily("LlavaNextForConditionalGeneration", (672, 672), 2928, tiles=5),
+    "internvl": DummyFamily(
+        *("InternVLForConditionalGeneration", (896, 896), 1280, "<IMG_CONTEXT>"),
+        tower="InternViT-300M",
+        tiles=5,
+    ),
+}
+"""Names for the command line: LLaVA-1.5; an overview, 4 tiles and 48 newlines; 4 tiles and a
+thumbnail."""
+_PINPOINTS: Final = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+_INTERN_TOKENS: Final = {"<img>": 128, "</img>": 129, "<IMG_CONTEXT>": 130, "<video>": 131}
+
+
+def make_dummy(folder: Path, size: LlamaSize | None = None, family: str = "llava") -> None:
     """Write a checkpoint folder without weights.
 
     Args:
         folder: Made if need be.
         size: Of the language model.
+        family: One of ``FAMILIES``.
 
-    Mutates: config.json, processor_config.json and the tokenizer's files in folder.
+    Mutates: the config, the processor's and the tokenizer's files in folder.
     """
     size = size or LlamaSize()
+    _make_llava(folder, size)
+    config, processor = (
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in ("config.json", "processor_config.json")
+    )
+    if family == "llava-next":
+        own = {"image_grid_pinpoints": [*map(list, _PINPOINTS)]}
+        names = {"model_type": "llava_next", "architectures": [FAMILIES[family].architecture]}
+        _write(folder / "config.json", {**config, **names, **own})
+        kind = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
+        image = {**processor["image_processor"], **kind, **own}
+        processor |= {"image_processor": image, "processor_class": "LlavaNextProcessor"}
+        _write(folder / "processor_config.json", processor)
+    elif family == "internvl":
+        _make_internvl(folder, size, config, processor["image_processor"])
+
+
+def _make_internvl(
+    folder: Path, size: LlamaSize, config: dict[str, Any], image: dict[str, Any]
+) -> None:
+    """Rewrite a folder: InternViT-300M's tower of 448 pixels, 4 tiles at most, its tokens."""
+    side = 448
+    text = {**config["text_config"], "vocab_size": 128 + len(_INTERN_TOKENS)}
+    vision = {
+        "model_type": "internvl_vision",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": size.tower_layers,
+        "num_attention_heads": 16,
+        "attention_bias": True,
+        "image_size": [side, side],
+        "patch_size": [14, 14],
+    }
+    own = {
+        "architectures": [FAMILIES["internvl"].architecture],
+        "model_type": "internvl",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": _INTERN_TOKENS["<IMG_CONTEXT>"],
+        "image_seq_length": 256,
+        "dtype": config["dtype"],
+        "tie_word_embeddings": False,
+    }
+    _write(folder / "config.json", own)
+    both = {name: image[name] for name in ("image_mean", "image_std", "do_normalize", "do_resize")}
+    both |= {"do_rescale": True, "do_convert_rgb": True, "size": {"height": side, "width": side}}
+    images = {"image_processor_type": "GotOcr2ImageProcessor", "min_patches": 1, "max_patches": 4}
+    images |= {**both, "crop_to_patches": True}
+    videos = {**both, "video_processor_type": "InternVLVideoProcessor"}
+    processor = {"image_processor": images, "video_processor": videos, "image_seq_length": 256}
+    _write(folder / "processor_config.json", processor | {"processor_class": "InternVLProcessor"})
+    _write(folder / "preprocessor_config.json", images)
+    _write(folder / "video_preprocessor_config.json", videos)
+    table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token, number in _INTERN_TOKENS.items():
+        table["model"]["vocab"][token] = number
+        table["added_tokens"].append({**table["added_tokens"][-1], "id": number, "content": token})
+    _write(folder / "tokenizer.json", table)
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"processor_class": "InternVLProcessor"}
+    settings["extra_special_tokens"] = dict(zip(names, _INTERN_TOKENS, strict=True))
+    _write(folder / "tokenizer_config.json", settings)
+
+
+def _make_llava(folder: Path, size: LlamaSize) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(CHECKPOINT / name, folder / name)

@@ -37,6 +37,8 @@ class PrunedModelMixin(nn.Module):
     supports_mrope: ClassVar[Literal[True]] = True
     """Read by vLLM where positions are carried (``positions`` "original")."""
     adapter: ClassVar[ModelAdapter]
+    parts: ClassVar[tuple[type, dict[str, type]]]
+    """vLLM's own model class, and what it registers with it."""
     tokens_per_pass: int
     """Tokens that the tower makes at once: as many as vLLM profiled memory for, or one item's."""
 

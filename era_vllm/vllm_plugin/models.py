@@ -18,7 +18,7 @@ def pruned_model(model: type, adapter: ModelAdapter, **stock: type) -> Any:  # n
         adapter: The family's facts.
         stock: As for ``pruned_processors``.
     """
-    names = {"adapter": adapter, "__module__": type(adapter).__module__}
+    names = {"adapter": adapter, "parts": (model, stock), "__module__": type(adapter).__module__}
     own = type(f"Era{model.__name__}", (PrunedModelMixin, model), names)
     return pruned_processors(adapter, **stock)(own)
 

@@ -17,9 +17,10 @@ from era_vllm.bench.fit import power_law
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
 from era_vllm.bench.pruning_step import Size, random_tokens, reducer_cell
 from era_vllm.bench.report import Goal, Report, percent, shown, table, times
+from era_vllm.bench.setup import prefill_flops
 from era_vllm.bench.stages import StageClock
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.dummy import SIZES, make_dummy_llava
+from era_vllm.lab.dummy import FAMILIES, SIZES, make_dummy
 from era_vllm.policies import policy_names
 
 SAMPLES = Samples({"a": {"ttft": (1.0, 9.0, 4.0)}, "b": {"ttft": (2.0, 3.0, 2.0), "x": (1.0,)}})
@@ -204,10 +205,32 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
 def test_a_dummy_model_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
     size = SIZES["tiny"]
-    make_dummy_llava(tmp_path, size)
+    make_dummy(tmp_path, size)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["text_config"]["head_dim"] == size.hidden // size.heads
     assert config["vision_config"]["num_hidden_layers"] == size.tower_layers == 4
     assert round(SIZES["0.9b"].parameters / 1e9, 2) == 0.87
     assert round(SIZES["7b"].parameters / 1e9, 1) == 6.5
     assert (tmp_path / "tokenizer.json").read_text() == (CHECKPOINT / "tokenizer.json").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dummy_family_has_its_own_processor(tmp_path: Path, family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    make_dummy(tmp_path, SIZES["tiny"], family)
+    known = FAMILIES[family]
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.architectures == [known.architecture]
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    (picture,) = (next(noise_pictures(*known.picture)),)
+    assert picture.size == known.picture[::-1]
+    ids = processor(images=[picture], text=f"USER: {known.mark} ASSISTANT:")["input_ids"]
+    (ids,) = ids if isinstance(ids[0], list) else (ids,)
+    assert ids.count(config.image_token_id) == known.tokens
+
+
+def test_prefill_flops_are_those_of_the_field() -> None:
+    """LLaVA-1.5-7B: 6.5 B parameters in its layers, 64 tokens of text."""
+    whole, kept = (prefill_flops(SIZES["7b"], count + 64) for count in (2880, 160))
+    assert whole == pytest.approx(2 * 6.48e9 * 2944 + 2 * 32 * 4096 * 2944**2, rel=1e-2)
+    assert 12 < whole / kept < 15
