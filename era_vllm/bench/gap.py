@@ -14,8 +14,9 @@ from era_vllm.bench.gap_engines import GapEngine, arguments_of
 from era_vllm.bench.inputs import image_prompt, noise_pictures
 from era_vllm.bench.report import Goal, Report, shown, table, times
 from era_vllm.bench.setup import GapOptions, device, named
+from era_vllm.bench.sides import dummy_engine
 from era_vllm.lab.dummy import IMAGE_SIZE, IMAGE_TOKENS, MAX_CONTEXT, SIZES, make_dummy
-from era_vllm.lab.screen import muted, progress
+from era_vllm.lab.screen import progress
 
 ENGINES: Final = ("stock", "era", "era, not bounded")
 GOAL: Final = 1.0
@@ -31,10 +32,16 @@ def run(options: GapOptions, out: Path) -> Report:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         make_dummy(Path(folder), size)
         for kind in ENGINES:
-            with muted():
-                given = arguments_of(Path(folder), kind, options.era)
-                engines[kind] = GapEngine(given, options, context)
-            stack.callback(engines[kind].stop)
+            given = arguments_of(Path(folder), kind, options.era)
+            wide = {"max_num_batched_tokens": options.step_tokens}
+            llm = dummy_engine(
+                {**given, **wide, "max_num_seqs": options.pictures + 1},
+                options.dtype,
+                options.eager,
+                options.kv_mib * 2**20,
+                context,
+            )
+            engines[kind] = GapEngine(stack.enter_context(llm))
         cells = _cells(engines, options, encoded)
         samples = interleave(cells, options.rounds, options.warm_ups)
     graphs = "eager" if options.eager else "compiled"

@@ -4,7 +4,6 @@
 compared (``gap.py``).
 """
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 
 import era_vllm
-from era_vllm.bench.setup import GapOptions
 from era_vllm.compat import models_config_map
 from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.names import PREFIX
@@ -47,22 +45,10 @@ class Gap:
 
 
 class GapEngine:
-    """A real engine with dummy weights."""
+    """A live engine, hooked so that a stream's pauses can be told apart."""
 
-    def __init__(self, arguments: Mapping[str, object], options: GapOptions, context: int) -> None:
-        share = {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
-        self.llm = LLM(
-            **arguments,
-            **share,
-            load_format="dummy",
-            dtype=options.dtype,
-            enforce_eager=options.eager,
-            max_model_len=context,
-            max_num_batched_tokens=options.step_tokens,
-            max_num_seqs=options.pictures + 1,
-            limit_mm_per_prompt={"image": 1},
-            kv_cache_memory_bytes=options.kv_mib * 2**20,
-        )
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
         (self.model,) = self.llm.apply_model(lambda model: model)
         self._names = map(str, count())
         self._pictures, self._tower_s, self._began = 0, 0.0, 0.0
@@ -100,12 +86,6 @@ class GapEngine:
         while engine.has_unfinished_requests():
             engine.step()
         return Gap(longest[0], longest[1], before[len(before) // 2], all_s, most)
-
-    def stop(self) -> None:
-        """End the engine."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm, self.model
-        gc.collect()
 
     def _step(self, stream: str) -> tuple[float, float, int, set[str]]:
         """Run steps until the stream has a token.

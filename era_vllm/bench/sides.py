@@ -60,13 +60,12 @@ def dummy_engine(
     """Start an engine without weights; several may share a GPU."""
     share = {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
     return engine(
-        {**arguments, **share},
+        {"max_num_seqs": 2, **arguments, **share},
         context=context,
         kv_bytes=kv_bytes,
         load_format="dummy",
         dtype=dtype,
         enforce_eager=eager,
-        max_num_seqs=2,
         disable_log_stats=False,
     )
 
