@@ -7,6 +7,7 @@ Random weights, so what is shown is that the engine computes the method, not tha
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ from tests.engine.families.case import (
     TALL,
     TEXT,
     WIDE,
+    Ask,
+    Item,
     asks_apart,
     compared,
     engine_runs,
@@ -310,3 +313,71 @@ def test_bf16_is_as_close_as_stock(case, start, theirs, measured):
     measured(live.config, live.kernel, max(ours, text), without, allowed, case.name)
     assert max(ours, text) <= allowed
     assert without > CONTROL_FACTOR * allowed
+
+
+CLIPS = [
+    np.stack([np.asarray(picture(120, 90, 50 + 10 * clip + frame)) for frame in range(frames)])
+    for clip, frames in enumerate((4, 7))
+]
+"""Two videos, [frames, height, width, 3]."""
+
+
+def about(case, text, *items):
+    """Return a request about items, each (kind, data, rate)."""
+    return Ask(case.marks, text, tuple(Item(*item) for item in items))
+
+
+@pytest.fixture
+def films(case):
+    """Skip a family that takes no videos."""
+    if "video" not in case.marks:
+        pytest.skip("a family without videos")
+    return [("video", clip) for clip in CLIPS]
+
+
+@pytest.mark.situation("videos")
+def test_videos(case, start, check, films):
+    live, (short, long) = start(), films
+    asks = [
+        about(case, TEXT, (*short, 0.778)),
+        about(case, TEXT, (*long, 0.944)),
+        about(case, TEXT, (*long, 0.889), (*short, 0.5)),
+        about(case, "how many shapes?"),
+        about(case, TEXT, (*short, 0.0)),
+    ]
+    check(live, asks, live.ask(asks))
+
+
+@pytest.mark.situation("videos")
+def test_a_video_is_encoded_once_and_its_prefix_is_shared(case, start, check, films):
+    live, (short, long) = start(), films
+    asks = [about(case, text, (*short, 0.6), (*long, 0.7)) for text in TEXTS[:2]]
+    first = live.ask(asks[:1])
+    encoded = live.encoded
+    second = live.ask(asks[1:])
+    assert live.encoded == encoded and second[0].cached_tokens >= 32
+    check(live, asks, [*first, *second])
+
+
+@pytest.mark.situation("pictures beside videos")
+def test_pictures_beside_videos(case, start, check, films):
+    live, (short, long) = start(), films
+    one, other = ("image", ODD), ("image", TALL)
+    asks = [
+        about(case, TEXT, (*one, 0.778), (*short, 0.944)),
+        about(case, TEXT, (*short, 0.5), (*one, 0.889)),
+        about(case, "how many shapes?"),
+        about(case, TEXT, (*other, 0.889), (*long, 0.778), (*one, 0.5), (*short, 0.0)),
+    ]
+    check(live, asks, live.ask(asks))
+
+
+@pytest.mark.situation("chunks at every awkward place")
+def test_chunks_that_end_inside_a_frame(case, start, check, films):
+    live = start(llm={"max_num_batched_tokens": 24, "max_num_seqs": 4})
+    short, long = films
+    asks = [
+        about(case, TEXT, (*long, 0.5)),
+        about(case, TEXT, (*short, 0.7), ("image", WIDE, 0.778)),
+    ]
+    check(live, asks, live.ask(asks))

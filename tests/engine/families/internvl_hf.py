@@ -117,12 +117,13 @@ class InternVL:
         return Oracle(folder)
 
 
-def random_model(kind: type, *, norm: bool) -> InternVLForConditionalGeneration:
+def random_model(kind: type, *, norm: bool, **more: Any) -> InternVLForConditionalGeneration:
     """Return InternVL with random weights.
 
     Args:
         kind: Config class of its language model.
         norm: Whether the tower's queries and keys are normed.
+        more: Further fields of that config.
     """
     torch.manual_seed(0)
     vision = InternVLVisionConfig(
@@ -139,7 +140,7 @@ def random_model(kind: type, *, norm: bool) -> InternVLForConditionalGeneration:
     )
     config = InternVLConfig(
         vision_config=vision,
-        text_config=language(kind, VOCABULARY),
+        text_config=language(kind, VOCABULARY, **more),
         image_token_id=TOKENS["<IMG_CONTEXT>"],
         image_seq_length=(TILE // 28) ** 2,
         tie_word_embeddings=False,
