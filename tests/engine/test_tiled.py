@@ -13,6 +13,7 @@ import torch
 
 from era_vllm.config import EraConfig
 from era_vllm.pixels import pixel_hash
+from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, STOCK_FACTOR, TOLERANCE, python
 from tests.engine.families import CASES
 from tests.engine.families.case import (
@@ -78,9 +79,9 @@ def start(case, engine, setup, folder):
 def check(case, theirs, measured):
     """Compare every answer with the oracle; a pruned one also with what must be far off."""
 
-    def compare(live, asks, answers, tolerance=TOLERANCE):
+    def compare(live, asks, answers, tolerance=TOLERANCE, oracle=theirs):
         for ask, answer in zip(asks, answers, strict=True):
-            found = compared(live.config, live.chosen, theirs, ask, answered(answer))
+            found = compared(live.config, live.chosen, oracle, ask, answered(answer))
             pruned = any(item.rate for item in ask.items)
             print(f"{[(i.kind, i.rate) for i in ask.items]}, {len(answer.prompt_ids)}: {found}")
             control = found.no_bias if pruned else None
@@ -351,12 +352,17 @@ def test_videos(case, start, check, films):
 @pytest.mark.situation("videos")
 def test_a_video_is_encoded_once_and_its_prefix_is_shared(case, start, check, films):
     live, (short, long) = start(), films
-    asks = [about(case, text, (*short, 0.6), (*long, 0.7)) for text in TEXTS[:2]]
-    first = live.ask(asks[:1])
-    encoded = live.encoded
-    second = live.ask(asks[1:])
-    assert live.encoded == encoded and second[0].cached_tokens >= 32
-    check(live, asks, [*first, *second])
+    asks = [
+        *(about(case, text, (*short, 0.6), (*long, 0.7)) for text in TEXTS[:2]),
+        about(case, TEXT, (*short, 0.6), ("image", SQUARE, 0.6)),
+    ]
+    encoded, answers = [live.encoded], []
+    for ask in asks:
+        answers += live.ask([ask])
+        encoded.append(live.encoded)
+    assert [b - a for a, b in zip(encoded, encoded[1:], strict=False)] == [2, 0, 1]
+    assert [answer.cached_tokens >= 32 for answer in answers] == [False, True, True]
+    check(live, asks, answers)
 
 
 @pytest.mark.situation("pictures beside videos")
@@ -381,3 +387,38 @@ def test_chunks_that_end_inside_a_frame(case, start, check, films):
         about(case, TEXT, (*short, 0.7), ("image", WIDE, 0.778)),
     ]
     check(live, asks, live.ask(asks))
+
+
+def test_attention_of_the_class_token(case, start, check, theirs):
+    if theirs.queries is None:
+        pytest.skip("a tower without a class token")
+    live, ask = start(attention_queries="cls"), images(case, TEXT, (ODD, 0.778))
+    answers, of_all = live.ask([ask]), theirs.item("image", ODD).maps
+    theirs.queries = "cls"
+    try:
+        check(live, [ask], answers)
+        whole = theirs.item("image", ODD)
+    finally:
+        theirs.queries = "all"
+    (item,) = live.items.values()
+    for (_, places), own in zip(whole.segments, item.segments, strict=True):
+        read = own.tokens.signals[Signal.ENCODER_ATTENTION][own.row]
+        assert torch.allclose(read, whole.maps[:, places], atol=1e-6)
+        assert not torch.allclose(read, of_all[:, places], atol=1e-4)
+
+
+@pytest.mark.situation("several images at different rates")
+def test_other_checkpoints(case, engine, setup, check, tmp_path):
+    """What one class of vLLM's serves beside the case's own."""
+    others = getattr(case, "others", ())
+    if not others:
+        pytest.skip("a family of one kind of checkpoint")
+    for number, other in enumerate(others):
+        path = tmp_path / str(number)
+        other.save(path)
+        live = engine(setup(llm={**LLM, **other.llm}, model=str(path)))
+        asks = [
+            images(other, TEXT, (ODD, 0.778)),
+            images(other, TEXT, (TALL, 0.5), (WIDE, 0.889)),
+        ]
+        check(live, asks, live.ask(asks), oracle=other.oracle(path))

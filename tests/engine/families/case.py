@@ -79,6 +79,8 @@ class FamilyOracle(LanguageOracle):
     """A family's model in plain transformers."""
 
     separators = "rows"
+    queries: str | None = None
+    """Whose attention is averaged ("all", "cls"); None where the tower has no class token."""
 
     def item(self, kind: str, data: Any) -> Unpruned:
         """Return how an item looks unpruned."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -145,7 +146,11 @@ def random_model(kind: type, *, norm: bool, **more: Any) -> InternVLForCondition
         image_seq_length=(TILE // 28) ** 2,
         tie_word_embeddings=False,
     )
-    return InternVLForConditionalGeneration(config)
+    model = InternVLForConditionalGeneration(config)
+    nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings)  # 0: patches are equal
+    for layer in model.model.vision_tower.encoder.layer if norm else ():
+        nn.init.constant_(layer.attention.q_norm.weight, 4.0)  # or heads look alike again
+    return model
 
 
 CASE: Final = InternVL()
