@@ -214,7 +214,7 @@ def test_other_newlines(case, start, check, theirs, separators):
 @pytest.mark.situation("preemption")
 def test_preemption(case, start, check, record_property):
     live = start(
-        llm={"num_gpu_blocks_override": 24, "max_model_len": 320, "max_num_batched_tokens": 2048}
+        llm={"num_gpu_blocks_override": 16, "max_model_len": 320, "max_num_batched_tokens": 2048}
     )
     preempted = count_preemptions(live)
     pictures = [picture(300, 200 + 10 * seed, seed) for seed in range(6)]
