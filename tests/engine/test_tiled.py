@@ -7,7 +7,6 @@ Random weights, so what is shown is that the engine computes the method, not tha
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,13 +16,13 @@ from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, STOCK_FACTOR, TOLERANCE, python
 from tests.engine.families import CASES
 from tests.engine.families.case import (
+    CLIPS,
     ODD,
     SQUARE,
     TALL,
     TEXT,
     WIDE,
-    Ask,
-    Item,
+    about,
     asks_apart,
     compared,
     engine_runs,
@@ -316,18 +315,6 @@ def test_bf16_is_as_close_as_stock(case, start, theirs, measured):
     assert without > CONTROL_FACTOR * allowed
 
 
-CLIPS = [
-    np.stack([np.asarray(picture(120, 90, 50 + 10 * clip + frame)) for frame in range(frames)])
-    for clip, frames in enumerate((4, 7))
-]
-"""Two videos, [frames, height, width, 3]."""
-
-
-def about(case, text, *items):
-    """Return a request about items, each (kind, data, rate)."""
-    return Ask(case.marks, text, tuple(Item(*item) for item in items))
-
-
 @pytest.fixture
 def films(case):
     """Skip a family that takes no videos."""
@@ -422,3 +409,19 @@ def test_other_checkpoints(case, engine, setup, check, tmp_path):
             images(other, TEXT, (TALL, 0.5), (WIDE, 0.889)),
         ]
         check(live, asks, live.ask(asks), oracle=other.oracle(path))
+
+
+@pytest.mark.situation("more images than a tower pass")
+def test_one_item_a_pass(case, start, check, monkeypatch):
+    live, passed = start(), []
+    monkeypatch.setattr(live.model, "tokens_per_pass", 1)
+    asks = [images(case, TEXT, (SQUARE, 0.66), (WIDE, 0.72), (TALL, 0.58))]
+    if "video" in case.marks:
+        asks.append(about(case, TEXT, *(("video", clip, 0.66) for clip in CLIPS)))
+    live.model.reducer.listeners.append(passed.append)
+    try:
+        answers = live.ask(asks)
+    finally:
+        live.model.reducer.listeners.remove(passed.append)
+    assert [len(items) for items in passed] == [1] * sum(len(ask.items) for ask in asks)
+    check(live, asks, answers)
