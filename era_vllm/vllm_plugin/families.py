@@ -32,6 +32,12 @@ FAMILIES: Final = {
     "LlavaNextForConditionalGeneration": Family(
         "era_vllm.models.llava_next:EraLlavaNextForConditionalGeneration"
     ),
+    "InternVLForConditionalGeneration": Family(
+        "era_vllm.models.internvl_hf:EraInternVLForConditionalGeneration", ("image", "video")
+    ),
+    "InternVLChatModel": Family(
+        "era_vllm.models.internvl:EraInternVLChatModel", ("image", "video")
+    ),
 }
 
 

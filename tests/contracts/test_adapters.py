@@ -3,9 +3,10 @@
 A family that is new has a row in ``CASES``; the rest is found.
 """
 
+import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from era_vllm.config import EraConfig
 from era_vllm.contracts import ModelAdapter
+from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout
 from era_vllm.plan import plan
 from era_vllm.vllm_plugin.families import FAMILIES
@@ -29,6 +31,10 @@ class Case(NamedTuple):
     hf_config: Callable[[], Any]
     shape: Callable[[str, int, int, int], tuple[int, ...]]
     """(modality, height, width, frames) -> what ``item_shape`` would return."""
+    side: Callable[[Any], int] = lambda vision: vision.image_size // vision.patch_size
+    """Config of the tower -> patches a side of what it is given."""
+    refused: Mapping[str, Any] = {}
+    """Fields that vLLM does not follow; each is refused."""
 
 
 def _llava() -> Any:
@@ -46,9 +52,55 @@ def _llava_next() -> Any:
     )
 
 
+def _internvl() -> Any:
+    from transformers import InternVLConfig
+
+    return InternVLConfig()
+
+
+def _internvl_chat() -> Any:
+    from transformers import PretrainedConfig
+
+    vision = PretrainedConfig(image_size=448, patch_size=14, num_hidden_layers=24)
+    more = {"downsample_ratio": 0.5, "force_image_size": 448, "select_layer": -1}
+    return PretrainedConfig(vision_config=vision, ps_version="v1", **more)
+
+
+def _tiles(modality: str, height: int, width: int, frames: int) -> tuple[int, ...]:
+    if modality == "video":
+        return (frames,)
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
+    tiles = math.prod(get_optimal_tiled_canvas((height, width), (448, 448), 1, 12))
+    return (tiles + (tiles > 1),)
+
+
 CASES: Final = {
     "LlavaForConditionalGeneration": Case(_llava, lambda *_: ()),
     "LlavaNextForConditionalGeneration": Case(_llava_next, lambda _, *size: size[:2]),
+    "InternVLForConditionalGeneration": Case(
+        _internvl,
+        _tiles,
+        lambda vision: vision.image_size[0] // vision.patch_size[0],
+        {
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "full",
+            "downsample_ratio": 0.25,
+            "image_seq_length": 255,
+            "vision_config.image_size": (448, 224),
+            "vision_config.patch_size": (14, 7),
+        },
+    ),
+    "InternVLChatModel": Case(
+        _internvl_chat,
+        _tiles,
+        refused={
+            "downsample_ratio": 1.0,
+            "force_image_size": 224,
+            "select_layer": 3,
+            "vision_config.patch_size": 64,
+        },
+    ),
 }
 SIZE: Final = st.floats(0, math.log(4000)).map(lambda x: round(math.exp(x)))
 """Log-uniform."""
@@ -70,6 +122,18 @@ def test_its_row_says_what_it_is(name: str) -> None:
     assert isinstance(own, ModelAdapter) and name in CASES
     assert FAMILIES[name].axes in (1, 3) and FAMILIES[name].modalities
     own.check(CASES[name].hf_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [(name, field, value) for name, case in CASES.items() for field, value in case.refused.items()],
+)
+def test_what_vllm_does_not_follow_is_refused(name: str, field: str, value: object) -> None:
+    config = CASES[name].hf_config()
+    *path, last = field.split(".")
+    setattr(functools.reduce(getattr, path, config), last, value)
+    with pytest.raises(UnsupportedError, match=r"got .*, allowed: "):
+        adapter(name).check(config)
 
 
 @each_family
@@ -109,7 +173,7 @@ def test_signals_stand_where_their_tokens_do(
     config = case.hf_config()
     modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
     layouts = [own.layout(config, modality, case.shape(modality, *size, 3)) for size in sizes]
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    side = case.side(config.vision_config)
     units = sum(layout.units for layout in layouts)
     tapped = torch.rand(units, 2, side * side)
     found = own.signals(config, tapped, layouts)

@@ -12,14 +12,17 @@ import torch
 
 from era_vllm.config import EraConfig
 from era_vllm.pixels import pixel_hash
+from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, STOCK_FACTOR, TOLERANCE, python
 from tests.engine.families import CASES
 from tests.engine.families.case import (
+    CLIPS,
     ODD,
     SQUARE,
     TALL,
     TEXT,
     WIDE,
+    about,
     asks_apart,
     compared,
     engine_runs,
@@ -75,9 +78,9 @@ def start(case, engine, setup, folder):
 def check(case, theirs, measured):
     """Compare every answer with the oracle; a pruned one also with what must be far off."""
 
-    def compare(live, asks, answers, tolerance=TOLERANCE):
+    def compare(live, asks, answers, tolerance=TOLERANCE, oracle=theirs):
         for ask, answer in zip(asks, answers, strict=True):
-            found = compared(live.config, live.chosen, theirs, ask, answered(answer))
+            found = compared(live.config, live.chosen, oracle, ask, answered(answer))
             pruned = any(item.rate for item in ask.items)
             print(f"{[(i.kind, i.rate) for i in ask.items]}, {len(answer.prompt_ids)}: {found}")
             control = found.no_bias if pruned else None
@@ -210,7 +213,7 @@ def test_other_newlines(case, start, check, theirs, separators):
 @pytest.mark.situation("preemption")
 def test_preemption(case, start, check, record_property):
     live = start(
-        llm={"num_gpu_blocks_override": 24, "max_model_len": 320, "max_num_batched_tokens": 2048}
+        llm={"num_gpu_blocks_override": 16, "max_model_len": 320, "max_num_batched_tokens": 2048}
     )
     preempted = count_preemptions(live)
     pictures = [picture(300, 200 + 10 * seed, seed) for seed in range(6)]
@@ -310,3 +313,115 @@ def test_bf16_is_as_close_as_stock(case, start, theirs, measured):
     measured(live.config, live.kernel, max(ours, text), without, allowed, case.name)
     assert max(ours, text) <= allowed
     assert without > CONTROL_FACTOR * allowed
+
+
+@pytest.fixture
+def films(case):
+    """Skip a family that takes no videos."""
+    if "video" not in case.marks:
+        pytest.skip("a family without videos")
+    return [("video", clip) for clip in CLIPS]
+
+
+@pytest.mark.situation("videos")
+def test_videos(case, start, check, films):
+    live, (short, long) = start(), films
+    asks = [
+        about(case, TEXT, (*short, 0.778)),
+        about(case, TEXT, (*long, 0.944)),
+        about(case, TEXT, (*long, 0.889), (*short, 0.5)),
+        about(case, "how many shapes?"),
+        about(case, TEXT, (*short, 0.0)),
+    ]
+    check(live, asks, live.ask(asks))
+
+
+@pytest.mark.situation("videos")
+def test_a_video_is_encoded_once_and_its_prefix_is_shared(case, start, check, films):
+    live, (short, long) = start(), films
+    asks = [
+        *(about(case, text, (*short, 0.6), (*long, 0.7)) for text in TEXTS[:2]),
+        about(case, TEXT, (*short, 0.6), ("image", SQUARE, 0.6)),
+    ]
+    encoded, answers = [live.encoded], []
+    for ask in asks:
+        answers += live.ask([ask])
+        encoded.append(live.encoded)
+    assert [b - a for a, b in zip(encoded, encoded[1:], strict=False)] == [2, 0, 1]
+    assert [answer.cached_tokens >= 32 for answer in answers] == [False, True, True]
+    check(live, asks, answers)
+
+
+@pytest.mark.situation("pictures beside videos")
+def test_pictures_beside_videos(case, start, check, films):
+    live, (short, long) = start(), films
+    one, other = ("image", ODD), ("image", TALL)
+    asks = [
+        about(case, TEXT, (*one, 0.778), (*short, 0.944)),
+        about(case, TEXT, (*short, 0.5), (*one, 0.889)),
+        about(case, "how many shapes?"),
+        about(case, TEXT, (*other, 0.889), (*long, 0.778), (*one, 0.5), (*short, 0.0)),
+    ]
+    check(live, asks, live.ask(asks))
+
+
+@pytest.mark.situation("chunks at every awkward place")
+def test_chunks_that_end_inside_a_frame(case, start, check, films):
+    live = start(llm={"max_num_batched_tokens": 24, "max_num_seqs": 4})
+    short, long = films
+    asks = [
+        about(case, TEXT, (*long, 0.5)),
+        about(case, TEXT, (*short, 0.7), ("image", WIDE, 0.778)),
+    ]
+    check(live, asks, live.ask(asks))
+
+
+def test_attention_of_the_class_token(case, start, check, theirs):
+    if theirs.queries is None:
+        pytest.skip("a tower without a class token")
+    live, ask = start(attention_queries="cls"), images(case, TEXT, (ODD, 0.778))
+    answers, of_all = live.ask([ask]), theirs.item("image", ODD).maps
+    theirs.queries = "cls"
+    try:
+        check(live, [ask], answers)
+        whole = theirs.item("image", ODD)
+    finally:
+        theirs.queries = "all"
+    (item,) = live.items.values()
+    for (_, places), own in zip(whole.segments, item.segments, strict=True):
+        read = own.tokens.signals[Signal.ENCODER_ATTENTION][own.row]
+        assert torch.allclose(read, whole.maps[:, places], atol=1e-6)
+        assert not torch.allclose(read, of_all[:, places], atol=1e-4)
+
+
+@pytest.mark.situation("several images at different rates")
+def test_other_checkpoints(case, engine, setup, check, tmp_path):
+    """What one class of vLLM's serves beside the case's own."""
+    others = getattr(case, "others", ())
+    if not others:
+        pytest.skip("a family of one kind of checkpoint")
+    for number, other in enumerate(others):
+        path = tmp_path / str(number)
+        other.save(path)
+        live = engine(setup(llm={**LLM, **other.llm}, model=str(path)))
+        asks = [
+            images(other, TEXT, (ODD, 0.778)),
+            images(other, TEXT, (TALL, 0.5), (WIDE, 0.889)),
+        ]
+        check(live, asks, live.ask(asks), oracle=other.oracle(path))
+
+
+@pytest.mark.situation("more images than a tower pass")
+def test_one_item_a_pass(case, start, check, monkeypatch):
+    live, passed = start(), []
+    monkeypatch.setattr(live.model, "tokens_per_pass", 1)
+    asks = [images(case, TEXT, (SQUARE, 0.66), (WIDE, 0.72), (TALL, 0.58))]
+    if "video" in case.marks:
+        asks.append(about(case, TEXT, *(("video", clip, 0.66) for clip in CLIPS)))
+    live.model.reducer.listeners.append(passed.append)
+    try:
+        answers = live.ask(asks)
+    finally:
+        live.model.reducer.listeners.remove(passed.append)
+    assert [len(items) for items in passed] == [1] * sum(len(ask.items) for ask in asks)
+    check(live, asks, answers)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -79,6 +80,8 @@ class FamilyOracle(LanguageOracle):
     """A family's model in plain transformers."""
 
     separators = "rows"
+    queries: str | None = None
+    """Whose attention is averaged ("all", "cls"); None where the tower has no class token."""
 
     def item(self, kind: str, data: Any) -> Unpruned:
         """Return how an item looks unpruned."""
@@ -254,17 +257,31 @@ WIDE, TALL, SQUARE, ODD = (
 TEXT: Final = "what shape is red?"
 
 
+CLIPS: Final = [
+    np.stack([np.asarray(picture(120, 90, 50 + 10 * clip + frame)) for frame in range(frames)])
+    for clip, frames in enumerate((4, 7))
+]
+"""Two videos, [frames, height, width, 3]."""
+
+
+def about(case: Case, text: str, *items: tuple[str, Any, float]) -> Ask:
+    """Return a request about items, each (kind, data, rate)."""
+    return Ask(case.marks, text, tuple(Item(*item) for item in items))
+
+
 def images(case: Case, text: str, *pairs: tuple[Image.Image, float]) -> Ask:
     """Return a request about pictures, each with its rate."""
-    return Ask(case.marks, text, tuple(Item("image", data, rate) for data, rate in pairs))
+    return about(case, text, *(("image", data, rate) for data, rate in pairs))
 
 
 def asks_apart(case: Case) -> list[Ask]:
     """Return what an engine in a process of its own is asked."""
+    films = [about(case, TEXT, ("video", CLIPS[0], 0.778), ("image", SQUARE, 0.9))]
     return [
         images(case, TEXT, (ODD, 0.778)),
         images(case, "how many shapes?"),
         images(case, TEXT, (TALL, 0.5), (WIDE, 0.9)),
+        *(films if "video" in case.marks else ()),
     ]
 
 

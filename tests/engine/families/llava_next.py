@@ -52,6 +52,7 @@ class Oracle(FamilyOracle):
     """Places by transformers' packing."""
 
     dtype = torch.float32
+    queries = "all"
 
     def __init__(self, folder: Path) -> None:
         self.processor = LlavaNextProcessor.from_pretrained(folder)
@@ -69,7 +70,8 @@ class Oracle(FamilyOracle):
         layer = hf.vision_feature_layer
         features = model.multi_modal_projector(tower.hidden_states[layer][:, 1:])
         layers = hf.vision_config.num_hidden_layers
-        attention = tower.attentions[layers + layer].mean(2)[:, :, 1:]
+        queries = slice(0, 1) if self.queries == "cls" else slice(None)
+        attention = tower.attentions[layers + layer][:, :, queries].mean(2)[:, :, 1:]
         units, m, _ = features.shape
         side = int(m**0.5)
 
