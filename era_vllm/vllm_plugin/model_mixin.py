@@ -132,5 +132,11 @@ class PrunedModelMixin(nn.Module):
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         if layer is not None and (wanted := self.policy.needs & self.adapter.provides):
             queries = self.era.attention_queries
+            if queries == "cls" and not layer.skipped_keys:
+                raise UnsupportedError(
+                    "attention_queries: got 'cls', which the vision tower of "
+                    f"{type(self).__name__} does not have; allowed: 'all' (leave "
+                    "--era-attention-queries out)"
+                )
             sources.append(EncoderProbe(layer, wanted, queries, self.adapter, self.config))
         return sources

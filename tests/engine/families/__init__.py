@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from tests.engine.families import llava_next
+from tests.engine.families import llava_next, llava_onevision
 from tests.engine.families.case import Case
 
-CASES: Final[tuple[Case, ...]] = (llava_next.CASE,)
+CASES: Final[tuple[Case, ...]] = (llava_next.CASE, llava_onevision.CASE)
