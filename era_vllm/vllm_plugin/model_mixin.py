@@ -70,7 +70,9 @@ class PrunedModelMixin(nn.Module):
         for of_pass, share in passes(self.adapter, items, inputs, self.tokens_per_pass):
             for source in self.sources:
                 source.before(of_pass)
-            rows = list(super().embed_multimodal(**share))
+            # a video among others of unequal lengths comes as [1, length, d]
+            # (vllm/model_executor/models/llava_onevision.py:825, 0.32.0)
+            rows = [own.flatten(0, -2) for own in super().embed_multimodal(**share)]
             signals = {k: v for source in self.sources for k, v in source.after(of_pass).items()}
             behind = encoded(of_pass, rows, signals)
             if not self._rehearsed:

@@ -52,7 +52,7 @@ def test_pictures_beside_videos(start, check):
 def test_prefix_hits(start, check):
     live, answers = start(), []
     asks = [
-        asking(("video", CLIP, 0.31), ("image", second, 0.8), text=text)
+        asking(("video", CLIP, 0.31), ("image", second, 0.83), text=text)
         for text, second in ((TEXT, TALL), ("how many shapes?", TALL), (TEXT, ODD))
     ]
     encoded = [live.encoded]
