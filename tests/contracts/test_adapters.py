@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from era_vllm.config import EraConfig
 from era_vllm.contracts import ModelAdapter
+from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout
 from era_vllm.plan import plan
 from era_vllm.vllm_plugin.families import FAMILIES
@@ -46,9 +47,21 @@ def _llava_next() -> Any:
     )
 
 
+def _llava_onevision() -> Any:
+    from transformers import LlavaOnevisionConfig, SiglipVisionConfig
+
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(image_size=98, patch_size=14).to_dict(),
+        image_grid_pinpoints=[[98 * i, 98 * j] for i in range(1, 7) for j in range(1, 7)],
+    )
+
+
 CASES: Final = {
     "LlavaForConditionalGeneration": Case(_llava, lambda *_: ()),
     "LlavaNextForConditionalGeneration": Case(_llava_next, lambda _, *size: size[:2]),
+    "LlavaOnevisionForConditionalGeneration": Case(
+        _llava_onevision, lambda modality, *size: size[:2] if modality == "image" else size[2:]
+    ),
 }
 SIZE: Final = st.floats(0, math.log(4000)).map(lambda x: round(math.exp(x)))
 """Log-uniform."""
@@ -130,3 +143,25 @@ def _same(one: Layout, other: Layout) -> bool:
             for a, b in zip(one.segments, other.segments, strict=True)
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vision_aspect_ratio", "anyres_max_4"),
+        ("spatial_pool_stride", 4),
+        ("vision_feature_select_strategy", "default"),
+        ("vision_feature_layer", [-2, -1]),
+    ],
+)
+def test_llava_onevision_refuses_what_vllm_ignores(field: str, value: object) -> None:
+    name = "LlavaOnevisionForConditionalGeneration"
+    config = CASES[name].hf_config()
+    setattr(config, field, value)
+    with pytest.raises(UnsupportedError, match=f"{field}: got .*, allowed: "):
+        adapter(name).check(config)
+
+
+def test_llava_onevision_refuses_another_tower() -> None:
+    with pytest.raises(UnsupportedError, match="vision tower: got CLIPVisionConfig, allowed: Sig"):
+        adapter("LlavaOnevisionForConditionalGeneration").check(_llava_next())
