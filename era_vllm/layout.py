@@ -112,6 +112,7 @@ def one_grid(rows: int, columns: int, shape: tuple[int, ...]) -> Layout:
     return Layout(shape, rows * columns, (segment,))
 
 
+@lru_cache(maxsize=256)
 def equal_units(
     grid: tuple[int, int],
     units: int,

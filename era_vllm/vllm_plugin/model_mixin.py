@@ -136,9 +136,8 @@ class PrunedModelMixin(nn.Module):
             queries = self.era.attention_queries
             if queries == "cls" and not layer.skipped_keys:
                 raise UnsupportedError(
-                    "attention_queries: got 'cls', which the vision tower of "
-                    f"{type(self).__name__} does not have; allowed: 'all' (leave "
-                    "--era-attention-queries out)"
+                    f"attention_queries: got 'cls', but the tower of {type(self).__name__} has no "
+                    "CLS token; allowed: 'all' (leave --era-attention-queries out)"
                 )
             sources.append(EncoderProbe(layer, wanted, queries, self.adapter, self.config))
         return sources

@@ -62,7 +62,7 @@ class Oracle(llava_next.Oracle):
 
 
 class LlavaOnevision:
-    """The case."""
+    """The case; of the tests' pictures all but the tall one and the slivers are resized."""
 
     name = "LlavaOnevisionForConditionalGeneration"
     marks: Mapping[str, str] = {"image": "<image>", "video": "<video>"}
