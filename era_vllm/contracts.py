@@ -108,9 +108,18 @@ class ModelAdapter(Protocol):
     def max_shape(
         self, info: object, modality: str, seq_len: int, mm_counts: Mapping[str, int]
     ) -> tuple[int, ...]:
-        """Return the shape with the most tokens: what encoder and memory are budgeted for."""
+        """Return the shape with the most tokens: what the encoder's cache is budgeted for."""
         size = cast("_Sizes", info).get_image_size_with_most_features()
         return (size.height, size.width)
+
+    def busiest_shape(
+        self, info: object, modality: str, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> tuple[int, ...]:
+        """Return the shape with the most work, which is that of vLLM's dummy.
+
+        Where what the tower makes is resized it may have fewer tokens than another.
+        """
+        return self.max_shape(info, modality, seq_len, mm_counts)
 
     def mark(self, info: object, modality: str) -> Sequence[int]:
         """Return the tokens that stand for an item in a prompt, before placeholders take its place.

@@ -63,13 +63,13 @@ class TileGrid:
     def bands(self, axis: int) -> list[tuple[int, int]]:
         """Return first and last + 1 of the rows (columns) that each row (column) of tiles has.
 
-        Where there was a resize a row belongs to the tile that its centre falls into.
+        Where there was a resize a row belongs to the tile that its centre falls into, of two the
+        later.
         """
         rows = self.resized[axis]
-        step = self.unpadded[axis] / rows if rows else 1.0
-        centres = (torch.arange(rows, dtype=torch.float64) + 0.5) * step + self.cut[axis]
-        ends = torch.arange(1, self.tiles[axis] + 1, dtype=torch.float64) * self.side
-        last = torch.searchsorted(centres, ends).tolist()
+        ones, tiles = torch.arange(rows), torch.arange(1, self.tiles[axis] + 1)
+        centres = (2 * ones + 1) * self.unpadded[axis] + 2 * rows * self.cut[axis]
+        last = torch.searchsorted(centres, 2 * rows * self.side * tiles).tolist()
         return list(zip([0, *last], last, strict=False))
 
 
@@ -96,6 +96,30 @@ def tile_grid(tiling: Tiling, height: int, width: int) -> TileGrid:
         if ratio > 1.1:
             resized = int(unpadded[0] // ratio), int(unpadded[1] // ratio)
     return TileGrid(tiling.side, shape, (top, left), unpadded, resized)
+
+
+@lru_cache(maxsize=8)
+def most_tokens(tiling: Tiling) -> tuple[int, int]:
+    """Return the height and width of the picture with the most tokens.
+
+    It fills a pinpoint but for some rows or columns of padding: with a bound on the tokens that is
+    the one just below it, where nothing is resized.
+    """
+    patch = tiling.tile / tiling.side
+    sizes = [
+        size
+        for height, width in tiling.pinpoints
+        for size in (
+            *((math.ceil(patch * rows), width) for rows in range(1, round(height / patch) + 1)),
+            *((height, math.ceil(patch * columns)) for columns in range(1, round(width / patch))),
+        )
+    ]
+
+    def tokens(size: tuple[int, int]) -> int:
+        rows, columns = tile_grid(tiling, *size).resized
+        return rows * (columns + 1)
+
+    return max(sizes, key=tokens)
 
 
 @lru_cache(maxsize=256)

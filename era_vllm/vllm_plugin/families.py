@@ -32,6 +32,10 @@ FAMILIES: Final = {
     "LlavaNextForConditionalGeneration": Family(
         "era_vllm.models.llava_next:EraLlavaNextForConditionalGeneration"
     ),
+    "LlavaOnevisionForConditionalGeneration": Family(
+        "era_vllm.models.llava_onevision:EraLlavaOnevisionForConditionalGeneration",
+        ("image", "video"),
+    ),
     "InternVLForConditionalGeneration": Family(
         "era_vllm.models.internvl_hf:EraInternVLForConditionalGeneration", ("image", "video")
     ),

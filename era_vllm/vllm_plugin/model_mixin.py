@@ -72,7 +72,9 @@ class PrunedModelMixin(nn.Module):
         for of_pass, share in passes(self.adapter, items, inputs, self.tokens_per_pass):
             for source in self.sources:
                 source.before(of_pass)
-            rows = list(super().embed_multimodal(**share))
+            # a video among others of unequal lengths comes as [1, length, d]
+            # (vllm/model_executor/models/llava_onevision.py:825, 0.32.0)
+            rows = [own.flatten(0, -2) for own in super().embed_multimodal(**share)]
             signals = {k: v for source in self.sources for k, v in source.after(of_pass).items()}
             behind = encoded(of_pass, rows, signals)
             if not self._rehearsed:
@@ -134,5 +136,10 @@ class PrunedModelMixin(nn.Module):
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         if layer is not None and (wanted := self.policy.needs & self.adapter.provides):
             queries = self.era.attention_queries
+            if queries == "cls" and not layer.skipped_keys:
+                raise UnsupportedError(
+                    f"attention_queries: got 'cls', but the tower of {type(self).__name__} has no "
+                    "CLS token; allowed: 'all' (leave --era-attention-queries out)"
+                )
             sources.append(EncoderProbe(layer, wanted, queries, self.adapter, self.config))
         return sources

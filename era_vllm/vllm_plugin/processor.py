@@ -6,7 +6,7 @@ hands from hook to hook, in which no key of ours is left for Hugging Face to stu
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -79,19 +79,22 @@ class PrunedInfoMixin:
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
         """Budget the encoder for an item at rate 0, which any request may ask for."""
-        largest = self._largest(seq_len, mm_counts)
+        largest = self._layouts(self.adapter.max_shape, seq_len, mm_counts)
         return {modality: layout.length for modality, layout in largest.items()}
 
     def most_work(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Return the tokens that the tower makes for the largest item, padding included."""
-        largest = self._largest(seq_len, mm_counts)
-        return {modality: layout.work for modality, layout in largest.items()}
+        busiest = self._layouts(self.adapter.busiest_shape, seq_len, mm_counts)
+        return {modality: layout.work for modality, layout in busiest.items()}
 
-    def _largest(self, seq_len: int, mm_counts: Mapping[str, int]) -> dict[str, Layout]:
+    def _layouts(
+        self,
+        shape: Callable[[object, str, int, Mapping[str, int]], tuple[int, ...]],
+        seq_len: int,
+        mm_counts: Mapping[str, int],
+    ) -> dict[str, Layout]:
         return {
-            modality: self.layout(
-                modality, self.adapter.max_shape(self, modality, seq_len, mm_counts)
-            )
+            modality: self.layout(modality, shape(self, modality, seq_len, mm_counts))
             for modality in self.family.modalities
             if mm_counts.get(modality, 1)
         }

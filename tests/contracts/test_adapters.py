@@ -75,6 +75,15 @@ def _tiles(modality: str, height: int, width: int, frames: int) -> tuple[int, ..
     return (tiles + (tiles > 1),)
 
 
+def _llava_onevision() -> Any:
+    from transformers import LlavaOnevisionConfig, SiglipVisionConfig
+
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(image_size=98, patch_size=14).to_dict(),
+        image_grid_pinpoints=[[98 * i, 98 * j] for i in range(1, 7) for j in range(1, 7)],
+    )
+
+
 CASES: Final = {
     "LlavaForConditionalGeneration": Case(_llava, lambda *_: ()),
     "LlavaNextForConditionalGeneration": Case(_llava_next, lambda _, *size: size[:2]),
@@ -100,6 +109,9 @@ CASES: Final = {
             "select_layer": 3,
             "vision_config.patch_size": 64,
         },
+    ),
+    "LlavaOnevisionForConditionalGeneration": Case(
+        _llava_onevision, lambda modality, *size: size[:2] if modality == "image" else size[2:]
     ),
 }
 SIZE: Final = st.floats(0, math.log(4000)).map(lambda x: round(math.exp(x)))
@@ -194,3 +206,25 @@ def _same(one: Layout, other: Layout) -> bool:
             for a, b in zip(one.segments, other.segments, strict=True)
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vision_aspect_ratio", "anyres_max_4"),
+        ("spatial_pool_stride", 4),
+        ("vision_feature_select_strategy", "default"),
+        ("vision_feature_layer", [-2, -1]),
+    ],
+)
+def test_llava_onevision_refuses_what_vllm_ignores(field: str, value: object) -> None:
+    name = "LlavaOnevisionForConditionalGeneration"
+    config = CASES[name].hf_config()
+    setattr(config, field, value)
+    with pytest.raises(UnsupportedError, match=f"{field}: got .*, allowed: "):
+        adapter(name).check(config)
+
+
+def test_llava_onevision_refuses_another_tower() -> None:
+    with pytest.raises(UnsupportedError, match="vision tower: got CLIPVisionConfig, allowed: Sig"):
+        adapter("LlavaOnevisionForConditionalGeneration").check(_llava_next())

@@ -1,106 +1,141 @@
-"""Tiles are foreseen from a picture's size alone: as many as the processors make."""
+"""Tiles of LLaVA-NeXT and LLaVA-OneVision: our layouts are what vLLM itself counts and merges.
+
+Over sizes of every kind, by vLLM's own functions, fed with the numbers of tiles as features.
+"""
 
 import math
-import random
-from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import pytest
-from PIL import Image
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from era_vllm.contracts import ModelAdapter
-from tests.engine.families import internvl, internvl_hf
-
+pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
-
-def _sizes(count: int) -> list[tuple[int, int]]:
-    """(width, height), log-uniform, and what is as far from square as can be."""
-    rng = random.Random(0)
-    drawn = [tuple(round(math.exp(rng.uniform(0, 7.5))) for _ in "wh") for _ in range(count)]
-    return [(1, 1), (4000, 10), (10, 4000), *drawn]
-
-
-Known = tuple[ModelAdapter, Any, Callable[[Image.Image], int], dict[str, Any]]
-"""Adapter, vLLM's sizes, tiles that are made of a picture, and a request's arguments."""
-
-
-def _internvl_hf(folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Known:
-    from transformers import InternVLConfig, InternVLProcessor
-    from vllm.model_executor.models import interns1
-
-    from era_vllm.models.internvl_hf import InternVLAdapter, InternVLProcessingInfo
-
-    internvl_hf.CASE.save(folder)
-    processor = InternVLProcessor.from_pretrained(folder)
-    video = processor.video_processor
-    monkeypatch.setattr(interns1, "cached_video_processor_from_config", lambda *_, **__: video)
-    config = InternVLConfig.from_pretrained(folder)
-    context = SimpleNamespace(
-        model_config=None,
-        get_hf_config=lambda: config,
-        get_hf_processor=lambda *_, **__: processor,
-        get_merged_mm_kwargs=dict,
-    )
-
-    def made(picture: Image.Image) -> int:
-        out = processor(images=picture, text=processor.image_token, return_tensors="pt", **settings)
-        return len(out["pixel_values"])
-
-    return InternVLAdapter(), InternVLProcessingInfo(context), made, settings
-
-
-def _internvl(folder: Path, settings: dict[str, Any], _: pytest.MonkeyPatch) -> Known:
-    from transformers import AutoTokenizer
-    from vllm.transformers_utils.config import get_config
-
-    from era_vllm.models.internvl import InternVLChatAdapter, InternVLChatProcessingInfo
-
-    internvl.CASE.save(folder)
-    config, tokenizer = get_config(folder, False), AutoTokenizer.from_pretrained(folder)
-    config.update(settings)  # a request's own are refused by vLLM's processor of videos
-    context = SimpleNamespace(
-        get_hf_config=lambda: config,
-        get_tokenizer=lambda: tokenizer,
-        get_merged_mm_kwargs=dict,
-    )
-    info = InternVLChatProcessingInfo(context)
-
-    def made(picture: Image.Image) -> int:
-        return int(info.get_hf_processor().image_processor(picture)["image_num_patches"][0])
-
-    return InternVLChatAdapter(), info, made, {}
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        (_internvl_hf, {}),
-        (_internvl_hf, {"max_patches": 3}),
-        (_internvl_hf, {"crop_to_patches": False}),
-        (_internvl_hf, {"images_kwargs": {"max_patches": 2}}),
-        (_internvl, {}),
-        (_internvl, {"max_dynamic_patch": 3, "use_thumbnail": False}),
-    ],
+SIZE: Final = st.floats(0, math.log(4000)).map(lambda x: round(math.exp(x)))
+"""Log-uniform."""
+SIZES: Final = st.one_of(
+    st.tuples(SIZE, SIZE), st.sampled_from([(1, 1), (4000, 10), (10, 4000), (1380, 1152)])
 )
-def test_internvl_tiles_are_as_many_as_are_made(
-    family: Callable[..., Known],
-    settings: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from vllm.multimodal.parse import ImageProcessorItems
+FAMILIES: Final = ("llava_next", "llava_onevision", "llava_onevision, 7 x 7")
+BASE: Final = (-1, -1)
+NEWLINE: Final = (-2, -2)
 
-    adapter, info, made, kwargs = family(tmp_path, settings, monkeypatch)
-    pictures = [Image.new("RGB", size) for size in _sizes(20 if settings else 60)]
-    items = ImageProcessorItems(pictures)
-    found = {}
-    for index, picture in enumerate(pictures):
-        (found[picture.size],) = adapter.item_shape(info, "image", items, index, kwargs)
-        assert found[picture.size] == made(picture), picture.size
-    if not settings:
-        assert set(found.values()) >= {1, 5, 7} and max(found.values()) == 7
-        assert adapter.max_shape(info, "image", 4096, {}) == (7,)
-    assert adapter.max_shape(info, "video", 1000, {"image": 9}) == (1000 // 36,)
+
+@cache
+def family(name: str) -> tuple[Any, Any, Any, Any]:
+    """Return a family's adapter, config, vLLM's ``ProcessingInfo`` and vLLM's model class."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaNextConfig,
+        LlavaOnevisionConfig,
+        SiglipVisionConfig,
+    )
+    from vllm.model_executor.models import llava_next, llava_onevision
+
+    from era_vllm.models.llava_next import EraLlavaNextForConditionalGeneration as Next
+    from era_vllm.models.llava_onevision import EraLlavaOnevisionForConditionalGeneration as Vision
+
+    if name == "llava_next":
+        vision = CLIPVisionConfig(image_size=336, patch_size=14)
+        pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        config = LlavaNextConfig(vision_config=vision.to_dict(), image_grid_pinpoints=pinpoints)
+        info, model, ours = llava_next.LlavaNextProcessingInfo, llava_next, Next
+        cls = model.LlavaNextForConditionalGeneration
+    else:
+        tile = 98 if "7 x 7" in name else 384
+        vision = SiglipVisionConfig(image_size=tile, patch_size=14)
+        pinpoints = [[tile * i, tile * j] for i in range(1, 7) for j in range(1, 7)]
+        config = LlavaOnevisionConfig(
+            vision_config=vision.to_dict(), image_grid_pinpoints=pinpoints
+        )
+        info, model, ours = llava_onevision.LlavaOnevisionProcessingInfo, llava_onevision, Vision
+        cls = model.LlavaOnevisionForConditionalGeneration
+    return ours.adapter, config, info(SimpleNamespace(get_hf_config=lambda *_: config)), cls
+
+
+each = pytest.mark.parametrize("name", FAMILIES)
+
+
+@each
+@settings(max_examples=150)
+@given(size=SIZES)
+def test_a_layout_is_as_long_as_vllm_counts(name: str, size: tuple[int, int]) -> None:
+    adapter, config, info, _ = family(name)
+    height, width = size
+    own = info.get_num_image_tokens(image_width=width, image_height=height)
+    assert adapter.layout(config, "image", size).length == own
+
+
+@each
+@settings(max_examples=150)
+@given(size=SIZES)
+def test_the_largest_picture_is_the_largest(name: str, size: tuple[int, int]) -> None:
+    adapter, config, info, _ = family(name)
+    most = adapter.layout(config, "image", adapter.max_shape(info, "image", 0, {}))
+    busiest = adapter.layout(config, "image", _busiest(name))
+    own = adapter.layout(config, "image", size)
+    assert own.length <= most.length and own.work <= busiest.work
+
+
+def _busiest(name: str) -> tuple[int, int]:
+    """Return the size of vLLM's dummy with our classes."""
+    from era_vllm.models.llava_onevision import LlavaOnevisionInfo
+
+    adapter, _, info, _ = family(name)
+    if name != "llava_next":
+        info = LlavaOnevisionInfo(info.ctx)
+    size = info.get_image_size_with_most_features()
+    assert adapter.busiest_shape(info, "image", 0, {}) == (size.height, size.width)
+    return size.height, size.width
+
+
+def test_vllms_own_largest_picture_of_onevision_is_not() -> None:
+    adapter, config, info, _ = family("llava_onevision")
+    size = info.get_image_size_with_most_features()
+    most = adapter.layout(config, "image", adapter.max_shape(info, "image", 0, {}))
+    assert adapter.layout(config, "image", (size.height, size.width)).length == 8748
+    assert (most.shape, most.length, most.units) == ((1380, 1152), 8765, 13)
+    assert _busiest("llava_onevision") == (2304, 2304)
+
+
+@each
+@settings(max_examples=150)
+@given(size=SIZES)
+def test_segments_stand_where_vllm_merges_their_tiles(name: str, size: tuple[int, int]) -> None:
+    """Each tile's features are its row and column of tiles, which a resize mixes at the edges."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    adapter, config, _, cls = family(name)
+    layout = adapter.layout(config, "image", size)
+    vision = config.vision_config
+    across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)[1]
+    tiles = [BASE, *(divmod(unit, across) for unit in range(layout.units - 1))]
+    n = (vision.image_size // vision.patch_size) ** 2
+    features = torch.tensor(tiles, dtype=torch.float64)[:, None].repeat(1, n, 1)
+    newline = torch.tensor(NEWLINE, dtype=torch.float64)
+    model = SimpleNamespace(config=config, image_newline=newline)
+    more = {} if name == "llava_next" else {"image_newline": newline}
+    rows = cls._merge_image_patch_embeddings(
+        model, torch.tensor(size), features, strategy="spatial_unpad", **more
+    )
+    assert len(rows) == layout.length
+    nearest = (rows + 0.5 + 1e-9).floor().long()
+    found = [nearest[segment.places].unique(dim=0).tolist() for segment in layout.segments]
+    assert all(len(one) == 1 for one in found), "a segment's tokens are one tile's"
+    assert [tuple(one[0]) for one in found] == [tile for tile in tiles if [[*tile]] in found]
+    assert (nearest[layout.separators] == torch.tensor(NEWLINE)).all()
+    assert len(rows) == len(layout.separators) + sum(segment.n for segment in layout.segments)
+
+
+@pytest.mark.parametrize("name", FAMILIES[1:])
+@given(frames=st.integers(1, 64))
+def test_a_videos_layout_is_as_long_as_vllm_counts(name: str, frames: int) -> None:
+    adapter, config, info, _ = family(name)
+    layout = adapter.layout(config, "video", (frames,))
+    own = info.get_num_video_tokens(image_width=9, image_height=9, num_frames=frames)
+    assert (layout.length, len(layout.segments)) == (own, frames)

@@ -2,7 +2,12 @@
 
 from typing import Final
 
-from tests.engine.families import internvl, internvl_hf, llava_next
+from tests.engine.families import internvl, internvl_hf, llava_next, llava_onevision
 from tests.engine.families.case import Case
 
-CASES: Final[tuple[Case, ...]] = (llava_next.CASE, internvl_hf.CASE, internvl.CASE)
+CASES: Final[tuple[Case, ...]] = (
+    llava_next.CASE,
+    llava_onevision.CASE,
+    internvl_hf.CASE,
+    internvl.CASE,
+)

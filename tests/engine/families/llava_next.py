@@ -14,6 +14,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
 )
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from tests.engine.families.case import (
     FamilyOracle,
@@ -53,49 +54,72 @@ class Oracle(FamilyOracle):
 
     dtype = torch.float32
     queries = "all"
+    kinds: tuple[type, type] = (LlavaNextProcessor, LlavaNextForConditionalGeneration)
 
     def __init__(self, folder: Path) -> None:
-        self.processor = LlavaNextProcessor.from_pretrained(folder)
-        self.model = LlavaNextForConditionalGeneration.from_pretrained(
+        processor, model = self.kinds
+        self.processor = processor.from_pretrained(folder)
+        self.model = model.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
+
+    def tower(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features [u, m, d] and mean attention [u, heads, m] of tiles."""
+        model, hf = self.model.model, self.model.config
+        out = model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+        layer, layers = hf.vision_feature_layer, hf.vision_config.num_hidden_layers
+        features = model.multi_modal_projector(out.hidden_states[layer][:, 1:])
+        queries = slice(0, 1) if self.queries == "cls" else slice(None)
+        return features, out.attentions[layers + layer][:, :, queries].mean(2)[:, :, 1:]
+
+    def packed(
+        self, values: torch.Tensor, sizes: torch.Tensor, newline: torch.Tensor
+    ) -> torch.Tensor:
+        """Pack a picture's tiles [u, m, d]."""
+        strategy = self.model.config.vision_feature_select_strategy
+        return self.model.model.pack_image_features([values], sizes, strategy, newline)[0][0]
 
     @torch.inference_mode()
     def item(self, kind: str, data: Image) -> Unpruned:
         """A picture's."""
-        model, hf = self.model.model, self.model.config
         out = self.processor.image_processor(data, return_tensors="pt")
         pixels, sizes = out["pixel_values"][0], out["image_sizes"]
-        tower = model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
-        layer = hf.vision_feature_layer
-        features = model.multi_modal_projector(tower.hidden_states[layer][:, 1:])
-        layers = hf.vision_config.num_hidden_layers
-        queries = slice(0, 1) if self.queries == "cls" else slice(None)
-        attention = tower.attentions[layers + layer][:, :, queries].mean(2)[:, :, 1:]
+        features, attention = self.tower(pixels)
         units, m, _ = features.shape
         side = int(m**0.5)
-
-        def packed(values: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
-            strategy = hf.vision_feature_select_strategy
-            return model.pack_image_features([values], sizes, strategy, newline)[0][0]
-
-        rows = packed(features, model.image_newline)
-        maps = packed(attention.transpose(1, 2), torch.zeros(attention.shape[1])).T
-        numbers = torch.arange(units * m, dtype=torch.float64).view(units, m, 1)
-        number = packed(numbers, torch.tensor([-1.0]).double())[:, 0].long()
+        rows = self.packed(features, sizes, self.model.model.image_newline)
+        maps = self.packed(attention.transpose(1, 2), sizes, torch.zeros(attention.shape[1])).T
+        places = self._coordinates(units, side, sizes)
+        across = get_anyres_image_grid_shape(sizes[0], *self._tiles())[1]
+        newlines = (places[:, 0] < 0).nonzero()[:, 0]
+        # of the tile that a token's centre is in, which where tokens were resized is none's
+        tile = ((places + 0.5 + 1e-9) // side).long()
+        number = torch.where(places[:, 0] < 0, -1, 1 + tile[:, 0] * across + tile[:, 1])
+        number[:m] = 0
         segments, last = [], []
         for unit in range(units):
-            places = ((number // m == unit) & (number >= 0)).nonzero()[:, 0]
-            if not len(places):
+            own = (number == unit).nonzero()[:, 0]
+            if not len(own):
                 continue
-            inside = number[places] % m
-            grid = len((inside // side).unique()), len((inside % side).unique())
-            segments.append((grid, places))
-            last += [int(places[-1])] if unit else []
-        newlines = (number < 0).nonzero()[:, 0]
+            segments.append((tuple(len(x.unique()) for x in places[own].T), own))
+            last += [int(own[-1])] if unit else []
         of_tiles = torch.tensor([place for place in newlines if int(place) - 1 in last])
         kept = {"rows": newlines, "tile_rows": of_tiles.long(), "none": newlines[:0]}
         return Unpruned(pixels, rows, maps, segments, kept[self.separators])
+
+    def _tiles(self) -> tuple[list[list[int]], int]:
+        hf = self.model.config
+        return hf.image_grid_pinpoints, hf.vision_config.image_size
+
+    def _coordinates(self, units: int, side: int, sizes: torch.Tensor) -> torch.Tensor:
+        """Return each row's row and column in the grid, [length, 2]; -1 = a newline."""
+        across = get_anyres_image_grid_shape(sizes[0], *self._tiles())[1]
+        index = torch.arange(side, dtype=torch.float64)
+        values = torch.stack(torch.meshgrid(index, index, indexing="ij"), -1).flatten(0, 1)
+        values = values.repeat(units, 1, 1)
+        for unit in range(1, units):
+            values[unit] += side * torch.tensor(divmod(unit - 1, across))
+        return self.packed(values, sizes, torch.tensor([-1.0, -1.0]).double()).round(decimals=6)
 
 
 class LlavaNext:
