@@ -23,9 +23,7 @@ from era_vllm.vllm_plugin.models import pruned_model
 class InternVLChatProcessingInfo(internvl.InternVLProcessingInfo):
     """vLLM's, called as transformers' is."""
 
-    def get_num_image_tokens(
-        self, *, mm_kwargs: Mapping[str, object] | None = None, **of: object
-    ) -> int:
+    def get_num_image_tokens(self, *, mm_kwargs: object = None, **of: object) -> int:
         """Return a picture's tokens; the processor holds a request's settings."""
         return super().get_num_image_tokens(**of)
 
@@ -64,7 +62,7 @@ class InternVLChatAdapter(InternVLAdapter):
         tapped: Float32[Tensor, "u c m"],
         layouts: Sequence[Layout],
     ) -> list[Float32[Tensor, "c length"]]:
-        """Transposed where the tokens are. Upstream: internvl.py:690 (0.32.0)."""
+        """Transposed where the tokens are. Upstream: internvl.py:691 (0.32.0)."""
         if hf_config.ps_version == "v1":
             side = self.side(hf_config)
             tapped = tapped.unflatten(-1, (side, side)).transpose(-1, -2).flatten(-2)

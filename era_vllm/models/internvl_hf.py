@@ -24,13 +24,13 @@ Items = ImageProcessorItems | VideoProcessorItems
 
 
 class InternVLProcessingInfo(Info):
-    """vLLM's, with the tiles that are made: transformers crops unless a request says otherwise.
+    """vLLM's, but transformers crops unless a request says otherwise, whatever the setting says.
 
-    vLLM asks the image processor's own setting. Upstream: interns1.py:197 (0.32.0).
+    Upstream: interns1.py:197 (0.32.0).
     """
 
     def get_num_image_tokens(self, *, mm_kwargs: Mapping[str, object], **of: object) -> int:
-        """Return a picture's tokens."""
+        """Return a picture's."""
         given = self.ctx.get_merged_mm_kwargs(mm_kwargs)
         asked = {"crop_to_patches": True, **given, **given.get("images_kwargs", {})}
         return super().get_num_image_tokens(mm_kwargs=asked, **of)
@@ -44,8 +44,7 @@ class InternVLAdapter(ModelAdapter):
 
     def check(self, hf_config: InternVLConfig) -> None:
         """Refuse what vLLM ignores or does otherwise."""
-        side = self.side(hf_config)
-        even = {"patches a side of a tile": (side, side // 2 * 2)}
+        even = {"patches a side": (side := self.side(hf_config), side // 2 * 2)}
         for name, (got, allowed) in {**self.settings(hf_config), **even}.items():
             if got != allowed:
                 raise UnsupportedError(f"{name}: got {got!r}, allowed: {allowed!r}")

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from era_vllm.contracts import ModelAdapter
+from era_vllm.errors import ConfigError
 from tests.engine.families import internvl, internvl_hf
+from tests.engine.families.case import CLIPS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -104,3 +106,29 @@ def test_internvl_tiles_are_as_many_as_are_made(
         assert set(found.values()) >= {1, 5, 7} and max(found.values()) == 7
         assert adapter.max_shape(info, "image", 4096, {}) == (7,)
     assert adapter.max_shape(info, "video", 1000, {"image": 9}) == (1000 // 36,)
+
+
+@pytest.mark.parametrize(("family", "case"), [(_internvl_hf, internvl_hf), (_internvl, internvl)])
+def test_internvl_marks_are_the_tokens_of_the_prompt(
+    family: Callable[..., Known], case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, info, *_ = family(tmp_path, {}, monkeypatch)
+    tokenizer = info.get_hf_processor().tokenizer
+    for modality, text in case.CASE.marks.items():
+        mark = list(adapter.mark(info, modality))
+        ids = tokenizer.encode(f"USER: {text} what is shown? ASSISTANT:")
+        assert [ids[at : at + len(mark)] for at in range(len(ids))].count(mark) == 1
+        assert len(mark) == (1 if text in case.TOKENS else 3)
+
+
+def test_internvl_frames_are_chosen_before_transformers_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.multimodal.parse import VideoProcessorItems
+
+    adapter, info, *_ = _internvl_hf(tmp_path, {}, monkeypatch)
+    items = VideoProcessorItems([CLIPS[1]])
+    assert adapter.item_shape(info, "video", items, 0, {}) == (len(CLIPS[1]),)
+    info.get_hf_processor().video_processor.do_sample_frames = True
+    with pytest.raises(ConfigError, match="do_sample_frames: got true, allowed: false"):
+        adapter.item_shape(info, "video", items, 0, {})

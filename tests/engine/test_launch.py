@@ -136,13 +136,13 @@ def test_another_packages_row_for_a_family_of_ours_does_not_switch_us_off(monkey
     assert "era" in RENDERER_REGISTRY.renderers
 
 
-def test_a_family_of_more_than_pictures_is_refused():
+def test_a_family_of_more_than_pictures_and_videos_is_refused():
     """Its rates would be dropped on the way."""
     from era_vllm.vllm_plugin.families import Family
     from era_vllm.vllm_plugin.register import register_family
 
-    with pytest.raises(UnsupportedError, match="got modalities image, video, allowed: image"):
-        register_family("Some", Family("some:Class", ("image", "video")))
+    with pytest.raises(UnsupportedError, match="got modalities image, audio, allowed: image"):
+        register_family("Some", Family("some:Class", ("image", "audio")))
     assert "Some" not in FAMILIES
 
 

@@ -145,7 +145,10 @@ class InternVLChat:
             **SETTINGS,
         )
         config.save_pretrained(folder)
-        save_tokenizer(folder, TOKENS, extra_special_tokens={}, processor_class=None)
+        tokens = {**TOKENS}
+        if self.ps_version == "v1":  # such a tokenizer has no token of videos, and vLLM takes none
+            del tokens["<|video_pad|>"]
+        save_tokenizer(folder, tokens, extra_special_tokens={}, processor_class=None)
         path = folder / "tokenizer.json"
         table = json.loads(path.read_text())
         table["model"]["vocab"] |= WORDS
