@@ -30,8 +30,9 @@ def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
         "--shape",
         choices=SIZES,
         default="0.9b",
-        help="language model: 0.9b (2048 wide, 17 layers), 7b (LLaVA-1.5-7B: 4096, 32), tiny (to "
-        "try the command: its times mean nothing); tower CLIP-L/14-336 (default %(default)s)",
+        help="language model: 0.9b (2048 wide, 17 layers), 7b (LLaVA-1.5-7B: 4096, 32), 0.2b (4 "
+        "layers, and a quarter of the tower's), tiny (to try the command: its times mean nothing) "
+        "(default %(default)s)",
     )
     what = "number format (default %(default)s)"
     parser.add_argument("--dtype", choices=_ELEMENT_BYTES, default="bfloat16", help=what)

@@ -56,10 +56,12 @@ class LlamaSize:
 
 SIZES: Final[Mapping[str, LlamaSize]] = {
     "0.9b": LlamaSize(),
+    "0.2b": LlamaSize(layers=4, tower_layers=6),
     "7b": LlamaSize(4096, 11008, 32, 32),
     "tiny": LlamaSize(256, 512, 2, 2, tower_layers=4),
 }
-"""Names for the command line. ``7b`` is LLaVA-1.5-7B; ``tiny`` tries a command, times nothing."""
+"""Names for the command line. ``7b`` is LLaVA-1.5-7B, ``0.2b`` a quarter of the layers of ``0.9b``
+and of its tower; ``tiny`` tries a command, times nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -340,8 +340,8 @@ def test_videos(case, start, check, films):
 def test_a_video_is_encoded_once_and_its_prefix_is_shared(case, start, check, films):
     live, (short, long) = start(), films
     asks = [
-        *(about(case, text, (*short, 0.6), (*long, 0.7)) for text in TEXTS[:2]),
-        about(case, TEXT, (*short, 0.6), ("image", SQUARE, 0.6)),
+        *(about(case, text, (*short, 0.2), (*long, 0.7)) for text in TEXTS[:2]),
+        about(case, TEXT, (*short, 0.2), ("image", SQUARE, 0.6)),
     ]
     encoded, answers = [live.encoded], []
     for ask in asks:
@@ -415,9 +415,9 @@ def test_other_checkpoints(case, engine, setup, check, tmp_path):
 def test_one_item_a_pass(case, start, check, monkeypatch):
     live, passed = start(), []
     monkeypatch.setattr(live.model, "tokens_per_pass", 1)
-    asks = [images(case, TEXT, (SQUARE, 0.66), (WIDE, 0.72), (TALL, 0.58))]
+    asks = [images(case, TEXT, (SQUARE, 0.26), (WIDE, 0.22), (TALL, 0.28))]
     if "video" in case.marks:
-        asks.append(about(case, TEXT, *(("video", clip, 0.66) for clip in CLIPS)))
+        asks.append(about(case, TEXT, *(("video", clip, 0.36) for clip in CLIPS)))
     live.model.reducer.listeners.append(passed.append)
     try:
         answers = live.ask(asks)
