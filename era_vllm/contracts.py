@@ -143,6 +143,11 @@ class ModelAdapter(Protocol):
         """
         return {}
 
+    def norm(self, processor: object) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and deviation that its processor takes from and divides pixels by."""
+        own = cast("_Processor", processor).image_processor
+        return own.image_mean, own.image_std
+
     def unpadded_rows(self, layout: Layout) -> Mapping[str, int]:
         """Rows that are the item's own in each input that is padded to its neighbours' number.
 
@@ -198,6 +203,15 @@ class _Size(Protocol):
 @runtime_checkable
 class _Pictures(Protocol):
     def get_image_size(self, item_idx: int) -> _Size: ...
+
+
+class _Normed(Protocol):
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+
+class _Processor(Protocol):
+    image_processor: _Normed
 
 
 class _Info(Protocol):

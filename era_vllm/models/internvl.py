@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from vllm.model_executor.models import internvl
 from vllm.multimodal.processing.processor import cached_encode
+from vllm.transformers_utils.processors.internvl import IMAGENET_MEAN, IMAGENET_STD
 
 from era_vllm.config import encoder_layer
 from era_vllm.contracts import TappedLayer
@@ -55,6 +56,10 @@ class InternVLChatAdapter(InternVLAdapter):
         """Plain text, in most tokenizers several tokens."""
         text = internvl.InternVLChatModel.get_placeholder_str(modality, 0)
         return cached_encode(info.get_tokenizer(), text, add_special_tokens=False)
+
+    def norm(self, processor: object) -> tuple[Sequence[float], Sequence[float]]:
+        """ImageNet's, which vLLM's own processor writes out."""
+        return IMAGENET_MEAN, IMAGENET_STD
 
     def signals(
         self,

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import Float32
 from torch import Tensor, nn
 from transformers import InternVLConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import interns1
 from vllm.multimodal.parse import ImageProcessorItems, VideoProcessorItems
 
 from era_vllm.config import encoder_layer
 from era_vllm.contracts import ModelAdapter, TappedLayer
-from era_vllm.errors import ConfigError, UnsupportedError
+from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout, equal_units
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.models import pruned_model
@@ -80,7 +81,10 @@ class InternVLAdapter(ModelAdapter):
             tokens = info.get_num_image_tokens(**size, processor=processor, mm_kwargs=kwargs)
             return (tokens // processor.image_seq_length,)
         if getattr(processor.video_processor, "do_sample_frames", False):
-            raise ConfigError("do_sample_frames: got true, allowed: false; use --media-io-kwargs")
+            raise VLLMValidationError(
+                "do_sample_frames: got true, allowed: false; use --media-io-kwargs",
+                parameter="do_sample_frames",
+            )
         return (items.get_num_frames(index),)
 
     def max_shape(

@@ -10,7 +10,6 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 from transformers import LlavaOnevisionConfig as Config
 from transformers import SiglipVisionConfig
-from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models import llava_onevision as stock
 from vllm.multimodal.parse import ImageSize
 
@@ -38,17 +37,10 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
                 raise UnsupportedError(f"{name}: got {got!r}, allowed: {only!r}, as vLLM does it")
 
     def item_shape(self, info, modality, items, index, kwargs):  # noqa: ANN001, ANN201
-        """A picture's size, or a video's frames; not more than memory was profiled for."""
+        """A picture's size, or a video's frames."""
         if modality == "image":
             return super().item_shape(info, modality, items, index, kwargs)
-        frames, most = items.get_num_frames(index), info.get_num_frames_with_most_features()
-        if frames > most:
-            raise VLLMValidationError(
-                f"video: got {frames} frames, allowed: {most}; sample fewer, or have the server "
-                "sample more (num_frames of --media-io-kwargs)",
-                parameter="video",
-            )
-        return (frames,)
+        return (items.get_num_frames(index),)
 
     def max_shape(self, info, modality, *more):  # noqa: ANN001, ANN002, ANN201
         """Computed: vLLM's own 1153 x 944 is not the largest (llava_onevision.py:183, 0.32.0)."""

@@ -33,12 +33,17 @@ def pruned_hashes(
     config: EraConfig,
     family: Family,
     algorithm: str,
+    modality: str = "image",
 ) -> list[str]:
     """Salt each item's hash with what its plan keeps and the settings' fingerprint."""
     settings = namespace(config, family)
     return [
         MultiModalHasher.hash_kwargs(
-            algorithm, mm_hash=item, era_num_anchors=list(one.num_anchors), era_settings=settings
+            algorithm,
+            mm_hash=item,  # a client's own name of it, where it has given one
+            era_shape=[modality, *one.layout.shape],
+            era_num_anchors=list(one.num_anchors),
+            era_settings=settings,
         )
         for item, one in zip(hashes, plans, strict=True)
     ]

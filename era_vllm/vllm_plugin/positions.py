@@ -22,8 +22,11 @@ from transformers import PretrainedConfig
 
 from era_vllm.errors import UnsupportedError
 
-ROPE_TYPES: Final = ("default", "linear", "llama3")
-"""Scalings whose table may be made longer without changing what it holds."""
+ROPE_TYPES: Final = ("default", "linear", "llama3", "dynamic")
+"""Scalings whose table may be made longer without changing what it holds. vLLM's table of dynamic
+scaling is the default one, whatever its length (rotary_embedding/dynamic_ntk_scaling_rope.py,
+0.32.0), unless ``alpha`` or ``max_trained_positions`` say otherwise."""
+_OTHER_DYNAMIC: Final = ("alpha", "max_trained_positions")
 
 
 class AnchorOffsets(nn.Module):
@@ -136,9 +139,13 @@ def carry_positions(hf_config: PretrainedConfig) -> None:
 def rope_types(text_config: PretrainedConfig) -> set[str]:
     """Return the kinds of rotary embedding of a language model, one or one a type of layer."""
     found = rope_parameters(text_config)
-    return {
-        "mrope" if "mrope_section" in one else str(one.get("rope_type", "default")) for one in found
-    } or {"none"}
+    return {"mrope" if "mrope_section" in one else _rope_type(one) for one in found} or {"none"}
+
+
+def _rope_type(rope: dict[str, object]) -> str:
+    kind = str(rope.get("rope_type", "default"))
+    others = [name for name in _OTHER_DYNAMIC if name in rope]
+    return f"{kind} with {others[0]}" if kind == "dynamic" and others else kind
 
 
 def table_rows(text_config: PretrainedConfig) -> int:

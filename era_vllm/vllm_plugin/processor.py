@@ -51,6 +51,10 @@ class PlannedKwargs(dict[str, object]):
         self.plans = plans
 
 
+class DummyKwargs(dict[str, object]):
+    """Arguments of what memory is profiled with, which may be longer than a prompt."""
+
+
 class PrunedInfoMixin:
     """Over a family's ``ProcessingInfo``: the encoder still works on N tokens an item."""
 
@@ -78,14 +82,32 @@ class PrunedInfoMixin:
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Budget the encoder for an item at rate 0, which any request may ask for."""
+        """Budget the encoder for an item at rate 0, which any request may ask for.
+
+        vLLM profiles memory with the modality that has most tokens here: the one that the tower
+        works most for, so that one may be said to have a token more than it has.
+        """
         largest = self._layouts(self.adapter.max_shape, seq_len, mm_counts)
-        return {modality: layout.length for modality, layout in largest.items()}
+        tokens = {modality: layout.length for modality, layout in largest.items()}
+        work = self.most_work(seq_len, mm_counts)
+        busiest = max(work, key=lambda modality: work[modality], default=None)
+        if busiest is not None and tokens[busiest] < max(tokens.values()):
+            tokens[busiest] = max(tokens.values()) + 1
+        return tokens
 
     def most_work(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """Return the tokens that the tower makes for the largest item, padding included."""
         busiest = self._layouts(self.adapter.busiest_shape, seq_len, mm_counts)
         return {modality: layout.work for modality, layout in busiest.items()}
+
+    @cached_property
+    def busiest(self) -> Mapping[str, Layout]:
+        """By modality the item that the tower works most for, which memory was profiled with."""
+        context = self.ctx.model_config.max_model_len
+        return {
+            modality: self._layouts(self.adapter.busiest_shape, context, {modality: 1})[modality]
+            for modality in self.family.modalities
+        }
 
     def _layouts(
         self,
@@ -116,7 +138,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             _refuse_names_alone(of_modality, modality)
             self._check_placeholders(inputs.prompt, modality, of_modality.get_count())
         plans = self._plans(pruned, given, own)
-        if plans and self.info.era.positions == "original":
+        checked = self.info.era.positions == "original" and not isinstance(given, DummyKwargs)
+        if plans and checked:
             layouts = [one.layout for some in plans.values() for one in some]
             longer = sum(sum(layout.spans) for layout in layouts) - len(layouts)
             self._check_length(len(inputs.prompt) + longer)
@@ -127,9 +150,11 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         result[TOKENS_BEFORE] = {
             modality: [one.layout.length for one in some] for modality, some in plans.items()
         }
-        if self.info.era.positions == "original" and not self.info.era.allow_extrapolation:
-            every = [one for some in plans.values() for one in some]
-            ahead = sum(sum(one.layout.spans) - sum(one.kept) for one in every)
+        every = [one for some in plans.values() for one in some]
+        ahead = sum(sum(one.layout.spans) - sum(one.kept) for one in every)
+        if checked:  # with the texts that a family writes around and between runs
+            self._check_length(len(result["prompt_token_ids"]) + ahead)
+        if checked and not self.info.era.allow_extrapolation:
             text = self.info.get_hf_config().get_text_config()
             result["mm_hashes"] = bounded(result["mm_hashes"], ahead, text)
         return result
@@ -138,7 +163,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         """Profile memory with items at the lowest rate served: most rows in the encoder cache."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         lowest = {**inputs.hf_processor_mm_kwargs, RATES: self.info.era.min_pruning_rate}
-        return dataclasses.replace(inputs, hf_processor_mm_kwargs=lowest)
+        return dataclasses.replace(inputs, hf_processor_mm_kwargs=DummyKwargs(lowest))
 
     def _plans(
         self,
@@ -150,22 +175,48 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         rates = effective_rates(given, counts, self.info.era)
         adapter, plans = self.info.adapter, dict[str, list[Plan]]()
         for modality, some in items.items():
-            shapes = [
-                adapter.item_shape(self.info, modality, some, index, own)
+            layouts = [
+                self.info.layout(
+                    modality, adapter.item_shape(self.info, modality, some, index, own)
+                )
                 for index in range(counts[modality])
             ]
+            if not isinstance(given, DummyKwargs):
+                self._check_work(modality, layouts)
             plans[modality] = [
-                plan(self.info.layout(modality, shape), rate, self.info.era)
-                for shape, rate in zip(shapes, rates[modality], strict=True)
+                plan(layout, rate, self.info.era)
+                for layout, rate in zip(layouts, rates[modality], strict=True)
             ]
         return {modality: some for modality, some in plans.items() if some}
+
+    def _check_work(self, modality: str, layouts: Sequence[Layout]) -> None:
+        """Refuse an item that the tower needs more memory for than was profiled."""
+        busiest = self.info.busiest[modality]
+        for layout in layouts:
+            if layout.work > busiest.work:
+                units, instead = ("tiles", "send it smaller")
+                if modality == "video":
+                    units = "frames"
+                    instead = (
+                        "sample fewer, or have the server sample more (num_frames of "
+                        "--media-io-kwargs) within a longer --max-model-len"
+                    )
+                raise VLLMValidationError(
+                    f"{modality}: got {layout.units} {units}, allowed: {busiest.units}; {instead}",
+                    parameter=modality,
+                )
 
     def _check_placeholders(self, prompt: str | Sequence[int], modality: str, items: int) -> None:
         """Refuse a prompt from which items' marks were cut, which vLLM takes for a fault."""
         if isinstance(prompt, str) or not items:
             return
         mark = list(self.info.adapter.mark(self.info, modality))
-        found = sum(list(prompt[at : at + len(mark)]) == mark for at in range(len(prompt)))
+        starts = (at for at, token in enumerate(prompt) if token == mark[0])
+        found = (
+            prompt.count(mark[0])
+            if len(mark) == 1
+            else sum(list(prompt[at : at + len(mark)]) == mark for at in starts)
+        )
         if found < items and len(mark) > 1:  # its tokens may have merged with their neighbours
             tokenizer = self.info.get_tokenizer()
             found = tokenizer.decode(prompt).count(tokenizer.decode(mark))
@@ -193,7 +244,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         return {
             modality: pruned_hashes(
-                hashes, plans[modality], self.info.era, self.info.family, algorithm
+                hashes, plans[modality], self.info.era, self.info.family, algorithm, modality
             )
             if modality in plans
             else hashes

@@ -11,7 +11,7 @@ import asyncio
 import base64
 import io
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -27,7 +27,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.transformers_utils.processor import get_video_processor_cls_name
-from vllm.transformers_utils.processors.internvl import IMAGENET_MEAN, IMAGENET_STD
 
 from era_vllm.compat.vllm_entrypoints import (
     create_error_response,
@@ -159,8 +158,9 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
         png = None
         if png_alone or request.picture:
             title = f"policy {config.policy}, pruning rate {rate.pruning_rate:g}"
-            processor = state.engine_client.renderer.get_mm_processor().info.get_hf_processor()
-            png = await asyncio.to_thread(_draw, found, processor, title, request.modality)
+            info = state.engine_client.renderer.get_mm_processor().info
+            norm = info.adapter.norm(info.get_hf_processor())
+            png = await asyncio.to_thread(_draw, found, norm, title, request.modality)
     if png_alone:
         return Response(png, media_type="image/png")
     return JSONResponse(_payload(found, rate, config, png))
@@ -276,13 +276,11 @@ def _payload(
     return told
 
 
-def _draw(found: Pruned, processor: Any, title: str, modality: str) -> bytes:  # noqa: ANN401
-    """Return a PNG of every tile or frame, by transformers' processor or vLLM's own."""
-    of_pictures = getattr(processor, "image_processor", None)
-    mean, std = (
-        tuple(getattr(of_pictures, name, values))
-        for name, values in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
-    )
+def _draw(
+    found: Pruned, norm: tuple[Sequence[float], Sequence[float]], title: str, modality: str
+) -> bytes:
+    """Return a PNG of every tile or frame."""
+    mean, std = map(tuple, norm)
     pixels = pixels_of(found.item)
     units, what = pixels.reshape(-1, *pixels.shape[-3:]), "tile" if modality == "image" else "frame"
     kept = []

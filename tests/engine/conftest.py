@@ -39,7 +39,7 @@ from era_vllm.lab.samples import load_samples  # noqa: E402
 from era_vllm.pipeline import prune  # noqa: E402
 from era_vllm.pixels import pixel_hash  # noqa: E402
 from era_vllm.plan import plan  # noqa: E402
-from era_vllm.types import PrunedTokens, VisualTokens  # noqa: E402
+from era_vllm.types import PrunedTokens, Signal, VisualTokens  # noqa: E402
 from tests import situations  # noqa: E402
 
 with warnings.catch_warnings():  # torch and vLLM use what they deprecate
@@ -193,10 +193,15 @@ class Engine:
 
     def chosen(
         self, key: tuple[int, tuple[int, ...]]
-    ) -> list[tuple[tuple[int, int], torch.Tensor, torch.Tensor]]:
-        """Return grid, anchors [a] and assignment [n] of each segment of an item."""
+    ) -> list[tuple[tuple[int, int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Return grid, anchors [a], assignment [n] and attention [c, n] of an item's segments."""
         return [
-            (one.tokens.grid, one.result.anchors[one.row], one.result.assignment[one.row])
+            (
+                one.tokens.grid,
+                one.result.anchors[one.row],
+                one.result.assignment[one.row],
+                one.tokens.signals[Signal.ENCODER_ATTENTION][one.row],
+            )
             for one in self.items[key].segments
         ]
 

@@ -36,7 +36,7 @@ def test_the_largest_items_are_those_that_memory_is_profiled_for(start):
     assert len(video["pixel_values_videos"].data) == 32
 
 
-def test_a_video_that_is_longer_is_refused(start, check):
+def test_as_many_frames_as_a_server_samples(start, check):
     live = start()
     with pytest.raises(VLLMValidationError, match="got 33 frames, allowed: 32; sample fewer"):
         live.ask([asking(("video", clip(33, 30, 30, 9), 0.9))])

@@ -281,7 +281,27 @@ def test_linear_scaling_makes_the_table_longer():
     assert rope_types(text) == {"yarn", "default"}
 
 
-@pytest.mark.parametrize("scaling", ["dynamic", "yarn"])
+def test_vllms_table_of_dynamic_scaling_is_the_default_one():
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    with set_current_vllm_config(VllmConfig()):
+        dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        short, long = (get_rope(32, rows, True, dynamic).cos_sin_cache for rows in (64, 200))
+        plain = {"rope_type": "default", "rope_theta": 1e4}
+        default = get_rope(32, 200, True, plain).cos_sin_cache
+    assert torch.equal(long, default) and torch.equal(short, default[:64])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "alpha": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0, "max_trained_positions": 32},
+        {"rope_type": "yarn", "factor": 2.0},
+    ],
+    ids=str,
+)
 def test_tables_that_depend_on_their_length_are_refused(scaling):
     from transformers import LlamaConfig, LlavaConfig
 
@@ -289,7 +309,7 @@ def test_tables_that_depend_on_their_length_are_refused(scaling):
     from era_vllm.vllm_plugin.positions import carry_positions
 
     text = LlamaConfig(max_position_embeddings=64)
-    text.rope_parameters = {"rope_type": scaling, "factor": 2.0, "rope_theta": 1e4}
+    text.rope_parameters = {**scaling, "rope_theta": 1e4}
     with pytest.raises(UnsupportedError, match="compact"):
         carry_positions(LlavaConfig(text_config=text))
 

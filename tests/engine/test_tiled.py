@@ -7,8 +7,10 @@ Random weights, so what is shown is that the engine computes the method, not tha
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from vllm.exceptions import VLLMValidationError
 
 from era_vllm.config import EraConfig
 from era_vllm.pixels import pixel_hash
@@ -425,3 +427,35 @@ def test_one_item_a_pass(case, start, check, monkeypatch):
         live.model.reducer.listeners.remove(passed.append)
     assert [len(items) for items in passed] == [1] * sum(len(ask.items) for ask in asks)
     check(live, asks, answers)
+
+
+def test_what_is_larger_than_memory_was_profiled_for_is_refused(case, start):
+    """Though so few of its tokens stay that the encoder's cache has room for them."""
+    if "video" not in case.marks:
+        pytest.skip("a family without videos")
+    live = start(llm={"max_model_len": 768})
+    info = live.llm.llm_engine.renderer.get_mm_processor().info
+    most = info.busiest["video"].units
+    frames = np.zeros((most + 1, 30, 40, 3), dtype=np.uint8)
+    with pytest.raises(VLLMValidationError, match=f"got {most + 1} frames, allowed: {most}; "):
+        live.ask([about(case, TEXT, ("video", frames, 0.94))])
+    (answer,) = live.ask([about(case, TEXT, ("video", CLIPS[0], 0.94))])
+    assert answer.token_ids
+
+
+def test_memory_is_profiled_with_a_context_as_long_as_the_positions(case, start):
+    """The largest video alone may be longer than a prompt, with the texts between its frames."""
+    live = start(llm={"max_model_len": 4096, "max_num_batched_tokens": 4096})
+    live.runner.profile_run()
+    (answer,) = live.ask([images(case, TEXT, (TALL, 0.9))])
+    assert answer.token_ids
+
+
+def test_a_prompt_past_the_positions_says_so(case, start):
+    """Counted with what a family writes around its runs, and before the engine is asked."""
+    live = start(llm={"max_model_len": 4096, "max_num_batched_tokens": 4096})
+    pictures = [(picture(640, 640, seed), 0.94) for seed in range(24)]
+    with pytest.raises(VLLMValidationError, match="long before pruning, .* the model allows 4096"):
+        live.ask([images(case, TEXT, *pictures)])
+    (answer,) = live.ask([images(case, TEXT, pictures[0])])
+    assert answer.token_ids

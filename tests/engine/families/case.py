@@ -2,7 +2,8 @@
 
 An oracle says how an item looks unpruned: its rows by transformers' own packing, each row's share
 of the attention by the same packing of the maps, and where each tile's tokens went by the packing
-of their numbers. Nothing of ``era_vllm.models`` is used.
+of their numbers. Nothing of ``era_vllm.models`` is used. (Of the authors' InternVL, which
+transformers does not have, vLLM cuts the tiles.)
 """
 
 import json
@@ -109,8 +110,9 @@ class Case(Protocol):
 
 Key = tuple[int, tuple[int, ...]]
 """Hash of an item's pixels, and K of each segment."""
-Chosen = Callable[[Key], Sequence[tuple[tuple[int, int], Tensor, Tensor]]]
-"""What an engine made of an item: grid, anchors [a] and assignment [n] of each segment."""
+Chosen = Callable[[Key], Sequence[tuple[Any, ...]]]
+"""What an engine made of an item: of each segment grid, anchors [a], assignment [n], and, where the
+engine is in this process, the attention [c, n] that it read."""
 
 
 def reduced(
@@ -131,6 +133,8 @@ def reduced(
     parts = []
     for (grid, places), count, own in zip(whole.segments, counts, found, strict=True):
         assert grid[0] * grid[1] == len(places) and own[0] == grid
+        for read in own[3:]:
+            assert torch.allclose(read.float(), whole.maps[:, places], atol=1e-5)
         attention = {Signal.ENCODER_ATTENTION: whole.maps[None, :, places]}
         tokens = VisualTokens(whole.rows[places][None], grid, attention)
         anchors = own[1][None]

@@ -73,8 +73,9 @@ class InternVL:
     llm: Mapping[str, Any] = {}
 
     def save(self, folder: Path) -> None:
-        """An InternViT tower of three layers, its queries and keys not normed."""
-        model = random_model(Qwen2Config, norm=False)
+        """An InternViT tower of three layers, not normed; dynamic rope, as InternVL3 has it."""
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+        model = random_model(Qwen2Config, norm=False, rope_parameters=rope)
         save(folder, model, self.name, [*TOKENS.values()])
         names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
         save_tokenizer(
