@@ -22,7 +22,7 @@ from typing import Final
 
 from era_vllm.bench.provenance import provenance
 from era_vllm.bench.report import table
-from era_vllm.lab.dummy import IMAGE_SIZE, SIZES, make_dummy_llava
+from era_vllm.lab.dummy import IMAGE_SIZE, SIZES, make_dummy
 from era_vllm.lab.screen import progress
 from era_vllm.lab.servers import Server, wait_for
 
@@ -152,7 +152,7 @@ def served(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
     model, flags = str(CHECKPOINT), list(_FLAGS[SAMPLE])
     if arguments.model != SAMPLE:
         model, flags = str(folder / "model"), list(_FLAGS["dummy"])
-        make_dummy_llava(Path(model), SIZES[arguments.model])
+        make_dummy(Path(model), SIZES[arguments.model])
     flags += [*shlex.split(arguments.server), "--served-model-name", "loadtest"]
     command = [_ERA_VLLM, "serve", model, "--enforce-eager", *flags]
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -77,8 +77,13 @@ class InternVLAdapter(ModelAdapter):
         """As many as the processor will make."""
         processor = info.get_hf_processor(**kwargs)
         if modality == "image":
-            size = {f"image_{k}": v for k, v in items.get_image_size(index)._asdict().items()}
-            tokens = info.get_num_image_tokens(**size, processor=processor, mm_kwargs=kwargs)
+            size = items.get_image_size(index)
+            tokens = info.get_num_image_tokens(
+                image_width=size.width,
+                image_height=size.height,
+                processor=processor,
+                mm_kwargs=kwargs,
+            )
             return (tokens // processor.image_seq_length,)
         if getattr(processor.video_processor, "do_sample_frames", False):
             raise VLLMValidationError(

@@ -224,7 +224,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             return
         raise VLLMValidationError(
             f"the prompt has {found} places for {items} {modality}s; leave truncate_prompt_tokens "
-            "out, or make it larger",
+            "out, or make it larger; offline, write one mark for each",
             parameter="truncate_prompt_tokens",
         )
 
@@ -271,6 +271,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)
         for plans in hf_kwargs.plans.values():
             self._cut_padding(processed, plans)
+        _check_sizes(processed, hf_kwargs.plans.get("image", ()))
         stock = super()._get_mm_fields_config(processed, hf_kwargs)
         for modality, plans in hf_kwargs.plans.items():
             if not plans:
@@ -324,6 +325,18 @@ def pixels_of(item: MultiModalKwargsItem) -> Tensor:
         for name, element in item.items()
         if name.startswith("pixel_values") and isinstance(element.data, Tensor)
     )
+
+
+def _check_sizes(processed: BatchFeature, plans: Sequence[Plan]) -> None:
+    """Refuse a picture that transformers takes for another size than vLLM: an array's axes."""
+    for size, one in zip(processed.get("image_sizes", ()), plans, strict=False):
+        height, width = map(int, size)
+        if len(one.layout.shape) == 2 and (height, width) != one.layout.shape:
+            raise VLLMValidationError(
+                f"image: got an array of {' x '.join(map(str, one.layout.shape))} pixels by vLLM's "
+                f"reading of its axes, and {height} x {width} by transformers'; send a PIL picture",
+                parameter="image",
+            )
 
 
 def _refuse_names_alone(items: ModalityDataItems, modality: str) -> None:

@@ -35,6 +35,19 @@ def effective_rates(
     by_modality = given if isinstance(given, Mapping) else _of_modalities(given)
     if unknown := [name for name in by_modality if name not in MODALITIES]:
         raise ConfigError(f"{RATES}: got {unknown[0]!r}, allowed: {' and '.join(MODALITIES)}")
+    if isinstance(given, list | tuple) and given and not items.get("image"):
+        kinds = " and ".join(items) or "no item"
+        raise ConfigError(
+            f"{RATES}: got a list, which is the images', for {kinds}; needed one number, or lists "
+            'by modality: {"video": [...]}'
+        )
+    for modality in by_modality:
+        if not items.get(modality) and by_modality[modality] is not None:
+            one = by_modality[modality]
+            if isinstance(one, list | tuple):
+                _rates(one, modality, 0, config)
+            else:
+                config.check_rate(one)
     return {
         modality: _rates(by_modality.get(modality), modality, count, config)
         for modality, count in items.items()

@@ -39,6 +39,8 @@ _AXES: Final = {"image": 3, "video": 4}
 """Modality -> axes of an array that is one item."""
 _MOST_PIXELS: Final = 2**24
 """Larger pictures of a request are not kept until the engine has begun to answer it."""
+_MOST_VIDEO_PIXELS: Final = 2**26
+"""Of a request with videos: 32 frames of 1920 x 1080."""
 RENDER: Final = "era_render"
 """Key of an engine's input that counts on a picture which the engine was sent before: a function
 that renders the prompt anew. Whoever gives the input to the engine takes it out."""
@@ -152,7 +154,9 @@ class EraRenderer(HfRenderer):
         inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
         self._report(prompt, inputs, **kwargs)
         known = any(None in some for some in inputs.get("mm_kwargs", {}).values())
-        if known and request is not None and request.pixels <= _MOST_PIXELS:
+        videos = inputs.get("mm_kwargs", {}).get("video", ())
+        most = _MOST_VIDEO_PIXELS if videos else _MOST_PIXELS
+        if known and request is not None and request.pixels <= most:
             inputs[RENDER] = partial(self._process_again, prompt, *args, **kwargs)
         return inputs
 

@@ -156,9 +156,8 @@ def _requested_rate(value: object, config: EraConfig, at: str, forms: str) -> fl
         return config.check_rate(wanted)
     if name == "level":
         return _rate_of_level(wanted, config, at)
-    raise FieldError(
-        at, value, f"{forms} ({unknown_name('field', str(name), ('level', 'pruning_rate'))})"
-    )
+    known = ("level", "pruning_rate", *(MODALITIES if at == FIELD else ()))
+    raise FieldError(at, value, f"{forms} ({unknown_name('field', str(name), known)})")
 
 
 def _rate_of_level(level: object, config: EraConfig, at: str) -> float:

@@ -37,23 +37,25 @@ _WRAPPER: Final = "extra_body"
 """An argument of openai-python, which puts what it holds at the top level."""
 _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
-_PART: Final = frozenset({"type", "role", "image_url"})
+_PART: Final = frozenset({"type", "role", "image_url", "video_url"})
 """Of these one is in every message and part of a message."""
 _FOREIGN: Final = frozenset(
     {*(name for name in _MEDIA if name.startswith(("video", "audio"))), "input_audio"}
     | {"input_video", "video", "audio"}
 )
 """What pictures alone do not include; else each route would refuse it in words of its own."""
-_TAKES: Final = {
-    ("image",): "text and pictures only (allowed: image_url, input_image)",
-    ("image", "video"): "text, pictures and videos only (allowed: image_url, input_image, "
-    "video_url)",
-}
+_PICTURES_ALONE: Final = "this model takes text and pictures only (allowed: image_url, input_image)"
+_VIDEOS_TOO: Final = (
+    "this model takes text, pictures and videos only (allowed: image_url, input_image, video_url)"
+)
+_IN_CHATS: Final = "videos are taken in chats only (video_url, /v1/chat/completions)"
+_TAKE_VIDEO: Final = ("/v1/chat/completions", "/v1/chat/completions/batch", "/tokenize")
 _SPOKEN: Final = ("messages", "input", "system", "content_parts")
 """Fields whose parts a model is given."""
 _TOP: Final = f'put {{"{FIELD}": {{"level": "strong"}}}} at the top level of the body'
 _WHOLE: Final = (
-    "it is a field of the whole request; for one picture alone send detail: high, low or auto"
+    "it is a field of the whole request, or of a modality; for one picture alone send detail: "
+    "high, low or auto"
 )
 _PIL: Final = "image_pil: only for callers in Python; send an image_url"
 _ALONE: Final = "uuid: got no string, or a name alone; send the picture beside it"
@@ -97,12 +99,15 @@ def check(
     parts = list(_parts(fields))
     if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
         return refused("image_pil", _PIL)
-    foreign = _FOREIGN - {"video_url"} if "video" in modalities else _FOREIGN
+    videos = "video" in modalities
+    foreign = _FOREIGN - {"video_url"} if videos and path in _TAKE_VIDEO else _FOREIGN
     for part in _parts({name: fields.get(name) for name in _SPOKEN}):
         kinds = [part["type"]] if "type" in part else list(_MEDIA & part.keys())
         if any(isinstance(kind, str) and kind in foreign for kind in kinds):
-            said = f"got it in a message, but this model takes {_TAKES[modalities]}; leave it out"
-            return refused("media", f"{kinds[0]}: {said}")
+            said = _VIDEOS_TOO if videos else _PICTURES_ALONE
+            if videos and str(kinds[0]).startswith(("video", "input_video")):
+                said = said if path in _TAKE_VIDEO else _IN_CHATS
+            return refused("media", f"{kinds[0]}: got it in a message, but {said}; leave it out")
     named = [part for part in parts if part.get("uuid") is not None and _is_media(part)]
     if named and owner is None:
         return refused("image_uuid", _UUID)
@@ -127,8 +132,8 @@ def _misplaced(path: str, fields: dict[str, object], take_era: Collection[str]) 
         if value is not None and (near or (name == "level" and str(value) in dict(LEVELS))):
             return refused(FIELD, f"{name}: no such field, needed {FIELD!r}; {_TOP}")
     for part in _parts(fields) if takes else ():
-        where = part.get("image_url")
-        within = isinstance(where, dict) and FIELD in where
+        where = (part.get("image_url"), part.get("video_url"))
+        within = any(isinstance(url, dict) and FIELD in url for url in where)
         if within or (FIELD in part and not _PART.isdisjoint(part)):
             return refused(FIELD, f"{FIELD}: got it in a part of a message; {_WHOLE}")
     return None

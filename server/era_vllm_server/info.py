@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse
 
 import era_vllm
 from era_vllm.config import EraConfig
-from era_vllm.vllm_plugin.families import FAMILIES, modalities_of
+from era_vllm.vllm_plugin.families import FAMILIES
+from era_vllm_server.probe import modalities
 from era_vllm_server.settings import ServerSettings
 
 router = APIRouter()
@@ -28,7 +29,7 @@ async def info(raw_request: Request) -> JSONResponse:
             "prunes": config.max_pruning_rate > 0,
             "policy": config.policy,
             "families": sorted(FAMILIES),
-            "modalities": modalities_of(state.vllm_config.model_config.hf_config),
+            "modalities": modalities(state),
             "levels": {name: rate for name, rate in config.levels if config.serves(rate)},
             "limits": {
                 "min_pruning_rate": config.min_pruning_rate,

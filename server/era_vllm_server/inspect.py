@@ -36,7 +36,6 @@ from era_vllm.compat.vllm_entrypoints import (
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.viz import Kept, draw, seen
-from era_vllm.vllm_plugin.families import modalities_of
 from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, field
 from era_vllm.vllm_plugin.processor import pixels_of
 from era_vllm.vllm_plugin.requests import FieldError, ItemRate, item_rates, requested_rates
@@ -135,7 +134,7 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
         return _refusal(HTTPStatus.BAD_REQUEST, "this server prunes nothing (maximum rate 0)")
     if not answer(state.engine_client):
         return _refusal(HTTPStatus.NOT_IMPLEMENTED, _OTHER_WORKERS)
-    takes = modalities_of(state.vllm_config.model_config.hf_config)
+    takes = probe.modalities(state)
     if request.modality not in takes:
         wrong = f"{request.modality}_url: this model takes {' and '.join(takes)} only"
         return _refusal(HTTPStatus.BAD_REQUEST, wrong)
@@ -208,7 +207,14 @@ async def _ask(
     await call_workers(engine, "era_watch", *key, _LIMIT_S)
     request_id = f"era-inspect-{uuid.uuid4().hex}"
     tokens = _TOKENS_WHILE_READING if read_back else 1
-    tokens = min(tokens, engine.model_config.max_model_len - len(prompt["prompt_token_ids"]))
+    room, length = engine.model_config.max_model_len, len(prompt["prompt_token_ids"])
+    if length >= room:
+        raise VLLMValidationError(
+            f"{modality}_url: at this rate its prompt has {length} tokens, and this server allows "
+            f"{room - 1}; ask for a higher rate",
+            parameter=f"{modality}_url",
+        )
+    tokens = min(tokens, room - length)
     async with aclosing(probe.generate(engine, prompt, request_id, tokens)) as outputs:
         await anext(outputs)  # a first token: the whole prompt is in the KV cache
         ask = (*key, request_id if read_back else None)

@@ -142,7 +142,7 @@ class GuardedConnector(MediaConnector):
         if not self.allowed_media_domains:
             raise RefusedError(
                 "this server fetches no URL (--allowed-media-domains is not set); send it as "
-                "data:image/...;base64,..."
+                "data:TYPE;base64,..."
             )
         if "\\" in url or any(ord(char) <= 32 or ord(char) >= 127 for char in url):
             raise RefusedError("its URL holds characters that have to be percent-encoded")

@@ -27,36 +27,26 @@ from vllm.engine.protocol import EngineClient
 
 from era_vllm.compat.vllm_entrypoints import get_prometheus_registry
 from era_vllm.vllm_plugin.metrics import BUCKETS_S, Counted
-from era_vllm.vllm_plugin.requests import MODALITIES
 from era_vllm_server.workers import call_workers
 
 logger = logging.getLogger(__name__)
 
+_BEFORE: Final = "{} tokens that prompts would hold without pruning."
+_AFTER: Final = "{} tokens that the language model was given."
+_ITEMS: Final = "{} by what decided their pruning rate."
+_LABELS: Final = ("policy", "level")
 TOKENS_BEFORE: Final = {
-    name: Counter(
-        f"era:{name}_tokens_before",
-        f"{name.capitalize()} tokens that prompts would hold without pruning.",
-        ["policy", "level"],
-    )
-    for name in MODALITIES
+    "image": Counter("era:image_tokens_before", _BEFORE.format("Image"), _LABELS),
+    "video": Counter("era:video_tokens_before", _BEFORE.format("Video"), _LABELS),
 }
 TOKENS_AFTER: Final = {
-    name: Counter(
-        f"era:{name}_tokens_after",
-        f"{name.capitalize()} tokens that the language model was given.",
-        ["policy", "level"],
-    )
-    for name in MODALITIES
+    "image": Counter("era:image_tokens_after", _AFTER.format("Image"), _LABELS),
+    "video": Counter("era:video_tokens_after", _AFTER.format("Video"), _LABELS),
 }
 ITEMS: Final = {
-    name: Counter(
-        f"era:{name}s",
-        f"{name.capitalize()}s by what decided their pruning rate.",
-        ["source"],
-    )
-    for name in MODALITIES
+    "image": Counter("era:images", _ITEMS.format("Images"), ["source"]),
+    "video": Counter("era:videos", _ITEMS.format("Videos"), ["source"]),
 }
-"""By modality: era:images, era:videos."""
 CLAMPED: Final = Counter("era:clamped_images", "Images whose detail was brought into bounds.")
 REJECTED: Final = Counter("era:rejected_requests", "Requests refused by the front.", ["reason"])
 RESPONSES: Final = Counter(

@@ -8,15 +8,30 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Final
 
+from starlette.datastructures import State
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 
+from era_vllm.vllm_plugin.families import modalities_of
 from era_vllm.vllm_plugin.requests import request_context
 
 _TEXT: Final = "USER: {item} ASSISTANT:"
+
+
+def modalities(state: State) -> tuple[str, ...]:
+    """Return what a request may hold: what the family takes, this checkpoint too, and is allowed.
+
+    A checkpoint may lack the token of a modality, and --limit-mm-per-prompt may be 0.
+    """
+    config = state.vllm_config.model_config
+    known = modalities_of(config.hf_config)
+    if config.multimodal_config is None:
+        return known
+    limits = state.engine_client.renderer.get_mm_processor().info.allowed_mm_limits
+    return tuple(name for name in known if limits.get(name, 0))
 
 
 def takes_images(engine: EngineClient) -> bool:

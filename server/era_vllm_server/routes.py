@@ -18,7 +18,6 @@ from vllm.exceptions import VLLMValidationError
 
 from era_vllm.compat.vllm_entrypoints import chat_api, messages_api, responses_api, tokenize_api
 from era_vllm.config import EraConfig
-from era_vllm.vllm_plugin.families import modalities_of
 from era_vllm.vllm_plugin.requests import (
     FIELD,
     MODALITIES,
@@ -34,6 +33,7 @@ from era_vllm.vllm_plugin.requests import (
 )
 from era_vllm_server.metrics import REJECTED
 from era_vllm_server.middleware.body import Body
+from era_vllm_server.probe import modalities
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
 _MESSAGES: Final = "/v1/messages"
@@ -99,7 +99,7 @@ def attach(app: FastAPI) -> None:
 
 def _modalities(app: FastAPI) -> tuple[str, ...]:
     """Return what the model takes, which is known once its engine is there."""
-    return modalities_of(app.state.vllm_config.model_config.hf_config)
+    return modalities(app.state)
 
 
 def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Response | None]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from vllm.exceptions import VLLMValidationError
 
 from era_vllm.contracts import ModelAdapter
-from era_vllm.errors import ConfigError
 from tests.engine.families import internvl, internvl_hf
 from tests.engine.families.case import CLIPS
 
@@ -130,5 +130,5 @@ def test_internvl_frames_are_chosen_before_transformers_is_asked(
     items = VideoProcessorItems([CLIPS[1]])
     assert adapter.item_shape(info, "video", items, 0, {}) == (len(CLIPS[1]),)
     info.get_hf_processor().video_processor.do_sample_frames = True
-    with pytest.raises(ConfigError, match="do_sample_frames: got true, allowed: false"):
+    with pytest.raises(VLLMValidationError, match="do_sample_frames: got true, allowed: false"):
         adapter.item_shape(info, "video", items, 0, {})

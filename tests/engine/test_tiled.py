@@ -243,46 +243,46 @@ def test_abort_in_mid_prefill_leaves_the_next_request_right(case, start, check):
     check(live, asks, live.ask(asks))
 
 
+@pytest.fixture
+def apart(case, folder, theirs, measured, tmp_path):
+    """``apart(arguments, VARIABLE=...)``: compare an engine in a process of its own."""
+
+    def run(arguments, **variables):
+        raw = json.dumps({**LLM, **case.llm, **APART, **arguments})
+        out = tmp_path / "out.pt"
+        python("run_family.py", case.name, str(folder), raw, str(out), **variables)
+        saved = torch.load(out)
+        assert all(rank == saved["ranks"][0] for rank in saved["ranks"])
+        assert len(saved["ranks"]) == arguments.get("tensor_parallel_size", 1)
+        found = {
+            (pixels, tuple(counts)): [
+                (tuple(grid), torch.tensor(anchors), torch.tensor(assignment))
+                for grid, anchors, assignment in segments
+            ]
+            for pixels, counts, segments in saved["ranks"][0]
+        }
+        config = EraConfig()
+        for ask, answer in zip(asks_apart(case), saved["answers"], strict=True):
+            far = compared(config, found.__getitem__, theirs, ask, answer)
+            print(far)
+            control = far.no_bias if ask.items else None
+            measured(config, "", far.exact, control, TOLERANCE, case.name)
+            assert far.exact < TOLERANCE
+            assert not ask.items or min(far.no_bias, far.compact) > CONTROL_FACTOR * TOLERANCE
+
+    return run
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "variables"),
-    [
-        pytest.param(
-            {"tensor_parallel_size": 2},
-            {"TORCH_COMPILE_DISABLE": "1"},
-            marks=pytest.mark.situation("tensor parallel 2"),
-            id="tensor parallel 2",
-        ),
-        pytest.param(
-            {"enforce_eager": False},
-            {},
-            marks=pytest.mark.situation("torch.compile"),
-            id="torch.compile",
-        ),
-    ],
-)
-def test_apart(case, folder, theirs, measured, tmp_path, arguments, variables):
-    raw = json.dumps({**LLM, **case.llm, **APART, **arguments})
-    out = tmp_path / "out.pt"
-    python("run_family.py", case.name, str(folder), raw, str(out), **variables)
-    saved = torch.load(out)
-    assert all(rank == saved["ranks"][0] for rank in saved["ranks"])
-    assert len(saved["ranks"]) == arguments.get("tensor_parallel_size", 1)
-    found = {
-        (pixels, tuple(counts)): [
-            (tuple(grid), torch.tensor(anchors), torch.tensor(assignment))
-            for grid, anchors, assignment in segments
-        ]
-        for pixels, counts, segments in saved["ranks"][0]
-    }
-    config = EraConfig()
-    for ask, answer in zip(asks_apart(case), saved["answers"], strict=True):
-        far = compared(config, found.__getitem__, theirs, ask, answer)
-        print(far)
-        control = far.no_bias if ask.items else None
-        measured(config, "", far.exact, control, TOLERANCE, case.name)
-        assert far.exact < TOLERANCE
-        assert not ask.items or min(far.no_bias, far.compact) > CONTROL_FACTOR * TOLERANCE
+@pytest.mark.situation("tensor parallel 2")
+def test_tensor_parallel_2(apart):
+    apart({"tensor_parallel_size": 2}, TORCH_COMPILE_DISABLE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.situation("torch.compile")
+def test_torch_compile(apart):
+    apart({"enforce_eager": False})
 
 
 @pytest.mark.slow

@@ -39,6 +39,8 @@ def server(case, tmp_path_factory):
     template.write_text(TEMPLATE)
     words = [*LIMITS, "--max-model-len", "3072", "--dtype", "float32"]
     words += ["--chat-template", str(template), "--served-model-name", "era-sample"]
+    if case.name == "InternVLChatModel":  # which transformers does not have
+        words.append("--trust-remote-code")
     command = [ERA_VLLM, "serve", str(folder / "model"), *words]
     with started(folder, {"family": (command, {})}) as (server,):
         yield server
@@ -67,6 +69,10 @@ def test_pictures_are_reported_one_by_one(server):
 
 def test_a_field_by_modality(case, server):
     parts = (picture(TALL), VIDEO)
+    said = ask(server, {**VIDEO, "video_url": {**CLIP, "era": {"level": "off"}}})
+    assert said.status_code == 400 and "in a part of a message" in said.text
+    takes = httpx.get(f"{server.url}/v1/era").json()["modalities"]
+    assert takes == [*case.marks]
     said = ask(server, *parts, era=BOTH)
     if "video" not in case.marks:
         assert said.status_code == 400 and "text and pictures only" in said.text

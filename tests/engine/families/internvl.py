@@ -1,5 +1,6 @@
 """InternVL, its authors' layout: the same model under other names, with queries and keys normed."""
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -144,7 +145,11 @@ class InternVLChat:
             select_layer=-1,
             **SETTINGS,
         )
+        module, head = "configuration_internvl_chat", "from typing import Any\n\n"
+        head += "from transformers import PretrainedConfig, Qwen3Config\n\n\n"
+        config.auto_map = {"AutoConfig": f"{module}.ChatConfig"}  # for --trust-remote-code
         config.save_pretrained(folder)
+        (folder / f"{module}.py").write_text(head + inspect.getsource(ChatConfig))
         tokens = {**TOKENS}
         if self.ps_version == "v1":  # such a tokenizer has no token of videos, and vLLM takes none
             del tokens["<|video_pad|>"]
