@@ -1,5 +1,7 @@
 """A prompt's rates, in each form that they may have."""
 
+import re
+
 import pytest
 
 from era_vllm.config import EraConfig
@@ -37,3 +39,27 @@ def test_every_form(given: object, expected: dict[str, list[float]]) -> None:
 def test_what_is_refused(given: object, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         effective_rates({"era": given}, ITEMS, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([0.0, 0.0], 'needed one number, or lists by modality: {"video": [...]}'),
+        ([7, "x"], "got a list"),
+        ({"image": "x"}, "pruning_rate"),
+        ({"image": 2.0}, "pruning_rate"),
+        ({"image": [0.5]}, "got 1 pruning rates for 0 images"),
+    ],
+    ids=str,
+)
+def test_rates_of_what_a_prompt_does_not_hold_are_no_typing_error_unseen(
+    given: object, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        effective_rates({"era": given}, {"video": 2}, CONFIG)
+
+
+def test_a_rate_for_both_may_meet_one() -> None:
+    assert effective_rates({"era": 0.5}, {"video": 2}, CONFIG) == {"video": [0.5, 0.5]}
+    both = {"image": 0.1, "video": [0.5, 0.9]}
+    assert effective_rates({"era": both}, {"video": 2}, CONFIG) == {"video": [0.5, 0.9]}
