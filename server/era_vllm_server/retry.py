@@ -74,7 +74,7 @@ async def _outputs(
         if render is None or not retries:
             break
         prompt = await render()
-    raise RetryableRequestError("A picture has to be sent again; please retry")
+    raise RetryableRequestError("A picture or video has to be sent again; please retry")
 
 
 def _counts_on_cache(prompt: object) -> bool:
