@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from era_vllm.config import EraConfig
 from era_vllm.types import Degenerate
+from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm_server import info, metrics, ready
 from era_vllm_server.settings import ServerSettings
 from tests.engine.random_llava import save_random_llava
@@ -274,7 +275,8 @@ def test_info_says_what_can_be_asked_for(servers):
     }
     assert EraConfig.parse(said["settings"]) == EraConfig()
     assert said["server"] == ServerSettings().model_dump(mode="json")
-    assert said["families"] == ["LlavaForConditionalGeneration"]
+    assert said["families"] == sorted(FAMILIES)
+    assert said["modalities"] == ["image"]
     assert set(said["versions"]) == {"era_vllm", "vllm", "torch", "transformers", "python"}
 
 
