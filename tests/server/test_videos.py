@@ -552,4 +552,3 @@ def test_the_bounds_are_settings(monkeypatch):
         load(h264(frames=30))
     monkeypatch.undo()
     media._settings.cache_clear()
-    assert not children()
