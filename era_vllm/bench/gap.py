@@ -33,9 +33,12 @@ def run(options: GapOptions, out: Path) -> Report:
         make_dummy(Path(folder), size)
         for kind in ENGINES:
             given = arguments_of(Path(folder), kind, options.era)
-            wide = {"max_num_batched_tokens": options.step_tokens}
+            step = {
+                "max_num_batched_tokens": options.step_tokens,
+                "max_num_seqs": options.pictures + 1,
+            }
             llm = dummy_engine(
-                {**given, **wide, "max_num_seqs": options.pictures + 1},
+                {**given, **step},
                 options.dtype,
                 options.eager,
                 options.kv_mib * 2**20,

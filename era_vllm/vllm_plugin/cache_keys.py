@@ -33,7 +33,7 @@ def pruned_hashes(
     config: EraConfig,
     family: Family,
     algorithm: str,
-    modality: str = "image",
+    modality: str,
 ) -> list[str]:
     """Salt each item's hash with what its plan keeps and the settings' fingerprint."""
     settings = namespace(config, family)

@@ -41,17 +41,12 @@ def effective_rates(
             f"{RATES}: got a list, which is the images', for {kinds}; needed one number, or lists "
             'by modality: {"video": [...]}'
         )
-    for modality in by_modality:
-        if not items.get(modality) and by_modality[modality] is not None:
-            one = by_modality[modality]
-            if isinstance(one, list | tuple):
-                _rates(one, modality, 0, config)
-            else:
-                config.check_rate(one)
-    return {
+    counts = {**dict.fromkeys(by_modality, 0), **items}
+    rates = {
         modality: _rates(by_modality.get(modality), modality, count, config)
-        for modality, count in items.items()
+        for modality, count in counts.items()
     }
+    return {modality: rates[modality] for modality in items}
 
 
 def _of_modalities(given: object) -> dict[str, object]:
@@ -64,7 +59,9 @@ def _of_modalities(given: object) -> dict[str, object]:
 def _rates(given: object, modality: str, count: int, config: EraConfig) -> list[float]:
     if given is None:
         return [config.pruning_rate] * count
-    rates = list(given) if isinstance(given, list | tuple) else [given] * count
+    if not isinstance(given, list | tuple):
+        return [config.check_rate(given)] * count  # type: ignore[arg-type]  # which is checked
+    rates = list(given)
     if len(rates) != count:
         raise ConfigError(
             f"{RATES}: got {len(rates)} pruning rates for {count} {modality}s, needed one for each "

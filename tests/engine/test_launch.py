@@ -294,7 +294,7 @@ def test_our_version_is_in_every_images_identity(monkeypatch):
     def salted():
         build.cache_clear()
         plans = [plan_of(one_grid(12, 12, ()), 0.5, EraConfig())]
-        return pruned_hashes(["a"], plans, EraConfig(), LLAVA, "sha256")
+        return pruned_hashes(["a"], plans, EraConfig(), LLAVA, "sha256", "image")
 
     before = salted()
     assert salted() == before

@@ -101,6 +101,17 @@ def answered(answer):
     return answer.prompt_ids, answer.token_ids, answer.log_probs
 
 
+def answers_of_a_shared_prefix(live, asks):
+    """Ask two items, the same with another question, and the first with another second one."""
+    encoded, answers = [live.encoded], []
+    for ask in asks:
+        answers += live.ask([ask])
+        encoded.append(live.encoded)
+    assert [b - a for a, b in zip(encoded, encoded[1:], strict=False)] == [2, 0, 1]
+    assert [answer.cached_tokens >= 32 for answer in answers] == [False, True, True]
+    return answers
+
+
 @pytest.mark.situation("several images at different rates")
 def test_pictures(case, start, check):
     live = start()
@@ -123,13 +134,7 @@ def test_prefix_hits(case, start, check):
         images(case, text, (TALL, 0.7), (second, 0.8))
         for text, second in ((TEXT, SQUARE), ("how many shapes?", SQUARE), (TEXT, ODD))
     ]
-    encoded, answers = [live.encoded], []
-    for ask in asks:
-        answers += live.ask([ask])
-        encoded.append(live.encoded)
-    assert [b - a for a, b in zip(encoded, encoded[1:], strict=False)] == [2, 0, 1]
-    assert [answer.cached_tokens >= 32 for answer in answers] == [False, True, True]
-    check(live, asks, answers)
+    check(live, asks, answers_of_a_shared_prefix(live, asks))
 
 
 @pytest.mark.situation("chunks at every awkward place")
@@ -345,13 +350,7 @@ def test_a_video_is_encoded_once_and_its_prefix_is_shared(case, start, check, fi
         *(about(case, text, (*short, 0.2), (*long, 0.7)) for text in TEXTS[:2]),
         about(case, TEXT, (*short, 0.2), ("image", SQUARE, 0.6)),
     ]
-    encoded, answers = [live.encoded], []
-    for ask in asks:
-        answers += live.ask([ask])
-        encoded.append(live.encoded)
-    assert [b - a for a, b in zip(encoded, encoded[1:], strict=False)] == [2, 0, 1]
-    assert [answer.cached_tokens >= 32 for answer in answers] == [False, True, True]
-    check(live, asks, answers)
+    check(live, asks, answers_of_a_shared_prefix(live, asks))
 
 
 @pytest.mark.situation("pictures beside videos")

@@ -9,6 +9,7 @@ transformers does not have, vLLM cuts the tiles.)
 import json
 import random
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,16 +78,16 @@ class Unpruned:
     """Places of each run; () = one."""
 
 
-class FamilyOracle(LanguageOracle):
+class FamilyOracle(LanguageOracle, ABC):
     """A family's model in plain transformers."""
 
     separators = "rows"
     queries: str | None = None
     """Whose attention is averaged ("all", "cls"); None where the tower has no class token."""
 
+    @abstractmethod
     def item(self, kind: str, data: Any) -> Unpruned:
         """Return how an item looks unpruned."""
-        raise NotImplementedError
 
 
 class Case(Protocol):
