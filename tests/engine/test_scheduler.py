@@ -19,6 +19,8 @@ import era_vllm
 from era_vllm.bench.gap_engines import UNBOUNDED, register_unbounded
 from era_vllm.bench.inputs import noise_pictures
 from era_vllm.lab import CHECKPOINT
+from era_vllm.vllm_plugin.families import FAMILIES
+from era_vllm.vllm_plugin.names import PREFIX
 from era_vllm.vllm_plugin.resolve import SCHEDULER
 from era_vllm.vllm_plugin.scheduler import EraScheduler
 from tests.engine.conftest import TOLERANCE, python
@@ -315,8 +317,16 @@ def test_an_engine_encodes_within_the_bound(bounded, noise):
     assert len({tuple(answer.token_ids) for answer in together}) > 3  # they are not all alike
 
 
-def test_an_engine_with_vllms_own_scheduler_exceeds_it(engine, setup, noise):
+@pytest.fixture
+def unbounded():
+    """Known for a test, or a later one would find it among the families."""
     register_unbounded()
+    yield
+    del FAMILIES[UNBOUNDED.removeprefix(PREFIX)]
+
+
+@pytest.mark.usefixtures("unbounded")
+def test_an_engine_with_vllms_own_scheduler_exceeds_it(engine, setup, noise):
     llm = {"max_num_seqs": 72, "hf_overrides": {"architectures": [UNBOUNDED]}}
     live = engine(setup(llm=llm))
     assert type(live.core.scheduler) is Scheduler

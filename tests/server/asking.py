@@ -8,6 +8,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from era_vllm.lab.samples import load_samples
+from era_vllm_server.metrics import FRESH_S
 
 MODEL = "era-sample"
 QUESTION = "what shape is red?"
@@ -104,23 +105,27 @@ def image_tokens(server, answer, key=None, **options):
 
 
 def figures(server, *names, key=None):
-    """Sums of some metrics over their labels."""
+    """Sums of some metrics over their labels; without those that are not told at the moment."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     text = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30).text
-    found = dict.fromkeys(names, 0.0)
+    found = {}
     for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name in found:
-                found[sample.name] += sample.value
+        for name in {family.name, f"{family.name}_total"} & set(names):
+            found[name] = sum(one.value for one in family.samples if one.name == name)
     return found
 
 
 def settled(server, *names, key=None):
-    """The same, once two readings agree: vLLM counts a little after it has answered."""
-    last = figures(server, *names, key=key)
-    while True:
-        time.sleep(0.3)
+    """The same, once two fresh readings agree: vLLM counts a little after it has answered.
+
+    Workers' figures are told again for a while, and left out where the workers are late.
+    """
+    last = {}
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         now = figures(server, *names, key=key)
-        if now == last:
+        if now == last and set(now) == set(names):
             return now
         last = now
+        time.sleep(1.1 * FRESH_S)
+    raise TimeoutError(f"metrics of {server.url} do not settle: got {last}, expected {names}")

@@ -47,12 +47,12 @@ STEPS = {  # pictures and options -> tokens of each, pictures encoded, found by 
 def answers(servers, uncached):
     """Every step, one after another, asked of both servers; (answers, figures) of each."""
     found = {}
+    last = {server: settled(server, ENCODED, HITS, PREFIX) for server in (servers[0], uncached)}
     for name, (pictures, options, *_) in STEPS.items():
-        for server in (servers[0], uncached):
-            before = settled(server, ENCODED, HITS, PREFIX)
+        for server, before in last.items():
             answer = chat(server, *pictures, logprobs=True, top_logprobs=10, **options)
-            after = settled(server, ENCODED, HITS, PREFIX)
-            counted = {name: after[name] - before[name] for name in before}
+            last[server] = settled(server, ENCODED, HITS, PREFIX)
+            counted = {name: last[server][name] - before[name] for name in before}
             found.setdefault(name, []).append((answer, counted))
     return found
 
