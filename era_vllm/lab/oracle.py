@@ -40,7 +40,7 @@ class Segment:
     offsets: Int[Tensor, "a 3"] | None = None
     """With M-RoPE: where each stands, from where its run's first token does unpruned."""
     span: int = 0
-    """With M-RoPE: how far text moves on behind it."""
+    """How far text moves on behind it; 0 = by ``n``."""
 
 
 class LanguageOracle:

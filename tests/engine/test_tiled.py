@@ -229,7 +229,8 @@ def test_preemption(case, start, check, record_property):
     )
     preempted = count_preemptions(live)
     pictures = [picture(300, 200 + 10 * seed, seed) for seed in range(6)]
-    asks = [images(case, "how many shapes?", (one, 0.85)) for one in pictures]
+    rate = getattr(case, "crowding", 0.85)
+    asks = [images(case, "how many shapes?", (one, rate)) for one in pictures]
     answers = live.ask(asks, steps=40)
     assert preempted
     record_property("counted", f"preemptions: {len(preempted)}")
@@ -257,7 +258,8 @@ def test_abort_in_mid_prefill_leaves_the_next_request_right(case, start, check):
 def apart(case, folder, theirs, measured, tmp_path):
     """``apart(arguments, VARIABLE=...)``: compare an engine in a process of its own."""
 
-    def run(arguments, **variables):
+    def run(arguments, *, pruned=None, **variables):
+        """Args: pruned: What an earlier run says of items that this one only loads."""
         raw = json.dumps({**LLM, **case.llm, **APART, **arguments})
         out = tmp_path / "out.pt"
         python("run_family.py", case.name, str(folder), raw, str(out), **variables)
@@ -269,9 +271,9 @@ def apart(case, folder, theirs, measured, tmp_path):
                 (tuple(grid), torch.tensor(anchors), torch.tensor(assignment))
                 for grid, anchors, assignment in segments
             ]
-            for pixels, counts, segments in saved["ranks"][0]
+            for pixels, counts, segments in [*(pruned or ()), *saved["ranks"][0]]
         }
-        config = EraConfig()
+        config = EraConfig.parse(arguments.get("settings", {}))
         for ask, answer in zip(asks_apart(case), saved["answers"], strict=True):
             far = compared(config, found.__getitem__, theirs, ask, answer)
             print(far)
@@ -279,6 +281,7 @@ def apart(case, folder, theirs, measured, tmp_path):
             measured(config, "", far.exact, control, TOLERANCE, case.name)
             assert far.exact < TOLERANCE
             assert not ask.items or min(far.no_bias, far.compact) > CONTROL_FACTOR * TOLERANCE
+        return saved
 
     return run
 
@@ -287,6 +290,45 @@ def apart(case, folder, theirs, measured, tmp_path):
 @pytest.mark.situation("tensor parallel 2")
 def test_tensor_parallel_2(apart):
     apart({"tensor_parallel_size": 2}, TORCH_COMPILE_DISABLE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.situation("encoders that share out images, TP 2")
+def test_encoders_that_share_out_images(case, apart):
+    """With a policy that reads no attention; the others are refused."""
+    if not getattr(case, "shares_out", False):
+        pytest.skip("a family whose encoder vLLM runs whole in each rank")
+    arguments = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}
+    apart({**arguments, "settings": {"policy": "dpp"}}, TORCH_COMPILE_DISABLE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.situation("n-gram speculation")
+def test_ngram_speculation(case, apart, record_property):
+    if not getattr(case, "mrope", False):
+        pytest.skip("shown with LLaVA-1.5, of which this family differs in the prompt alone")
+    method = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    saved = apart({"speculative_config": method}, TORCH_COMPILE_DISABLE="1")
+    assert saved["accepted"] > 0
+    record_property("counted", f"{saved['accepted']} drafts accepted")
+
+
+@pytest.mark.slow
+@pytest.mark.situation("KV connector, another process")
+def test_kv_connector_reloads_in_another_process(case, apart, tmp_path, record_property):
+    if not getattr(case, "mrope", False):
+        pytest.skip("shown with LLaVA-1.5, of which this family differs in the prompt alone")
+    stored = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
+    }
+    arguments = {"block_size": 16, "kv_transfer_config": stored}
+    saving = apart(arguments, TORCH_COMPILE_DISABLE="1")
+    assert saving["loaded"] == 0
+    loading = apart(arguments, pruned=saving["ranks"][0], TORCH_COMPILE_DISABLE="1")
+    assert loading["loaded"] > 0
+    record_property("counted", f"{loading['loaded']} tokens loaded")
 
 
 @pytest.mark.slow
@@ -316,7 +358,9 @@ def test_bf16_is_as_close_as_stock(case, start, theirs, measured):
     def theirs_of(engine, item):
         whole = theirs.item(item.kind, item.data)
         counts = [engine.config.num_anchors(len(p), item.rate) for _, p in whole.segments]
-        key = pixel_hash(whole.pixels.to(torch.bfloat16)), tuple(counts)
+        pixels = whole.pixels  # what is normed in the tower comes to it as it is
+        pixels = pixels.to(torch.bfloat16) if pixels.is_floating_point() else pixels
+        key = pixel_hash(pixels), tuple(counts)
         return engine_runs(engine.items[key], whole)
 
     error, ours, text = errors(stock, texts), errors(live, asks), errors(live, texts)

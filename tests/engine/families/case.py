@@ -104,6 +104,9 @@ class Case(Protocol):
     far          width, height and number of pictures that take more positions than there are
     pictures     of a frame
     shared       True: a video's pixels are shared by its frames
+    crowding     rate at which six pictures do not fit into a small KV cache at once
+    mrope        True: positions on three axes
+    shares_out   True: vLLM's encoder may share out items among ranks
     others       kinds of checkpoint beside its own
     """
 

@@ -142,6 +142,9 @@ class Qwen:
     slivers = ((1, 1), (2000, 10), (10, 2000))
     far = (28, 2800, 50)
     pictures = 2
+    crowding = 0.5
+    mrope = True
+    shares_out = True
     patch = 14
     videos = "Qwen2VLVideoProcessor"
     frames = 1
@@ -255,6 +258,7 @@ class Qwen3VL(Qwen):
     videos = "Qwen3VLVideoProcessor"
     frames = 4
     shared = True
+    rope: Mapping[str, Any] = {"mrope_interleaved": True}
 
     def model(self) -> nn.Module:
         vision = transformers.models.qwen3_vl.configuration_qwen3_vl.Qwen3VLVisionConfig(
@@ -267,14 +271,27 @@ class Qwen3VL(Qwen):
             num_position_embeddings=144,
             deepstack_visual_indexes=[0, 1],
         )
-        more = rope([6, 5, 5])
-        more["rope_parameters"]["mrope_interleaved"] = True
+        more = {"rope_parameters": {**rope([6, 5, 5])["rope_parameters"], **self.rope}}
         text = language(
             transformers.Qwen3VLTextConfig, VOCABULARY, head_dim=32, num_hidden_layers=3, **more
         )
         return transformers.Qwen3VLForConditionalGeneration(
             transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **ids())
         )
+
+
+class Yarn(Qwen3VL):
+    """Positions scaled by yarn, whose table vLLM makes as long as they are and no longer."""
+
+    rope: Mapping[str, Any] = {
+        "mrope_interleaved": True,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }
+
+
+Qwen3VL.others = (Yarn(),)
 
 
 def rope(section: list[int]) -> dict[str, Any]:
@@ -305,4 +322,6 @@ def spread(model: nn.Module) -> nn.Module:
     return model
 
 
-CASES: Final = (Qwen2VL(), Qwen2_5VL(), Qwen3VL())
+QWEN2_5: Final = Qwen2_5VL()
+QWEN3: Final = Qwen3VL()
+CASES: Final = (Qwen2VL(), QWEN2_5, QWEN3)
