@@ -153,6 +153,15 @@ class ModelAdapter(Protocol):
         own = cast("_Processor", processor).image_processor
         return own.image_mean, own.image_std
 
+    def units(self, hf_config: object, pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return an item's pixels as pictures [u, 3, h, w], a unit (tile, frame) each.
+
+        Args:
+            pixels: As the tower is given them.
+            shape: The item's.
+        """
+        return pixels.reshape(-1, *pixels.shape[-3:])
+
     def unpadded_rows(self, layout: Layout) -> Mapping[str, int]:
         """Rows that are the item's own in each input that is padded to its neighbours' number.
 

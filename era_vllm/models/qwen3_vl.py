@@ -83,15 +83,23 @@ class _Dummies(LargestVideos, qwen3_vl.Qwen3VLDummyInputsBuilder):
     """Of Qwen3-VL."""
 
 
-def _registered(model: type) -> Any:
+class Qwen3VLMoeInfo(Qwen3VLInfo, qwen3_vl_moe.Qwen3VLMoeProcessingInfo):
+    """The same, with experts."""
+
+
+def _registered(model: type, info: type) -> Any:
     return pruned_model(
         model,
         Qwen3VLAdapter(),
-        info=Qwen3VLInfo,
+        info=info,
         processor=qwen3_vl.Qwen3VLMultiModalProcessor,
         dummy_inputs=_Dummies,
     )
 
 
-EraQwen3VLForConditionalGeneration = _registered(qwen3_vl.Qwen3VLForConditionalGeneration)
-EraQwen3VLMoeForConditionalGeneration = _registered(qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration)
+EraQwen3VLForConditionalGeneration = _registered(
+    qwen3_vl.Qwen3VLForConditionalGeneration, Qwen3VLInfo
+)
+EraQwen3VLMoeForConditionalGeneration = _registered(
+    qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeInfo
+)

@@ -144,6 +144,18 @@ class QwenVLAdapter(ModelAdapter):
         patches = layout.units * self.patches(layout)
         return {"pixel_values": patches, "pixel_values_videos": patches}
 
+    def units(self, hf_config: Any, pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The first picture of each frame, put together from its patches.
+
+        Upstream: transformers/models/qwen2_vl/video_processing_qwen2_vl.py ``patchify`` (5.19).
+        """
+        vision, (rows, columns, *times) = hf_config.vision_config, shape
+        side = vision.patch_size
+        patches = pixels.view(len(times), rows, columns, 2, 2, 3, -1, side, side)[..., 0, :, :]
+        return patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(
+            len(times), 3, rows * 2 * side, columns * 2 * side
+        )
+
     def patches(self, layout: Layout) -> int:
         """Return the patches of a frame: 2 x 2 a token."""
         return layout.shape[0] * layout.shape[1] * 4

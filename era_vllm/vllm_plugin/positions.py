@@ -34,9 +34,10 @@ class AnchorOffsets(nn.Module):
     """Where the anchors of one step stand within their runs, at a fixed address."""
 
     offsets: Tensor
-    """[p, rows] int64: of an anchor from its run's first place; 0 for text and padding."""
+    """[p, rows + 1] int64: of an anchor from its run's first place; 0 for text and padding."""
     positions: Tensor
-    """[p, rows] int64: what the language model is given."""
+    """[p, rows + 1] int64: what the language model is given. A step never fills the last column, so
+    that no step's is contiguous: a compiled graph would take that for a rule."""
 
     def __init__(self, rows: int, axes: int, table_rows: int) -> None:
         """Make buffers for steps of up to ``rows`` tokens.
@@ -47,7 +48,7 @@ class AnchorOffsets(nn.Module):
         """
         super().__init__()
         self.last = table_rows - 1
-        empty = torch.zeros(axes, rows, dtype=torch.int64)
+        empty = torch.zeros(axes, rows + 1, dtype=torch.int64)
         self.register_buffer("offsets", empty, persistent=False)
         self.register_buffer("positions", empty.clone(), persistent=False)
         self._dirty = False

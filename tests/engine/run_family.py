@@ -20,6 +20,7 @@ from vllm import LLM, SamplingParams
 import era_vllm
 from tests.engine.families import CASES
 from tests.engine.families.case import asks_apart
+from tests.engine.families.qwen import EXPERTS
 
 
 def listen(worker):
@@ -56,7 +57,7 @@ def counter(llm, name):
 def main():
     """Answer and save."""
     family, checkpoint, raw, out = sys.argv[1:]
-    case = next(one for one in CASES if one.name == family)
+    case = next(one for one in (*CASES, EXPERTS) if one.name == family)
     arguments = json.loads(raw)
     pruning = era_vllm.engine_args(checkpoint, **arguments.pop("settings", {}))
     llm = LLM(**pruning, **arguments, disable_log_stats=False)

@@ -291,6 +291,27 @@ class Yarn(Qwen3VL):
     }
 
 
+class Experts(Qwen3VL):
+    """Four experts, two a token."""
+
+    name = "Qwen3VLMoeForConditionalGeneration"
+
+    def model(self) -> nn.Module:
+        dense = super().model().config.to_dict()
+        text = dense["text_config"] | {
+            "model_type": "qwen3_vl_moe_text",
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+        }
+        vision = dense["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
+        return transformers.Qwen3VLMoeForConditionalGeneration(
+            transformers.Qwen3VLMoeConfig(vision_config=vision, text_config=text, **ids())
+        )
+
+
 Qwen3VL.others = (Yarn(),)
 
 
@@ -324,4 +345,6 @@ def spread(model: nn.Module) -> nn.Module:
 
 QWEN2_5: Final = Qwen2_5VL()
 QWEN3: Final = Qwen3VL()
+EXPERTS: Final = Experts()
+"""Not among the cases: vLLM starts a model with experts in a process of its own only."""
 CASES: Final = (Qwen2VL(), QWEN2_5, QWEN3)
