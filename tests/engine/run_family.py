@@ -72,6 +72,7 @@ def main():
     saved = {
         "answers": answers,
         "ranks": llm.collective_rpc(collect),
+        "drafted": counter(llm, "spec_decode_num_draft_tokens"),
         "accepted": counter(llm, "spec_decode_num_accepted_tokens"),
         "loaded": counter(llm, "external_prefix_cache_hits"),
     }
