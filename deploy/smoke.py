@@ -1,4 +1,4 @@
-"""The requests of ``smoke.sh``, which says what for. Imports nothing that Python does not bring."""
+"""The requests of ``smoke.sh``, which says what for and where ``clip`` is. Needs Python alone."""
 
 import base64
 import json

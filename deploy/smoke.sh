@@ -7,4 +7,4 @@
 # keys.sh made them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-exec python3 smoke.py "${1:-http://127.0.0.1:8000}" ${2:+"$2"}
+PYTHONPATH=loadtest exec python3 smoke.py "${1:-http://127.0.0.1:8000}" ${2:+"$2"}

@@ -195,7 +195,6 @@ def sweep(
 ) -> list[dict[str, object]]:
     """Measure every level at every concurrency; the level that goes first changes each time."""
     progress("importing vLLM's benchmark client")
-    sys.path.append(str(Path(__file__).parents[1]))
     from client import Asked, Client, write_requests
 
     about = Asked(arguments.side, arguments.video, arguments.video_side, arguments.frames)

@@ -1,7 +1,7 @@
 """A video made of nothing: H.264 in an MP4, of grey squares, without an encoder or a package.
 
 Every square of 16 x 16 pixels is written as it is (I_PCM), so that random ones make a video that no
-cache has seen, and any decoder reads it. For ``smoke.sh`` and ``loadtest/``.
+cache has seen, and any decoder reads it. For the load tests here and ``smoke.py`` above.
 """
 
 import base64
