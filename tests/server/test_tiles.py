@@ -5,11 +5,13 @@ Random weights; whether answers are exact is shown without a server (tests/engin
 
 import base64
 import io
+import json
 
 import httpx
 import pytest
 from PIL import Image
 
+from tests import answers
 from tests.engine.families import CASES
 from tests.engine.families.case import ODD, TALL
 from tests.server.asking import CHAT, picture, post
@@ -18,6 +20,7 @@ from tests.server.conftest import ERA_VLLM, LIMITS, started
 from tests.server.test_operations import added, scraped
 
 pytestmark = pytest.mark.slow
+QUESTION = "what shape is red?"
 TEMPLATE = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:"
 BOTH = {"image": {"level": "strong"}, "video": {"pruning_rate": 0.95}}
 CLIP = {"url": "data:video/mp4;base64," + base64.b64encode(h264(16, (96, 64))).decode()}
@@ -48,7 +51,7 @@ def server(case, tmp_path_factory):
 
 def ask(server, *parts, **options):
     """Ask a chat about some parts."""
-    content = [*parts, {"type": "text", "text": "what shape is red?"}]
+    content = [*parts, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
     body = {"model": "era-sample", "messages": messages, "max_tokens": 4, "temperature": 0}
     return post(server, CHAT, body | options)
@@ -65,6 +68,34 @@ def test_pictures_are_reported_one_by_one(server):
     found = added(before, scraped(server), "era:image_tokens")
     assert found["era:image_tokens_before_total{medium,era}"] == first["tokens_before"]
     assert found["era:image_tokens_after_total{strong,era}"] == second["tokens_after"]
+
+
+def test_one_picture_two_pictures_a_video(case, server):
+    """Kept in out/families, of which ``tests.answers`` makes docs/families/answers.md."""
+    asked = {"a picture": [picture(ODD)], "two pictures": [picture(ODD), picture(TALL, "low")]}
+    if "video" in case.marks:
+        asked["a video"] = [{**VIDEO, "era": {"level": "strong"}}]
+    kept = {}
+    for name, parts in asked.items():
+        said = ask(server, *parts)
+        assert said.status_code == 200, said.text
+        body = said.json()
+        items = [*body["era"]["images"], *body["era"].get("videos", ())]
+        assert len(items) == len(parts)
+        tokens = sum(one["tokens_after"] for one in items)
+        assert 0 < tokens < sum(one["tokens_before"] for one in items)
+        assert body["usage"]["prompt_tokens"] > tokens
+        content = [*map(shown, parts), {"type": "text", "text": QUESTION}]
+        answer = {"usage": body["usage"], "era": body["era"]}
+        kept[name] = {"request": [{"role": "user", "content": content}], "response": answer}
+    answers.FOLDER.mkdir(parents=True, exist_ok=True)
+    (answers.FOLDER / f"{case.name}.json").write_text(json.dumps(kept))
+
+
+def shown(part):
+    """Return a part without its bytes."""
+    key = part["type"]
+    return {**part, key: {**part[key], "url": f"{part[key]['url'].partition(',')[0]},..."}}
 
 
 def test_a_field_by_modality(case, server):
@@ -155,7 +186,7 @@ def test_inspect_takes_a_part_as_it_is(case, server):
         assert reply.status_code == 400 and told in reply.text, reply.text
 
 
-def test_inspect_draws_tiles_and_frames(case, server, tmp_path):
+def test_inspect_draws_tiles_and_frames(case, server):
     for kind, part in {"image": picture(ODD), "video": VIDEO}.items():
         body = {name: part[name] for name in (f"{kind}_url",)} | {"read_back": True}
         reply = httpx.post(f"{server.url}/v1/era/inspect", json=body, timeout=120)
@@ -174,5 +205,6 @@ def test_inspect_draws_tiles_and_frames(case, server, tmp_path):
         assert said["read_back"]["largest_text_bias"] == 0
         assert all(0 <= edge <= 1 for one in segments for edge in one["box"])
         drawn = Image.open(io.BytesIO(base64.b64decode(said["picture"].partition(",")[2])))
-        drawn.save(tmp_path / f"{kind}.png")
+        answers.FOLDER.mkdir(parents=True, exist_ok=True)
+        drawn.save(answers.FOLDER / f"{case.name}-{kind}.png")
         assert drawn.width >= 900
