@@ -23,6 +23,8 @@ class Family:
     """What is pruned; others that the family's vLLM class takes are refused."""
     axes: Literal[1, 3] = 1
     """Axes of a position: 3 = M-RoPE."""
+    frame_runs: bool = False
+    """Text stands between the frames of its videos, so that none can be pruned together."""
 
 
 FAMILIES: Final = {
@@ -37,10 +39,12 @@ FAMILIES: Final = {
         ("image", "video"),
     ),
     "InternVLForConditionalGeneration": Family(
-        "era_vllm.models.internvl_hf:EraInternVLForConditionalGeneration", ("image", "video")
+        "era_vllm.models.internvl_hf:EraInternVLForConditionalGeneration",
+        ("image", "video"),
+        frame_runs=True,
     ),
     "InternVLChatModel": Family(
-        "era_vllm.models.internvl:EraInternVLChatModel", ("image", "video")
+        "era_vllm.models.internvl:EraInternVLChatModel", ("image", "video"), frame_runs=True
     ),
 }
 

@@ -22,6 +22,7 @@ from era_vllm.types import Signal
 from era_vllm.vllm_plugin.encoder_pass import encoded, passes
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.fields import modality_of, shape_of, unpack_items
+from era_vllm.vllm_plugin.layouts import Layouts
 from era_vllm.vllm_plugin.positions import longer_rope_table, prompt_positions, table_rows
 from era_vllm.vllm_plugin.reducer import Reducer
 from era_vllm.vllm_plugin.resolve import era_config
@@ -51,6 +52,7 @@ class PrunedModelMixin(nn.Module):
         with longer_rope_table(hf_config.get_text_config(), more):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.era, self.family = era, family_of(hf_config)
+        self.layouts = Layouts(self.adapter, hf_config, era)
         self.policy = make_policy(self.era)
         self.sources = self._sources()
         self.reducer = Reducer(self.policy, self.era, self.adapter.width(hf_config))
@@ -67,7 +69,7 @@ class PrunedModelMixin(nn.Module):
         where profiling is switched off, so that no user waits for it).
         """
         modality = modality_of(inputs, self.family.modalities)
-        items = unpack_items(inputs, self.adapter, self.config, modality)
+        items = unpack_items(inputs, self.layouts, modality)
         done: list[Tensor] = []
         for of_pass, share in passes(self.adapter, items, inputs, self.tokens_per_pass):
             for source in self.sources:
@@ -104,7 +106,7 @@ class PrunedModelMixin(nn.Module):
         runs: list[tuple[int, int, int]] = []
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
             shape = shape_of(feature.data, feature.modality)
-            layout = self.adapter.layout(self.config, feature.modality, shape)
+            layout = self.layouts(feature.modality, shape)
             found = feature.mm_position.extract_embeds_range()
             runs += [
                 (first, last - first + 1, span)

@@ -33,6 +33,12 @@ def resolve(vllm_config: VllmConfig) -> None:
     hf_config.era = config.as_dict()
     refuse(vllm_config)
     _refuse_rate(vllm_config)
+    if family_of(hf_config).frame_runs and config.frames_per_segment > 1:
+        raise UnsupportedError(
+            f"frames_per_segment: got {config.frames_per_segment}, but this family's videos have "
+            "text between their frames, which cannot be pruned together; allowed: 1 (leave "
+            "--era-frames-per-segment out)"
+        )
     if family_of(hf_config).axes > 1 and config.positions == "compact":
         raise UnsupportedError(
             "positions: got 'compact', which a model with M-RoPE has no meaning for; allowed: "

@@ -11,12 +11,14 @@ import asyncio
 import base64
 import io
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Final
 
+import torch
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -290,16 +292,24 @@ def _draw(
     pixels = pixels_of(found.item)
     units, what = pixels.reshape(-1, *pixels.shape[-3:]), "tile" if modality == "image" else "frame"
     kept = []
-    for one in found.pruned["segments"]:
-        picture, (top, left, bottom, right) = seen(units[one["unit"]], mean, std), one["box"]
-        width, height = picture.size
+    segments = found.pruned["segments"]
+    parts = Counter(one["unit"] for one in segments)
+    drawn = Counter[int]()
+    for one in segments:
+        first, last = one["unit"], one["unit"] + one["units"]
+        picture = seen(torch.cat([*units[first:last]], 1), mean, std)  # one above another
+        (top, left, bottom, right), (width, height) = one["box"], picture.size
         box = (
             round(left * width),
             round(top * height),
             round(right * width),
             round(bottom * height),
         )
-        name = f"{what} {one['unit'] + 1} of {found.pruned['units']}"
+        which = f"{what} {last}" if one["units"] == 1 else f"{what}s {first + 1} to {last}"
+        name = f"{which} of {found.pruned['units']}"
+        drawn[first] += 1
+        if parts[first] > 1:
+            name += f", part {drawn[first]} of {parts[first]}"
         segment = (one[key] for key in ("anchors", "assignment", "log_bias"))
         kept.append(Kept(picture.crop(box), tuple(one["grid"]), *segment, name))
     separators = found.pruned["separators"]
