@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from era_vllm.config import EraConfig
 from era_vllm.contracts import ModelAdapter
 from era_vllm.errors import UnsupportedError
-from era_vllm.layout import Layout
+from era_vllm.layout import Layout, cut
 from era_vllm.plan import plan
 from era_vllm.vllm_plugin.families import FAMILIES
 
@@ -174,6 +174,32 @@ def test_every_place_is_a_segments_a_separator_or_dropped(
     ):
         assert 1 <= count <= segment.n
     assert _same(layout, own.layout(case.hf_config(), modality, shape)), "of the integers alone"
+
+
+@each_family
+def test_a_row_says_whether_text_stands_between_frames(name: str) -> None:
+    row, config = FAMILIES[name], CASES[name].hf_config()
+    runs = 1
+    if "video" in row.modalities:
+        shape = CASES[name].shape("video", 300, 400, 5)
+        runs = len(adapter(name).layout(config, "video", shape).run_lengths)
+    assert row.frame_runs == (runs > 1)
+
+
+@each_family
+@given(size=SIZES, frames=st.integers(1, 9), most=st.integers(16, 400), data=st.data())
+def test_signals_do_not_hang_on_how_segments_are_cut(
+    name: str, size: tuple[int, int], frames: int, most: int, data: st.DataObject
+) -> None:
+    own, case = adapter(name), CASES[name]
+    config = case.hf_config()
+    modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
+    layout = own.layout(config, modality, case.shape(modality, *size, frames))
+    tapped = torch.rand(layout.units, 2, case.side(config.vision_config) ** 2)
+    (whole,), (parts,) = (
+        own.signals(config, tapped, [one]) for one in (layout, cut(layout, most, 3))
+    )
+    assert torch.equal(whole, parts)
 
 
 @each_family

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from era_vllm.config import EraConfig
-from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
@@ -40,6 +39,7 @@ case = pytest.fixture(
     ids=lambda one: one.name,
 )(lambda request: request.param)
 folder, theirs, start, check = tiled.folder, tiled.theirs, tiled.start, tiled.check
+FILMS: Final = [("video", clip) for clip in CLIPS]
 MARKS: Final = {"image": "<image>"}
 
 
@@ -89,8 +89,8 @@ def test_blocks_and_frames(case, start, check):
     ]
     if "video" in case.marks:
         asks += [
-            about(case, TEXT, ("video", CLIPS[1], 0.778)),
-            about(case, TEXT, ("video", CLIPS[0], 0.5), ("image", ODD, 0.889)),
+            about(case, TEXT, (*FILMS[1], 0.778)),
+            about(case, TEXT, (*FILMS[0], 0.5), ("image", ODD, 0.889)),
         ]
     check(live, asks, live.ask(asks))
     grids = sizes_of(live)
@@ -102,13 +102,10 @@ def test_blocks_and_frames(case, start, check):
 def test_a_prefix_of_joined_frames_is_shared(start, check, case):
     if case is not llava_onevision.CASE:
         pytest.skip("one family whose frames may be joined")
-    live = start(max_segment=48, frames_per_segment=3)
+    live, (short, long) = start(max_segment=48, frames_per_segment=3), FILMS
     asks = [
-        *(
-            about(case, t, ("video", CLIPS[0], 0.2), ("video", CLIPS[1], 0.7))
-            for t in tiled.TEXTS[:2]
-        ),
-        about(case, TEXT, ("video", CLIPS[0], 0.2), ("image", WIDE, 0.6)),
+        *(about(case, text, (*short, 0.2), (*long, 0.7)) for text in tiled.TEXTS[:2]),
+        about(case, TEXT, (*short, 0.2), ("image", WIDE, 0.6)),
     ]
     check(live, asks, tiled.answers_of_a_shared_prefix(live, asks))
 
@@ -116,5 +113,5 @@ def test_a_prefix_of_joined_frames_is_shared(start, check, case):
 def test_frames_with_text_between_them_are_refused(case, start):
     if "InternVL" not in case.name:
         pytest.skip("a family whose videos are one run")
-    with pytest.raises(UnsupportedError, match="frames_per_segment: got 2, .* allowed: 1"):
+    with pytest.raises(ValueError, match="frames_per_segment: got 2, .* allowed: 1"):
         start(frames_per_segment=2)

@@ -179,9 +179,10 @@ def divided(whole: Unpruned, kind: str, config: EraConfig) -> Unpruned:
     return replace(whole, segments=[block for one in segments for block in _blocks(*one, most)])
 
 
-def _blocks(
-    grid: tuple[int, int], places: Tensor, most: int
-) -> list[tuple[tuple[int, int], Tensor]]:
+Grid = tuple[int, int]
+
+
+def _blocks(grid: Grid, places: Tensor, most: int) -> list[tuple[Grid, Tensor]]:
     if len(places) <= most:
         return [(grid, places)]
     least, ways = math.ceil(len(places) / most), []
