@@ -39,7 +39,10 @@ def cases(options: SegmentsOptions, sizes: list[int]) -> Iterator[Case]:
 
 
 def cost(options: SegmentsOptions, place: str) -> tuple[Samples, dict[str, int | None]]:
-    """Return times, those of a tower among them, and the bytes that each case holds at most."""
+    """Return times, those of a tower among them, and the bytes that each case holds at most.
+
+    The pass that memory is measured in is a warm-up; what took ``slow_s`` in it has no other.
+    """
     width, dtype = SIZES[options.shape].hidden, getattr(torch, options.dtype)
     sizes = list(dict.fromkeys([*options.tokens, options.patches // 4]))
     cells: dict[str, Cell] = {
@@ -47,13 +50,19 @@ def cost(options: SegmentsOptions, place: str) -> tuple[Samples, dict[str, int |
         for case in cases(options, sizes)
     }
     memory: dict[str, int | None] = {}
+    once: dict[str, Mapping[str, tuple[float, ...]]] = {}
     with bar(len(cells), "memory", "pass") as shown:
-        for name, cell in cells.items():
-            memory[name] = peak_bytes(cell)
+        for name, cell in tuple(cells.items()):
+            taken: dict[str, float] = {}
+            memory[name] = peak_bytes(lambda cell=cell, taken=taken: taken.update(cell()))
+            if taken["prune"] >= options.slow_s:
+                del cells[name]
+                once[name] = {"prune": (taken["prune"],)}
             shown.update()
     cells["tower"] = tower_cell(options.patches, options.tower_layers, dtype, place)
     cells["signal"] = signal_cell(options.patches, dtype, place)
-    return interleave(cells, options.rounds, options.warm_ups), memory
+    samples = interleave(cells, options.rounds, options.warm_ups)
+    return Samples({**samples.values, **once}), memory
 
 
 def prune_cell(

@@ -75,6 +75,7 @@ def run(options: SegmentsOptions, out: Path) -> Report:
     ]
     title = f"segments at rate {options.rate:g}, {options.dtype}, {place}"
     plots.segments(out / "bench-segments.png", title, _curves(samples, fidelity, options), answered)
+    once = [name for name in memory if len(samples.of(name, "prune")) < options.rounds]
     return Report(
         bench="segments",
         samples=samples,
@@ -100,6 +101,7 @@ def run(options: SegmentsOptions, out: Path) -> Report:
             "sample_of_queries": sampling,
         },
         notes=(
+            *(f"{name}: timed once, in the pass that memory was measured in" for name in once),
             f"tower: {options.tower_layers} of {QWEN3_VL.layers} layers were timed and multiplied; "
             "patch embedding and merger are left out",
             "photos: held out ones first, enlarged; features and attention of the sample model's "

@@ -70,6 +70,8 @@ class SegmentsOptions:
     """Of the tower that the reducer is held against; four make a token."""
     tower_layers: int
     """Timed of all."""
+    slow_s: float
+    """What takes so long is timed once."""
     photos: int
     pictures: int
     """Four questions each."""

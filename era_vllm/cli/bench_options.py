@@ -90,12 +90,13 @@ def add_segments_options(parser: argparse.ArgumentParser) -> None:
     add("--tokens", squares, "4096,16384", "N,N", "of a picture, squares (default %(default)s)")
     text = "tokens of a block, at most (default %(default)s; whole is always there)"
     add("--segments", numbers(int, 16), "1024,2048,4096", "N,N", text)
-    add("--rate", one_rate, 0.9, "R", "pruning rate of noise and photos (default %(default)s)")
+    add("--rate", one_rate, 0.944, "R", "of noise and photos (default %(default)s)")
     add("--answer-rate", one_rate, 0.889, "R", "of the questions (default %(default)s)")
     text = "of the tower that the reducer is held against; 4 a token (default %(default)s)"
     add("--patches", at_least(64), 16384, "N", text)
     add("--tower-layers", at_least(1), 1, "N", "timed, and multiplied (default %(default)s)")
-    add("--photos", at_least(1), 6, "N", "the held out ones first (default %(default)s)")
+    add("--slow-s", float, 30.0, "S", "what takes so long is timed once (default %(default)s)")
+    add("--photos", at_least(1), 3, "N", "the held out ones first (default %(default)s)")
     add("--pictures", at_least(1), 150, "N", "asked about, 4 questions each (default %(default)s)")
 
 
@@ -204,8 +205,10 @@ def squares(text: str) -> list[int]:
 
 def one_rate(text: str) -> float:
     """Parse a pruning rate."""
-    (rate,) = numbers(float, 0, 1)(text)
-    return rate
+    found = numbers(float, 0, 1)(text)
+    if len(found) > 1:
+        raise _refused(text, "allowed: one number in [0, 1)")
+    return found[0]
 
 
 def at_least(least: int) -> Callable[[str], int]:
