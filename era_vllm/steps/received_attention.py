@@ -22,7 +22,7 @@ _GOLDEN: Final = 2654435769
 
 
 def received_attention(
-    query: Float[Tensor, "s n hv dh"],
+    query: Float[Tensor, "s m hv dh"],
     key: Float[Tensor, "s n hv dh"],
     scale: float,
     queries: Literal["all", "cls"] = "all",
@@ -33,7 +33,7 @@ def received_attention(
     most (where a query alone has more, its own), and their softmax.
 
     Args:
-        query: As the layer's attention sees them; a CLS token, if any, first.
+        query: As the layer's attention sees them, m = n; a CLS token, if any, first.
         key: Likewise.
         scale: Softmax scale of the layer.
         queries: ``all`` or only the ``cls`` row.
