@@ -45,7 +45,7 @@ class EraConfig:
     """Names that a request may use for rates; those out of bounds are refused when asked for."""
     min_anchors: int = 1
     """Floor of tokens kept a segment, >= 1."""
-    max_segment: int = 1024
+    max_segment: int = 4096
     """Tokens that are pruned together, at most, >= 16: a larger segment is cut into near-square
     blocks, since pruning costs n^2. Source: docs/segments.md."""
     frames_per_segment: int = 1

@@ -63,10 +63,11 @@ def run(options: SegmentsOptions, out: Path) -> Report:
         [name, *(percent(one[key]) for key in _SAMPLE_KEYS)] for name, one in sampling.items()
     ]
     default = EraConfig().max_segment
+    block = "whole" if default >= options.patches // 4 else default
     goals = [
         Goal(
-            f"{policy} in blocks of {default}, share of a tower of {options.patches} patches",
-            100 * share if (share := of_tower.get(f"{policy} {default}")) is not None else None,
+            f"{policy}, blocks of {default}: share of a tower of {options.patches} patches",
+            100 * of_tower[key] if (key := f"{policy} {block}") in of_tower else None,
             "at most",
             100 * GOAL,
             " %",

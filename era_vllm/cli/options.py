@@ -50,7 +50,7 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         int,
         "N",
         "tokens that are pruned together at most; a larger picture is cut into near-square blocks "
-        "(default 1024)",
+        "(default 4096)",
     ),
     "frames_per_segment": (
         int,
