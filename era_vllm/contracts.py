@@ -5,9 +5,9 @@ Each contract is one file to implement (see .github/CONTRIBUTING.md). The proper
 ``attention/``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -53,12 +53,15 @@ class TappedLayer:
     """The encoder layer whose attention a policy reads."""
 
     attention: nn.Module
-    """Called as ``attention(q, k, v)``, each [u, m, heads * dh]; has ``num_heads`` (of this rank),
-    ``head_size`` and ``scale``."""
+    """Called with query and key, by place or by name, each [u, m, heads * dh] or [u, m, heads, dh];
+    has ``num_heads`` (of this rank), ``head_size`` and ``scale``."""
     heads: int
     """Vision heads over all ranks."""
     skipped_keys: int
     """Leading keys that are no visual token (CLS, registers)."""
+    keys: Callable[[Layout], int] | None = None
+    """Keys m of each of an item's units where the units of all items, of any size, stand in one
+    sequence (u = 1) and each attends to itself alone; None = u units of one size."""
 
 
 @runtime_checkable
@@ -72,6 +75,8 @@ class ModelAdapter(Protocol):
 
     provides: ClassVar[frozenset[Signal]] = frozenset()
     """Signals that its encoder can give."""
+    table_factor: ClassVar[int] = 1
+    """Times that vLLM makes the rotary table longer than the positions, of its own accord."""
 
     def check(self, hf_config: object) -> None:
         """Refuse a config whose tokens this adapter does not understand, before it is built.
@@ -148,6 +153,15 @@ class ModelAdapter(Protocol):
         own = cast("_Processor", processor).image_processor
         return own.image_mean, own.image_std
 
+    def units(self, hf_config: object, pixels: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return an item's pixels as pictures [u, 3, h, w], a unit (tile, frame) each.
+
+        Args:
+            pixels: As the tower is given them.
+            shape: The item's.
+        """
+        return pixels.reshape(-1, *pixels.shape[-3:])
+
     def unpadded_rows(self, layout: Layout) -> Mapping[str, int]:
         """Rows that are the item's own in each input that is padded to its neighbours' number.
 
@@ -155,15 +169,28 @@ class ModelAdapter(Protocol):
         """
         return {}
 
+    def made_shapes(
+        self, hf_config: object, modality: str, processed: Mapping[str, Any]
+    ) -> Sequence[tuple[int, ...]] | None:
+        """Return the shapes that a processor's output tells of its items; None where it does not.
+
+        They have to be ``item_shape``'s: otherwise the request is refused.
+        """
+        return None
+
     def signals(
-        self, hf_config: object, tapped: Float32[Tensor, "u c m"], layouts: Sequence[Layout]
+        self,
+        hf_config: object,
+        tapped: Float32[Tensor, "u c m"] | Sequence[Float32[Tensor, "c m"]],
+        layouts: Sequence[Layout],
     ) -> Sequence[Float32[Tensor, "c length"]]:
         """Bring what was read in the tower to the items' places; separators get 0.
 
         By what the family does linearly to the features: cut, resize, pool, shuffle pixels.
 
         Args:
-            tapped: Of the pass's units (tiles, frames), in order, without ``skipped_keys``.
+            tapped: Of the pass's units (tiles, frames), in order, without ``skipped_keys``; a list
+                where the tapped layer has ``keys``.
             layouts: Of the pass's items.
 
         Returns:

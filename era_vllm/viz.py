@@ -171,12 +171,14 @@ def seen(
     """Undo a processor's normalisation: the picture that the encoder is given.
 
     Args:
-        pixels: Normalised pixel values.
+        pixels: Normalised pixel values; bytes, which the tower norms itself, are shown as they are.
         mean: The processor's ``image_mean``.
         std: The processor's ``image_std``.
     """
-    shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    values = (pixels.float().cpu() * scale + shift).clamp(0, 1).mul(255).round().byte()
+    values = pixels.cpu()
+    if values.dtype != torch.uint8:
+        shift, scale = (torch.tensor(one)[:, None, None] for one in (mean, std))
+        values = (values.float() * scale + shift).clamp(0, 1).mul(255).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy(), "RGB")
 
 

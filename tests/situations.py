@@ -47,6 +47,8 @@ SITUATIONS: Final = (
     "idle dummy batches",
     "decoding past the rope table",
     "tensor parallel 2",
+    "encoders that share out images, TP 2",
+    "vLLM's own pruning of videos beside ours, prefix hit",
     "torch.compile",
     "n-gram speculation",
     "KV connector, another process",

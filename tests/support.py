@@ -25,6 +25,8 @@ FEATURES: Final = {
     "abort": ("abort in mid-prefill",),
     "newlines": ("other newlines",),
     "TP 2": ("tensor parallel 2",),
+    "n-gram": ("n-gram speculation",),
+    "KV connector": ("KV connector, another process",),
     "compile": ("torch.compile",),
     "bf16": ("bf16",),
 }
@@ -35,6 +37,10 @@ NAMES: Final = {
     "LlavaOnevisionForConditionalGeneration": "LLaVA-OneVision",
     "InternVLForConditionalGeneration": "InternVL3, 3.5 (transformers')",
     "InternVLChatModel": "InternVL2.5, 3, 3.5 (the authors')",
+    "Qwen2VLForConditionalGeneration": "Qwen2-VL",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
+    "Qwen3VLForConditionalGeneration": "Qwen3-VL",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL with experts",
 }
 MEASURED: Final = frozenset({LLAVA})
 """Families of which a trained model was measured: docs/accuracy.md."""

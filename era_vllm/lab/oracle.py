@@ -37,6 +37,10 @@ class Segment:
     """Original indices, ascending."""
     n: int
     """Visual tokens before pruning."""
+    offsets: Int[Tensor, "a 3"] | None = None
+    """With M-RoPE: where each stands, from where its run's first token does unpruned."""
+    span: int = 0
+    """How far text moves on behind it; 0 = by ``n``."""
 
 
 class LanguageOracle:
@@ -77,8 +81,11 @@ class LanguageOracle:
         embeds = self.model.get_input_embeddings()(ids)
         visual = self.is_visual(ids, last)
         column = torch.zeros(ids.shape, dtype=torch.float32)
+        maps = embeds[visual][:, :0]
         if segments:
-            embeds[visual] = torch.cat([segment.embeds for segment in segments]).to(embeds.dtype)
+            rows = torch.cat([segment.embeds for segment in segments]).to(embeds.dtype)
+            width = embeds.shape[-1]
+            embeds[visual], maps = rows[:, :width], rows[:, width:]
             column[visual] = torch.cat([segment.log_bias for segment in segments])
         length = ids.shape[1]
         causal = torch.full((length, length), torch.finfo(self.dtype).min).triu(1)
@@ -94,8 +101,9 @@ class LanguageOracle:
             hidden = self.model.model.language_model(
                 inputs_embeds=embeds,
                 attention_mask=mask(torch.full((1,), float(bias))),
-                position_ids=self.position_ids(visual[0], segments, positions)[None],
+                position_ids=self.position_ids(visual[0], segments, positions)[..., None, :],
                 use_cache=False,
+                **_deep(visual, maps, embeds.shape[-1]),
             ).last_hidden_state
         return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
 
@@ -119,23 +127,26 @@ class LanguageOracle:
         visual: Bool[Tensor, "t"],
         segments: Sequence[Segment],
         positions: Literal["original", "compact"],
-    ) -> Int[Tensor, "t"]:
-        """Return each token's position, spelled out token by token."""
+    ) -> Int[Tensor, "t"] | Int[Tensor, "3 t"]:
+        """Return each token's position, spelled out token by token; on three axes with M-RoPE."""
+        axes = 3 if _is_mrope(self.model.config) else 1
         if positions == "compact":
-            return torch.arange(len(visual))
-        waiting, places, place = list(segments), [], 0
-        left: list[int] = []
+            ids = torch.arange(len(visual))
+            return ids if axes == 1 else ids.expand(3, -1)
+        waiting, places, place = list(segments), list[list[int]](), 0
+        left: list[list[int]] = []
         for is_visual in visual.tolist():
             if not is_visual:
-                places.append(place)
+                places.append([place] * axes)
                 place += 1
                 continue
             if not left:
                 segment = waiting.pop(0)
-                left = [place + index for index in segment.anchors.tolist()]
-                place += segment.n
+                offsets = segment.anchors[:, None] if segment.offsets is None else segment.offsets
+                left = [[place + offset for offset in one] for one in offsets.tolist()]
+                place += segment.span or segment.n
             places.append(left.pop(0))
-        return torch.tensor(places)
+        return torch.tensor(places).T if axes == 3 else torch.tensor(places)[:, 0]
 
 
 class Oracle(LanguageOracle):
@@ -276,6 +287,17 @@ def oracle_config(path: str, *, language: bool = True) -> LlavaConfig:
     if not language:
         config.text_config.num_hidden_layers = 0
     return config
+
+
+def _is_mrope(config: Any) -> bool:  # noqa: ANN401  # Hugging Face's, of any family
+    return "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {})
+
+
+def _deep(visual: Bool[Tensor, "1 t"], maps: Float[Tensor, "v r"], width: int) -> dict[str, object]:
+    """Return the arguments of a language model that is given feature maps, level by level."""
+    if not maps.shape[1]:
+        return {}
+    return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(maps.split(width, -1))}
 
 
 def _give_mask(layer: nn.Module, mask: Float[Tensor, "1 hq t t"]) -> RemovableHandle:

@@ -1,6 +1,7 @@
 """LLaVA-NeXT (1.6): LLaVA-1.5's tower over a base view and a grid of tiles (``anyres.py``)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Float32
 from torch import Tensor
@@ -29,6 +30,14 @@ class LlavaNextAdapter(LlavaAdapter):
     def layout(self, hf_config: LlavaNextConfig, modality: str, shape: tuple[int, ...]) -> Layout:
         """The base view and what remains of each tile; a newline behind each row."""
         return tiled(self._tiling(hf_config), *shape, era_config(hf_config).separators)
+
+    def made_shapes(
+        self, hf_config: LlavaNextConfig, modality: str, processed: Mapping[str, Any]
+    ) -> list[tuple[int, ...]] | None:
+        """A picture's size; axes of an array are read otherwise by vLLM and transformers."""
+        if modality != "image":
+            return None
+        return [(int(height), int(width)) for height, width in processed["image_sizes"]]
 
     def unpadded_rows(self, layout: Layout) -> Mapping[str, int]:
         """transformers pads the tiles of each picture to its neighbours' (``do_pad``)."""

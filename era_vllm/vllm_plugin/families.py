@@ -46,6 +46,24 @@ FAMILIES: Final = {
     "InternVLChatModel": Family(
         "era_vllm.models.internvl:EraInternVLChatModel", ("image", "video"), frame_runs=True
     ),
+    "Qwen2VLForConditionalGeneration": Family(
+        "era_vllm.models.qwen2_vl:EraQwen2VLForConditionalGeneration", ("image", "video"), 3
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "era_vllm.models.qwen2_vl:EraQwen2_5_VLForConditionalGeneration", ("image", "video"), 3
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        "era_vllm.models.qwen3_vl:EraQwen3VLForConditionalGeneration",
+        ("image", "video"),
+        3,
+        frame_runs=True,
+    ),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        "era_vllm.models.qwen3_vl:EraQwen3VLMoeForConditionalGeneration",
+        ("image", "video"),
+        3,
+        frame_runs=True,
+    ),
 }
 
 

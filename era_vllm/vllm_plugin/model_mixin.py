@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 
 from jaxtyping import Int
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sequence import IntermediateTensors
 
 from era_vllm.attention.layer import swap
+from era_vllm.config import EraConfig
 from era_vllm.contracts import ModelAdapter
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
@@ -23,7 +24,12 @@ from era_vllm.vllm_plugin.encoder_pass import encoded, passes
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.fields import modality_of, shape_of, unpack_items
 from era_vllm.vllm_plugin.layouts import Layouts
-from era_vllm.vllm_plugin.positions import longer_rope_table, prompt_positions, table_rows
+from era_vllm.vllm_plugin.positions import (
+    built_rows,
+    longer_rope_table,
+    prompt_positions,
+    table_rows,
+)
 from era_vllm.vllm_plugin.reducer import Reducer
 from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.signals import SignalSource
@@ -48,7 +54,7 @@ class PrunedModelMixin(nn.Module):
         hf_config = model_config.hf_config
         era = era_config(hf_config)
         self.adapter.check(hf_config)
-        more = model_config.max_model_len if era.positions == "original" else 0
+        more = self._more_rows(model_config)
         with longer_rope_table(hf_config.get_text_config(), more):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.era, self.family = era, family_of(hf_config)
@@ -58,7 +64,8 @@ class PrunedModelMixin(nn.Module):
         self.reducer = Reducer(self.policy, self.era, self.adapter.width(hf_config))
         self.tokens_per_pass = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.bias_buffer = swap(self.adapter.language_model(self), vllm_config, self.era)
-        table = table_rows(hf_config.get_text_config()) + more
+        table = built_rows(self.adapter.language_model(self))
+        _refuse_extrapolation(era, table, model_config)
         self.step_state = StepState(self.bias_buffer, self.family.axes, table)
         self._rehearsed = model_config.multimodal_config.skip_mm_profiling
 
@@ -127,6 +134,13 @@ class PrunedModelMixin(nn.Module):
             positions = self.step_state.anchor_offsets.add_to(positions)
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
+    def _more_rows(self, model_config: ModelConfig) -> int:
+        """Return what a rotary table lacks for the longest prompt and answer."""
+        if era_config(model_config.hf_config).positions != "original":
+            return 0
+        rows = table_rows(model_config.hf_config.get_text_config())
+        return max(0, model_config.max_model_len - (self.adapter.table_factor - 1) * rows)
+
     def _sources(self) -> list[SignalSource]:
         """Return the sources of what the policy needs, and of the hash that an inspector needs."""
         if missing := self.policy.needs - self.adapter.provides - {Signal.PIXEL_HASH}:
@@ -145,3 +159,13 @@ class PrunedModelMixin(nn.Module):
                 )
             sources.append(EncoderProbe(layer, wanted, queries, self.adapter, self.config))
         return sources
+
+
+def _refuse_extrapolation(era: EraConfig, table: int, model_config: ModelConfig) -> None:
+    """Refuse answers past the trained positions where the rotary table ends there (yarn)."""
+    needed = table_rows(model_config.hf_config.get_text_config()) + model_config.max_model_len
+    if era.allow_extrapolation and era.positions == "original" and table < needed:
+        raise UnsupportedError(
+            f"allow_extrapolation: got true with a rotary table of {table} positions that cannot "
+            f"be made longer, needed {needed}; allowed: false (leave --era-allow-extrapolation out)"
+        )

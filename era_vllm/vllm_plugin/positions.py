@@ -26,6 +26,7 @@ ROPE_TYPES: Final = ("default", "linear", "llama3", "dynamic")
 """Scalings whose table may be made longer without changing what it holds. vLLM's table of dynamic
 scaling is the default one, whatever its length (rotary_embedding/dynamic_ntk_scaling_rope.py,
 0.32.0), unless ``alpha`` or ``max_trained_positions`` say otherwise."""
+_NO_TABLE: Final = 2**31
 _OTHER_DYNAMIC: Final = ("alpha", "max_trained_positions")
 
 
@@ -33,9 +34,10 @@ class AnchorOffsets(nn.Module):
     """Where the anchors of one step stand within their runs, at a fixed address."""
 
     offsets: Tensor
-    """[p, rows] int64: of an anchor from its run's first place; 0 for text and padding."""
+    """[p, rows + 1] int64: of an anchor from its run's first place; 0 for text and padding."""
     positions: Tensor
-    """[p, rows] int64: what the language model is given."""
+    """[p, rows + 1] int64: what the language model is given. A step never fills the last column, so
+    that no step's is contiguous: a compiled graph would take that for a rule."""
 
     def __init__(self, rows: int, axes: int, table_rows: int) -> None:
         """Make buffers for steps of up to ``rows`` tokens.
@@ -46,7 +48,7 @@ class AnchorOffsets(nn.Module):
         """
         super().__init__()
         self.last = table_rows - 1
-        empty = torch.zeros(axes, rows, dtype=torch.int64)
+        empty = torch.zeros(axes, rows + 1, dtype=torch.int64)
         self.register_buffer("offsets", empty, persistent=False)
         self.register_buffer("positions", empty.clone(), persistent=False)
         self._dirty = False
@@ -149,13 +151,30 @@ def _rope_type(rope: dict[str, object]) -> str:
 
 
 def table_rows(text_config: PretrainedConfig) -> int:
-    """Return the positions that the rotary table has; linear scaling makes it longer."""
-    factors = [
-        float(one.get("factor", 1.0))
-        for one in rope_parameters(text_config)
-        if one.get("rope_type") == "linear"
-    ]
-    return int(text_config.max_position_embeddings * min(factors, default=1.0))
+    """Return the positions that the rotary table has; linear scaling and yarn make it longer."""
+    written = int(text_config.max_position_embeddings)
+    found = (_rows(one, written) for one in rope_parameters(text_config))
+    return min(found, default=written)
+
+
+def _rows(rope: dict[str, object], written: int) -> int:
+    factor = float(str(rope.get("factor") or 1.0))
+    match rope.get("rope_type"):
+        case "linear":
+            return int(written * factor)
+        case "yarn":  # not as long as positions: vllm/.../rotary_embedding/__init__.py:247 (0.32.0)
+            return int(int(str(rope.get("original_max_position_embeddings") or written)) * factor)
+        case _:
+            return written
+
+
+def built_rows(language_model: nn.Module) -> int:
+    """Return the positions that the rotary table of a built model has, the least of several.
+
+    A model without one has room for any.
+    """
+    tables = (getattr(one, "cos_sin_cache", None) for one in language_model.modules())
+    return min((len(one) for one in tables if isinstance(one, Tensor)), default=_NO_TABLE)
 
 
 def rope_parameters(text_config: PretrainedConfig) -> list[dict[str, object]]:

@@ -200,11 +200,12 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
                 if modality == "video":
                     units = "frames"
                     instead = (
-                        "sample fewer, or have the server sample more (num_frames of "
-                        "--media-io-kwargs) within a longer --max-model-len"
+                        "send it smaller, sample fewer, or have the server sample more "
+                        "(num_frames of --media-io-kwargs) within a longer --max-model-len"
                     )
                 raise VLLMValidationError(
-                    f"{modality}: got {layout.units} {units}, allowed: {busiest.units}; {instead}",
+                    f"{modality}: got {layout.work} tokens in {layout.units} {units}, allowed: "
+                    f"{busiest.work}; {instead}",
                     parameter=modality,
                 )
 
@@ -273,7 +274,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)
         for plans in hf_kwargs.plans.values():
             self._cut_padding(processed, plans)
-        _check_sizes(processed, hf_kwargs.plans.get("image", ()))
+        for modality, plans in hf_kwargs.plans.items():
+            self._check_shapes(processed, modality, plans)
         stock = super()._get_mm_fields_config(processed, hf_kwargs)
         for modality, plans in hf_kwargs.plans.items():
             if not plans:
@@ -283,6 +285,20 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             hashes = [pixel_hash(pixels_of(item)) for item in items]
             processed.update(pack_items(plans, hashes, modality))
         return processed
+
+    def _check_shapes(self, processed: BatchFeature, modality: str, plans: Sequence[Plan]) -> None:
+        """Refuse an item that transformers takes for another size than vLLM: an array's axes."""
+        config = self.info.ctx.model_config.hf_config
+        made = self.info.adapter.made_shapes(config, modality, processed) if plans else None
+        for shape, one in zip(made or (), plans, strict=False):
+            if shape != one.layout.shape:
+                instead = "a PIL picture" if modality == "image" else "frames as uint8 [t, h, w, 3]"
+                raise VLLMValidationError(
+                    f"{modality}: got one of {_sizes(one.layout.shape)} by vLLM's reading of its "
+                    f"axes and options, and {_sizes(shape)} by transformers'; send {instead}, "
+                    "without options of the processor that change its size",
+                    parameter=modality,
+                )
 
     def _cut_padding(self, processed: BatchFeature, plans: Sequence[Plan]) -> None:
         """Give each item its own rows. Mutates: processed."""
@@ -320,6 +336,10 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         ]
 
 
+def _sizes(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
 def pixels_of(item: MultiModalKwargsItem) -> Tensor:
     """Return an item's pixels as the tower is given them."""
     return next(
@@ -327,18 +347,6 @@ def pixels_of(item: MultiModalKwargsItem) -> Tensor:
         for name, element in item.items()
         if name.startswith("pixel_values") and isinstance(element.data, Tensor)
     )
-
-
-def _check_sizes(processed: BatchFeature, plans: Sequence[Plan]) -> None:
-    """Refuse a picture that transformers takes for another size than vLLM: an array's axes."""
-    for size, one in zip(processed.get("image_sizes", ()), plans, strict=False):
-        height, width = map(int, size)
-        if len(one.layout.shape) == 2 and (height, width) != one.layout.shape:
-            raise VLLMValidationError(
-                f"image: got an array of {' x '.join(map(str, one.layout.shape))} pixels by vLLM's "
-                f"reading of its axes, and {height} x {width} by transformers'; send a PIL picture",
-                parameter="image",
-            )
 
 
 def _refuse_names_alone(items: ModalityDataItems, modality: str) -> None:

@@ -12,7 +12,7 @@ import base64
 import io
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -38,8 +38,8 @@ from era_vllm.compat.vllm_entrypoints import (
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.viz import Kept, draw, seen
-from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, field
-from era_vllm.vllm_plugin.processor import pixels_of
+from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, field, shape_of
+from era_vllm.vllm_plugin.processor import PrunedInfoMixin, pixels_of
 from era_vllm.vllm_plugin.requests import FieldError, ItemRate, item_rates, requested_rates
 from era_vllm_server import probe
 from era_vllm_server.workers import answer, call_workers
@@ -160,8 +160,7 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
         if png_alone or request.picture:
             title = f"policy {config.policy}, pruning rate {rate.pruning_rate:g}"
             info = state.engine_client.renderer.get_mm_processor().info
-            norm = info.adapter.norm(info.get_hf_processor())
-            png = await asyncio.to_thread(_draw, found, norm, title, request.modality)
+            png = await asyncio.to_thread(_draw, found, info, title, request.modality)
     if png_alone:
         return Response(png, media_type="image/png")
     return JSONResponse(_payload(found, rate, config, png))
@@ -284,13 +283,11 @@ def _payload(
     return told
 
 
-def _draw(
-    found: Pruned, norm: tuple[Sequence[float], Sequence[float]], title: str, modality: str
-) -> bytes:
+def _draw(found: Pruned, info: PrunedInfoMixin, title: str, modality: str) -> bytes:
     """Return a PNG of every tile or frame."""
-    mean, std = map(tuple, norm)
-    pixels = pixels_of(found.item)
-    units, what = pixels.reshape(-1, *pixels.shape[-3:]), "tile" if modality == "image" else "frame"
+    mean, std = map(tuple, info.adapter.norm(info.get_hf_processor()))
+    shape, what = shape_of(found.item, modality), "tile" if modality == "image" else "frame"
+    units = info.adapter.units(info.get_hf_config(), pixels_of(found.item), shape)
     kept = []
     segments = found.pruned["segments"]
     parts = Counter(one["unit"] for one in segments)

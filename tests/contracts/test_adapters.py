@@ -6,7 +6,7 @@ A family that is new has a row in ``CASES``; the rest is found.
 import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -31,8 +31,8 @@ class Case(NamedTuple):
     hf_config: Callable[[], Any]
     shape: Callable[[str, int, int, int], tuple[int, ...]]
     """(modality, height, width, frames) -> what ``item_shape`` would return."""
-    side: Callable[[Any], int] = lambda vision: vision.image_size // vision.patch_size
-    """Config of the tower -> patches a side of what it is given."""
+    side: Callable[[Any], int] | None = lambda vision: vision.image_size // vision.patch_size
+    """Config of the tower -> patches a side of what it is given; None = four a token."""
     refused: Mapping[str, Any] = {}
     """Fields that vLLM does not follow; each is refused."""
 
@@ -84,7 +84,35 @@ def _llava_onevision() -> Any:
     )
 
 
+def _qwen(family: str) -> Callable[[], Any]:
+    """Return what makes a Qwen-VL family's config, whose towers know no size of their own."""
+
+    def config() -> Any:
+        import transformers
+
+        made = getattr(transformers, f"{family}Config")()
+        made.get_text_config().rope_parameters |= {"mrope_section": [16, 24, 24]}
+        return made
+
+    return config
+
+
+def _frames(modality: str, height: int, width: int, frames: int) -> tuple[int, ...]:
+    times = (0,) if modality == "image" else (frame * 5 // 2 for frame in range(frames))
+    rows, columns = (min(max(1, round(side / 28)), 60) for side in (height, width))
+    return (rows, columns, *times)
+
+
+_QWEN: Final = {"shape": _frames, "side": None}
+
+
 CASES: Final = {
+    "Qwen2VLForConditionalGeneration": Case(_qwen("Qwen2VL"), **_QWEN),
+    "Qwen2_5_VLForConditionalGeneration": Case(
+        _qwen("Qwen2_5_VL"), **_QWEN, refused={"vision_config.fullatt_block_indexes": []}
+    ),
+    "Qwen3VLForConditionalGeneration": Case(_qwen("Qwen3VL"), **_QWEN),
+    "Qwen3VLMoeForConditionalGeneration": Case(_qwen("Qwen3VLMoe"), **_QWEN),
     "LlavaForConditionalGeneration": Case(_llava, lambda *_: ()),
     "LlavaNextForConditionalGeneration": Case(_llava_next, lambda _, *size: size[:2]),
     "InternVLForConditionalGeneration": Case(
@@ -195,7 +223,7 @@ def test_signals_do_not_hang_on_how_segments_are_cut(
     config = case.hf_config()
     modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
     layout = own.layout(config, modality, case.shape(modality, *size, frames))
-    tapped = torch.rand(layout.units, 2, case.side(config.vision_config) ** 2)
+    tapped = _tapped(case, config, [layout])
     (whole,), (parts,) = (
         own.signals(config, tapped, [one]) for one in (layout, cut(layout, most, 3))
     )
@@ -211,14 +239,22 @@ def test_signals_stand_where_their_tokens_do(
     config = case.hf_config()
     modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
     layouts = [own.layout(config, modality, case.shape(modality, *size, 3)) for size in sizes]
-    side = case.side(config.vision_config)
-    units = sum(layout.units for layout in layouts)
-    tapped = torch.rand(units, 2, side * side)
-    found = own.signals(config, tapped, layouts)
+    found = own.signals(config, _tapped(case, config, layouts), layouts)
     assert [x.shape for x in found] == [(2, layout.length) for layout in layouts]
     for x, layout in zip(found, layouts, strict=True):
         assert not x[:, layout.separators].any()
         assert all(x[:, segment.places].all() for segment in layout.segments)
+
+
+def _tapped(
+    case: Case, config: Any, layouts: Sequence[Layout]
+) -> torch.Tensor | list[torch.Tensor]:
+    """Return random numbers of each unit's keys, in the form that the family's tower gives."""
+    if case.side is None:
+        per_unit = [4 * layout.segments[0].n for layout in layouts for _ in range(layout.units)]
+        return [torch.rand(2, patches) for patches in per_unit]
+    side = case.side(config.vision_config)
+    return torch.rand(sum(layout.units for layout in layouts), 2, side * side)
 
 
 def _same(one: Layout, other: Layout) -> bool:

@@ -13,6 +13,7 @@ from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 from era_vllm.types import Signal
+from era_vllm.vllm_plugin.families import FAMILIES
 from tests.engine import test_tiled as tiled
 from tests.engine.families import CASES, llava_onevision
 from tests.engine.families.case import (
@@ -80,7 +81,7 @@ def test_blocks_of_the_shipped_model(engine, setup, measured):
 
 def test_blocks_and_frames(case, start, check):
     """48 tokens at most: three frames of 16 together, and no tile of 49 or 144 as it is."""
-    together = 1 if "InternVL" in case.name else 3
+    together = 1 if FAMILIES[case.name].frame_runs else 3
     live = start(max_segment=30 if together == 1 else 48, frames_per_segment=together)
     asks = [
         images(case, TEXT, (WIDE, 0.778)),
@@ -111,7 +112,7 @@ def test_a_prefix_of_joined_frames_is_shared(start, check, case):
 
 
 def test_frames_with_text_between_them_are_refused(case, start):
-    if "InternVL" not in case.name:
+    if not FAMILIES[case.name].frame_runs:
         pytest.skip("a family whose videos are one run")
     with pytest.raises(ValueError, match="frames_per_segment: got 2, .* allowed: 1"):
         start(frames_per_segment=2)

@@ -42,7 +42,7 @@ APART = {
     "seed": 0,
 }
 TEXTS = (TEXT, "how many shapes?", "is there a red circle?")
-SLIVERS = [picture(*size, 5) for size in ((1, 1), (4000, 10), (10, 4000))]
+SLIVERS = ((1, 1), (4000, 10), (10, 4000))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -96,6 +96,11 @@ def check(case, theirs, measured):
     return compare
 
 
+def slivers(case):
+    """Return sizes of pictures that are hardly there."""
+    return getattr(case, "slivers", SLIVERS)
+
+
 def answered(answer):
     """Return what ``compared`` takes."""
     return answer.prompt_ids, answer.token_ids, answer.log_probs
@@ -118,7 +123,7 @@ def test_pictures(case, start, check):
     asks = [
         images(case, TEXT, (WIDE, 0.778)),
         images(case, TEXT, (ODD, 0.944)),
-        *(images(case, TEXT, (sliver, 0.778)) for sliver in SLIVERS),
+        *(images(case, TEXT, (picture(*size, 5), 0.778)) for size in slivers(case)),
         images(case, TEXT, (TALL, 0.778), (SQUARE, 0.944)),
         images(case, "how many shapes?"),
         images(case, TEXT, (ODD, 0.5), (WIDE, 0.889), (TALL, 0.0)),
@@ -131,7 +136,7 @@ def test_pictures(case, start, check):
 def test_prefix_hits(case, start, check):
     live = start()
     asks = [
-        images(case, text, (TALL, 0.7), (second, 0.8))
+        images(case, text, (TALL, 0.3), (second, 0.8))
         for text, second in ((TEXT, SQUARE), ("how many shapes?", SQUARE), (TEXT, ODD))
     ]
     check(live, asks, answers_of_a_shared_prefix(live, asks))
@@ -224,7 +229,8 @@ def test_preemption(case, start, check, record_property):
     )
     preempted = count_preemptions(live)
     pictures = [picture(300, 200 + 10 * seed, seed) for seed in range(6)]
-    asks = [images(case, "how many shapes?", (one, 0.85)) for one in pictures]
+    rate = getattr(case, "crowding", 0.85)
+    asks = [images(case, "how many shapes?", (one, rate)) for one in pictures]
     answers = live.ask(asks, steps=40)
     assert preempted
     record_property("counted", f"preemptions: {len(preempted)}")
@@ -252,7 +258,8 @@ def test_abort_in_mid_prefill_leaves_the_next_request_right(case, start, check):
 def apart(case, folder, theirs, measured, tmp_path):
     """``apart(arguments, VARIABLE=...)``: compare an engine in a process of its own."""
 
-    def run(arguments, **variables):
+    def run(arguments, *, pruned=None, **variables):
+        """Args: pruned: What an earlier run says of items that this one only loads."""
         raw = json.dumps({**LLM, **case.llm, **APART, **arguments})
         out = tmp_path / "out.pt"
         python("run_family.py", case.name, str(folder), raw, str(out), **variables)
@@ -264,9 +271,9 @@ def apart(case, folder, theirs, measured, tmp_path):
                 (tuple(grid), torch.tensor(anchors), torch.tensor(assignment))
                 for grid, anchors, assignment in segments
             ]
-            for pixels, counts, segments in saved["ranks"][0]
+            for pixels, counts, segments in [*(pruned or ()), *saved["ranks"][0]]
         }
-        config = EraConfig()
+        config = EraConfig.parse(arguments.get("settings", {}))
         for ask, answer in zip(asks_apart(case), saved["answers"], strict=True):
             far = compared(config, found.__getitem__, theirs, ask, answer)
             print(far)
@@ -274,6 +281,7 @@ def apart(case, folder, theirs, measured, tmp_path):
             measured(config, "", far.exact, control, TOLERANCE, case.name)
             assert far.exact < TOLERANCE
             assert not ask.items or min(far.no_bias, far.compact) > CONTROL_FACTOR * TOLERANCE
+        return saved
 
     return run
 
@@ -282,6 +290,47 @@ def apart(case, folder, theirs, measured, tmp_path):
 @pytest.mark.situation("tensor parallel 2")
 def test_tensor_parallel_2(apart):
     apart({"tensor_parallel_size": 2}, TORCH_COMPILE_DISABLE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.situation("encoders that share out images, TP 2")
+def test_encoders_that_share_out_images(case, apart):
+    """With a policy that reads no attention; the others are refused."""
+    if not getattr(case, "shares_out", False):
+        pytest.skip("a family whose encoder vLLM runs whole in each rank")
+    arguments = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}
+    apart({**arguments, "settings": {"policy": "dpp"}}, TORCH_COMPILE_DISABLE="1")
+
+
+@pytest.mark.slow
+@pytest.mark.situation("n-gram speculation")
+def test_ngram_speculation(case, apart, record_property):
+    if not getattr(case, "mrope", False):
+        pytest.skip("shown with LLaVA-1.5, of which this family differs in the prompt alone")
+    method = {"method": "ngram", "num_speculative_tokens": 3}
+    method |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
+    saved = apart({"speculative_config": method}, TORCH_COMPILE_DISABLE="1")
+    assert saved["drafted"] > 0
+    counted = f"{saved['drafted']} tokens drafted, {saved['accepted']} accepted"
+    record_property("counted", counted)
+
+
+@pytest.mark.slow
+@pytest.mark.situation("KV connector, another process")
+def test_kv_connector_reloads_in_another_process(case, apart, tmp_path, record_property):
+    if not getattr(case, "mrope", False):
+        pytest.skip("shown with LLaVA-1.5, of which this family differs in the prompt alone")
+    stored = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
+    }
+    arguments = {"kv_transfer_config": stored}
+    saving = apart(arguments, TORCH_COMPILE_DISABLE="1")
+    assert saving["loaded"] == 0
+    loading = apart(arguments, pruned=saving["ranks"][0], TORCH_COMPILE_DISABLE="1")
+    assert loading["loaded"] > 0
+    record_property("counted", f"{loading['loaded']} tokens loaded")
 
 
 @pytest.mark.slow
@@ -311,7 +360,9 @@ def test_bf16_is_as_close_as_stock(case, start, theirs, measured):
     def theirs_of(engine, item):
         whole = theirs.item(item.kind, item.data)
         counts = [engine.config.num_anchors(len(p), item.rate) for _, p in whole.segments]
-        key = pixel_hash(whole.pixels.to(torch.bfloat16)), tuple(counts)
+        pixels = whole.pixels  # what is normed in the tower comes to it as it is
+        pixels = pixels.to(torch.bfloat16) if pixels.is_floating_point() else pixels
+        key = pixel_hash(pixels), tuple(counts)
         return engine_runs(engine.items[key], whole)
 
     error, ours, text = errors(stock, texts), errors(live, asks), errors(live, texts)
@@ -430,13 +481,15 @@ def test_one_item_a_pass(case, start, check, monkeypatch):
 
 def test_what_is_larger_than_memory_was_profiled_for_is_refused(case, start):
     """Though so few of its tokens stay that the encoder's cache has room for them."""
-    if "video" not in case.marks:
-        pytest.skip("a family without videos")
+    if "video" not in case.marks or getattr(case, "shared", False):
+        pytest.skip("a family without videos, or whose frames share a video's pixels")
     live = start(llm={"max_model_len": 768})
     info = live.llm.llm_engine.renderer.get_mm_processor().info
-    most = info.busiest["video"].units
-    frames = np.zeros((most + 1, 30, 40, 3), dtype=np.uint8)
-    with pytest.raises(VLLMValidationError, match=f"got {most + 1} frames, allowed: {most}; "):
+    busiest = info.busiest["video"]
+    pictures = getattr(case, "pictures", 1) * 2 * busiest.units
+    frames = np.zeros((pictures, 400, 400, 3), dtype=np.uint8)
+    match = rf"got \d+ tokens in {2 * busiest.units} frames, allowed: {busiest.work}; "
+    with pytest.raises(VLLMValidationError, match=match):
         live.ask([about(case, TEXT, ("video", frames, 0.94))])
     (answer,) = live.ask([about(case, TEXT, ("video", CLIPS[0], 0.94))])
     assert answer.token_ids
@@ -453,7 +506,8 @@ def test_memory_is_profiled_with_a_context_as_long_as_the_positions(case, start)
 def test_a_prompt_past_the_positions_says_so(case, start):
     """Counted with what a family writes around its runs, and before the engine is asked."""
     live = start(llm={"max_model_len": 4096, "max_num_batched_tokens": 4096})
-    pictures = [(picture(640, 640, seed), 0.94) for seed in range(24)]
+    width, height, count = getattr(case, "far", (640, 640, 24))
+    pictures = [(picture(width, height, seed), 0.94) for seed in range(count)]
     with pytest.raises(VLLMValidationError, match="long before pruning, .* the model allows 4096"):
         live.ask([images(case, TEXT, *pictures)])
     (answer,) = live.ask([images(case, TEXT, pictures[0])])

@@ -169,9 +169,11 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
 def runs_of(item: PrunedItem) -> list[Segment]:
     """Return what stands in each of an item's runs, as it goes to the language model."""
     plan = item.item.plan
-    found = unpack(item.packed.cpu(), axes=1)
+    axes = plan.layout.position_offsets.shape[1]
+    found = unpack(item.packed.cpu(), axes)
     parts = zip(*(values.split(list(plan.kept)) for values in found), strict=True)
+    runs = zip(parts, plan.layout.run_lengths, plan.layout.spans, strict=True)
     return [
-        Segment(rows.float(), log_bias, offsets[:, 0], span)
-        for (rows, log_bias, offsets), span in zip(parts, plan.layout.spans, strict=True)
+        Segment(rows.float(), log_bias, at[:, 0], length, at if axes > 1 else None, span)
+        for (rows, log_bias, at), length, span in runs
     ]

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from tests.engine.families import internvl, internvl_hf, llava_next, llava_onevision
+from tests.engine.families import internvl, internvl_hf, llava_next, llava_onevision, qwen
 from tests.engine.families.case import Case
 
 CASES: Final[tuple[Case, ...]] = (
@@ -10,4 +10,5 @@ CASES: Final[tuple[Case, ...]] = (
     llava_onevision.CASE,
     internvl_hf.CASE,
     internvl.CASE,
+    *qwen.CASES,
 )

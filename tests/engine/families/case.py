@@ -78,6 +78,12 @@ class Unpruned:
     """Places that stay."""
     runs: tuple[int, ...] = ()
     """Places of each run; () = one."""
+    width: int | None = None
+    """Columns that tokens are compared by; the others ride. None = all."""
+    offsets: Tensor | None = None
+    """[length, 3], with M-RoPE: of each place, from where its run's first stands."""
+    spans: tuple[int, ...] = ()
+    """With M-RoPE: how far text moves on behind each run."""
 
 
 class FamilyOracle(LanguageOracle, ABC):
@@ -93,7 +99,18 @@ class FamilyOracle(LanguageOracle, ABC):
 
 
 class Case(Protocol):
-    """One family."""
+    """One family. May also have:
+
+    film(array)  a video as it is sent
+    slivers      sizes of pictures that are hardly there
+    far          width, height and number of pictures that take more positions than there are
+    pictures     of a frame
+    shared       True: a video's pixels are shared by its frames
+    crowding     rate at which six pictures do not fit into a small KV cache at once
+    mrope        True: positions on three axes
+    shares_out   True: vLLM's encoder may share out items among ranks
+    others       kinds of checkpoint beside its own
+    """
 
     name: str
     """Its architecture."""
@@ -139,7 +156,7 @@ def reduced(
         for read in own[3:]:
             assert torch.allclose(read.float(), whole.maps[:, places], atol=1e-5)
         attention = {Signal.ENCODER_ATTENTION: whole.maps[None, :, places]}
-        tokens = VisualTokens(whole.rows[places][None], grid, attention)
+        tokens = VisualTokens(whole.rows[places][None, :, : whole.width], grid, attention)
         anchors = own[1][None]
         if count == len(places):
             parts.append((whole.rows[places], torch.zeros(count), places))
@@ -150,7 +167,8 @@ def reduced(
         clusters = policy.assign(tokens, anchors)
         assert int((clusters.assignment[0] != own[2]).sum()) <= 1 + len(places) // 50
         clusters = replace(clusters, assignment=own[2][None])
-        embeds, bias = average(tokens.embeds, clusters), policy.log_bias(tokens, clusters)
+        embeds = average(whole.rows[places][None], clusters)
+        bias = policy.log_bias(tokens, clusters)
         parts.append((embeds[0], bias[0], places[anchors[0]]))
     full = sum(counts) == sum(len(places) for _, places in whole.segments)
     ends = whole.separators if not full else _outside(whole)
@@ -212,7 +230,10 @@ def engine_runs(item: Any, whole: Unpruned) -> list[Segment]:
     parts = []
     for (_, places), own in zip(whole.segments, item.segments, strict=True):
         result, row = own.result, own.row
-        kept = result.embeds[row].float(), result.log_bias[row].float(), result.anchors[row]
+        embeds = result.embeds[row]
+        if result.riders is not None:
+            embeds = torch.cat([embeds, result.riders[row]], -1)
+        kept = embeds.float(), result.log_bias[row].float(), result.anchors[row]
         parts.append((*(one.cpu() for one in kept[:2]), places[kept[2].cpu()]))
     ends = whole.separators
     parts.append((whole.rows[ends], torch.zeros(len(ends)), ends))
@@ -230,9 +251,12 @@ def _runs(
 ) -> list[Segment]:
     rows, bias, places = rows[order], bias[order], places[order]
     found, start = [], 0
-    for length in whole.runs or (len(whole.rows),):
+    for number, length in enumerate(whole.runs or (len(whole.rows),)):
         own = (places >= start) & (places < start + length)
-        found.append(Segment(rows[own], bias[own], places[own] - start, length))
+        mrope = ()
+        if whole.offsets is not None:
+            mrope = (whole.offsets[places[own]], whole.spans[number])
+        found.append(Segment(rows[own], bias[own], places[own] - start, length, *mrope))
         start += length
     return found
 
@@ -313,7 +337,9 @@ CLIPS: Final = [
 
 def about(case: Case, text: str, *items: tuple[str, Any, float]) -> Ask:
     """Return a request about items, each (kind, data, rate)."""
-    return Ask(case.marks, text, tuple(Item(*item) for item in items))
+    film = getattr(case, "film", lambda array: array)
+    given = ((kind, film(data) if kind == "video" else data, rate) for kind, data, rate in items)
+    return Ask(case.marks, text, tuple(Item(*item) for item in given))
 
 
 def images(case: Case, text: str, *pairs: tuple[Image.Image, float]) -> Ask:
@@ -334,21 +360,21 @@ def asks_apart(case: Case) -> list[Ask]:
 
 def language(kind: type, vocabulary: int, **more: Any) -> Any:
     """Return the config of a small language model; its heads divide over two ranks."""
-    return kind(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        **more,
-    )
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    return kind(**{**settings, **more})
 
 
 def save(

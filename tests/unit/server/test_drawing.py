@@ -24,6 +24,7 @@ def _shown(layout: Layout, units: torch.Tensor, modality: str, monkeypatch: pyte
 
     monkeypatch.setattr(inspect, "draw", draw)
     monkeypatch.setattr(inspect, "pixels_of", lambda item: item)
+    monkeypatch.setattr(inspect, "shape_of", lambda item, modality: ())
     segments = [
         {
             **{"unit": one.unit, "units": one.units, "box": one.box, "grid": one.grid},
@@ -33,7 +34,13 @@ def _shown(layout: Layout, units: torch.Tensor, modality: str, monkeypatch: pyte
     ]
     pruned = {"segments": segments, "units": layout.units, "separators": 0}
     found = SimpleNamespace(item=units, pruned=pruned)
-    inspect._draw(found, ([0.0] * 3, [1.0] * 3), "title", modality)
+    adapter = SimpleNamespace(
+        norm=lambda processor: ([0.0] * 3, [1.0] * 3), units=lambda config, pixels, shape: pixels
+    )
+    info = SimpleNamespace(
+        adapter=adapter, get_hf_processor=lambda: None, get_hf_config=lambda: None
+    )
+    inspect._draw(found, info, "title", modality)
     return [(one.name, one.image, one.grid) for one in drawn]
 
 
