@@ -43,7 +43,8 @@ EXPOSE 8000
 # Loading and compiling takes minutes on a small CPU; after that an answer is a few milliseconds.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-ENTRYPOINT ["era-vllm", "serve", "--host", "0.0.0.0"]
+# A model, and flags, follow: vLLM reads a model only where it comes first. All interfaces are its default.
+ENTRYPOINT ["era-vllm", "serve"]
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/era /opt/era

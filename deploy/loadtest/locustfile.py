@@ -1,4 +1,5 @@
-"""Mixed users for locust: pictures at every level, text, clients that leave, bad pictures.
+"""Mixed users for locust: pictures at every level, text, clients that leave, bad pictures; videos
+where GET /v1/era says that the model takes them.
 
     python3 -m venv /tmp/locust && /tmp/locust/bin/pip install -r deploy/loadtest/requirements.txt
     /tmp/locust/bin/locust -f deploy/loadtest/locustfile.py --headless -u 16 -t 2m --host http://127.0.0.1:8000
@@ -16,6 +17,7 @@ import random
 import time
 from typing import Any, Final
 
+from clip import clip_url
 from locust import HttpUser, between, task
 from PIL import Image
 
@@ -46,6 +48,10 @@ def bad_picture() -> str:
     )
 
 
+def _image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 class Client(HttpUser):
     """One user: asks, waits a little, asks again."""
 
@@ -58,12 +64,25 @@ class Client(HttpUser):
         reply = self.client.get("/v1/models")
         reply.raise_for_status()
         self.model = reply.json()["data"][0]["id"]
+        reply = self.client.get("/v1/era")
+        reply.raise_for_status()
+        self.videos = "video" in reply.json()["modalities"]
 
     @task(8)
     def look(self) -> None:
         """Ask about a picture at one of the levels, streamed."""
         level = random.choice(LEVELS)
-        self._ask(f"picture {level}", picture(), era={"level": level})
+        self._ask(f"picture {level}", _image(picture()), era={"level": level})
+
+    @task(2)
+    def watch(self) -> None:
+        """Ask about a video; about a picture where the model takes none."""
+        if not self.videos:
+            return self.look()
+        level = random.choice(LEVELS)
+        url = clip_url(random.Random(), 128, 96, frames=8)
+        video = {"type": "video_url", "video_url": {"url": url}}
+        self._ask(f"video {level}", video, era={"level": level})
 
     @task(2)
     def read(self) -> None:
@@ -74,24 +93,24 @@ class Client(HttpUser):
     def leave(self) -> None:
         """Go away after the first chunk."""
         endless = {"max_tokens": 400, "ignore_eos": True}
-        self._ask("picture, client leaves", picture(), leave=True, **endless)
+        self._ask("picture, client leaves", _image(picture()), leave=True, **endless)
 
     @task(1)
     def break_it(self) -> None:
         """Send a bad picture; the right answer is a 4xx."""
-        self._ask("bad picture", bad_picture(), allowed=range(400, 500))
+        self._ask("bad picture", _image(bad_picture()), allowed=range(400, 500))
 
     def _ask(
         self,
         name: str,
-        image: str | None = None,
+        item: dict[str, Any] | None = None,
         leave: bool = False,
         allowed: range = range(200, 201),
         **body: Any,
     ) -> None:
         parts: list[dict[str, Any]] = [{"type": "text", "text": "what color is the circle?"}]
-        if image is not None:
-            parts.insert(0, {"type": "image_url", "image_url": {"url": image}})
+        if item is not None:
+            parts.insert(0, item)
         asked = {
             "model": self.model,
             "messages": [{"role": "user", "content": parts}],

@@ -22,7 +22,8 @@ from typing import Final
 
 from era_vllm.bench.provenance import provenance
 from era_vllm.bench.report import table
-from era_vllm.lab.dummy import IMAGE_SIZE, SIZES, make_dummy
+from era_vllm.errors import EraError, UnsupportedError
+from era_vllm.lab.dummy import FAMILIES, IMAGE_SIZE, SIZES, make_dummy, size_of
 from era_vllm.lab.screen import progress
 from era_vllm.lab.servers import Server, wait_for
 
@@ -30,6 +31,7 @@ DESCRIPTION: Final = """Load a server at each pruning level, one concurrency aft
 
   deploy/loadtest/run.py                                      the shipped 8 MB model
   deploy/loadtest/run.py --model 0.9b --concurrency 1,2,4     a real model's shape, dummy weights
+  deploy/loadtest/run.py --model qwen3-vl-2b --video .25      a quarter of the requests with a video
   deploy/loadtest/run.py --url http://HOST:8000 --tokenizer MODEL    a server that is up already
 
 Every picture is new, so that no cache answers. Closed loop: as many requests are under way as the
@@ -38,13 +40,22 @@ OUT/NAME.json (figures with commit, versions and hardware) and OUT/NAME.png. $AP
 where one is needed; --server hands flags on to `era-vllm serve`.
 """
 SAMPLE: Final = "sample"
+MODELS: Final[Mapping[str, tuple[str, str]]] = {
+    **{shape: ("llava", shape) for shape in SIZES if shape != "qwen3-vl-2b"},
+    "qwen3-vl-2b": ("qwen3-vl", "qwen3-vl-2b"),
+    "qwen3-vl-0.2b": ("qwen3-vl", "0.2b"),
+    "qwen3-vl-tiny": ("qwen3-vl", "tiny"),
+}
+"""Name -> family and shape of a model without weights."""
 MEASURES: Final = ("rps", "goodput_rps", "ttft_ms", "ttft_p90_ms", "tpot_ms", "tpot_p90_ms")
 _ERA_VLLM: Final = str(Path(sys.executable).with_name("era-vllm"))
 _FLAGS: Final[Mapping[str, Sequence[str]]] = {
     SAMPLE: ("--max-model-len", "1024", "--kv-cache-memory-bytes", "256M"),
-    "dummy": ("--max-model-len", "1024", "--kv-cache-memory-bytes", "1G", "--load-format", "dummy"),
+    "dummy": ("--kv-cache-memory-bytes", "1G", "--load-format", "dummy"),
 }
-_SAMPLE_SIDE: Final = 168  # pixels of the shipped model's pictures
+_SIDES: Final = {SAMPLE: 168, "llava": IMAGE_SIZE, "qwen3-vl": 512}
+"""Pixels of a picture's side; Qwen3-VL takes any, 512 are 256 tokens."""
+_CONTEXT: Final = 1024
 
 
 def main() -> int:
@@ -55,6 +66,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, served(arguments, Path(folder)) as (url, where):
         facts, model = get(url, "/v1/era"), get(url, "/v1/models")["data"][0]["id"]
         name, title = named(arguments, model)
+        if arguments.video and "video" not in (takes := facts["modalities"]):
+            raise UnsupportedError(f"--video: got a server that takes {', '.join(takes)}")
         cells = sweep(url, model, where, arguments, Path(folder))
     report = {
         "loadtest": name,
@@ -67,6 +80,10 @@ def main() -> int:
             "requests": arguments.requests,
             "rounds": arguments.rounds,
             "output_tokens": arguments.output_tokens,
+            "side": arguments.side,
+            "video": arguments.video,
+            "video_side": arguments.video_side,
+            "frames": arguments.frames,
             "goodput_ms": arguments.goodput,
             "server": arguments.server,
         },
@@ -97,7 +114,7 @@ def options() -> argparse.Namespace:
     add("--tokenizer", help="with --url: the model whose tokenizer counts (default: the served)")
     add(
         "--model",
-        choices=[SAMPLE, *SIZES],
+        choices=[SAMPLE, *MODELS],
         default=SAMPLE,
         help="without --url: the shipped checkpoint, or a shape with dummy weights",
     )
@@ -114,12 +131,17 @@ def options() -> argparse.Namespace:
         help="what a good request keeps (default: ttft:1000,tpot:200)",
     )
     add("--side", type=int, help="pixels of a picture's side (default: the model's)")
+    text = "share of the requests that hold a video in place of a picture (default: %(default)g)"
+    add("--video", type=float, default=0.0, metavar="SHARE", help=text)
+    add("--video-side", type=int, default=128, help="pixels of a frame's, a multiple of 16")
+    add("--frames", type=int, default=8, help="of a video, two a second (default: %(default)d)")
     add("--server", default="", metavar="FLAGS", help="of `era-vllm serve`, as one word")
     add("--out", type=Path, default=Path("out"))
     add("--name", help="of the files (default: the model; with --url what it is served as)")
     arguments = parser.parse_args()
     if arguments.side is None:
-        arguments.side = _SAMPLE_SIDE if arguments.model == SAMPLE else IMAGE_SIZE
+        family, _ = MODELS.get(arguments.model, (SAMPLE, ""))
+        arguments.side = _SIDES[family]
     return arguments
 
 
@@ -135,9 +157,10 @@ def named(arguments: argparse.Namespace, served: str) -> tuple[str, str]:
     elif arguments.model == SAMPLE:
         name, title = SAMPLE, "the shipped sample model (4 M parameters, trained)"
     else:
-        billions = SIZES[arguments.model].parameters / 1e9
+        family, shape = MODELS[arguments.model]
+        of, billions = FAMILIES[family], size_of(shape, family).parameters / 1e9
         name = f"dummy-{arguments.model}"
-        title = f"DUMMY WEIGHTS: {billions:.2f} B Llama behind CLIP-L/14-336"
+        title = f"DUMMY WEIGHTS: {billions:.2f} B {of.language} behind {of.tower}"
     return arguments.name or name, title
 
 
@@ -152,7 +175,12 @@ def served(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
     model, flags = str(CHECKPOINT), list(_FLAGS[SAMPLE])
     if arguments.model != SAMPLE:
         model, flags = str(folder / "model"), list(_FLAGS["dummy"])
-        make_dummy(Path(model), SIZES[arguments.model])
+        family, shape = MODELS[arguments.model]
+        unit = FAMILIES[family].unit
+        tokens = None if unit is None else max(arguments.side // unit, 1) ** 2
+        make_dummy(Path(model), size_of(shape, family), family, tokens)
+        context = _CONTEXT * (1 + (tokens or 0) // _CONTEXT)  # room for the question
+        flags += ["--max-model-len", str(context)]
     flags += [*shlex.split(arguments.server), "--served-model-name", "loadtest"]
     command = [_ERA_VLLM, "serve", model, "--enforce-eager", *flags]
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -167,8 +195,9 @@ def sweep(
 ) -> list[dict[str, object]]:
     """Measure every level at every concurrency; the level that goes first changes each time."""
     progress("importing vLLM's benchmark client")
-    from client import Client, write_requests
+    from client import Asked, Client, write_requests
 
+    about = Asked(arguments.side, arguments.video, arguments.video_side, arguments.frames)
     client = Client(url, model, tokenizer, arguments.output_tokens, arguments.goodput)
     cells: list[dict[str, object]] = []
     seed = 0
@@ -178,7 +207,7 @@ def sweep(
         first = turn % len(arguments.levels)
         for level in arguments.levels[first:] + arguments.levels[:first]:
             seed += 1
-            requests = write_requests(folder / "requests.jsonl", count, arguments.side, seed)
+            requests = write_requests(folder / "requests.jsonl", count, about, seed)
             cell = client.measure(requests, level, concurrency, count)
             if turn < 0:
                 continue  # a warm-up: every level has run once
@@ -236,6 +265,9 @@ def _limits(text: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except EraError as error:
+        sys.exit(f"loadtest: {error}")
     sys.stdout.flush()
     os._exit(code)  # at a normal end nanobind prints pages about what Triton has not freed

@@ -2,8 +2,9 @@
 """READ FIRST of the soak: a server under more load than it can carry, then without its engine.
 
 Its parts: ``traffic.py`` (what is sent), ``watch.py`` (processes and memory), ``kill.py`` (without
-its engine) and ``verdict.py``. Starts its own server with the shipped model in float32: bf16 on a
-CPU decides near ties by the batch a request is in, which is no fault and would look like one.
+its engine) and ``verdict.py``. Starts its own server, of the shipped model unless told otherwise,
+in float32: bf16 on a CPU decides near ties by the batch a request is in, which is no fault and
+would look like one. A model that takes videos is sent some.
 """
 
 import argparse
@@ -30,10 +31,11 @@ from era_vllm.errors import EraError
 from era_vllm.lab.screen import progress
 from era_vllm.lab.servers import Server, wait_for
 
-DESCRIPTION: Final = """Load a server of the shipped model beyond its capacity, and judge it.
+DESCRIPTION: Final = """Load a server beyond its capacity, and judge it.
 
-  deploy/loadtest/soak.py                    ten minutes
+  deploy/loadtest/soak.py                    the shipped model, ten minutes
   deploy/loadtest/soak.py --seconds 60       a quick one
+  deploy/loadtest/soak.py --model FOLDER     another small model, with videos where it takes them
 
 1. Answers at temperature 0 to all questions, one at a time: what is right from here on.
 2. Capacity: as many requests a second as a closed loop gets answered.
@@ -61,7 +63,8 @@ def main() -> None:
     arguments = options()
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = arguments.out / "soak-server.log"
-    command = [_ERA_VLLM, "serve", *_FLAGS, *shlex.split(arguments.server)]
+    model = [] if arguments.model is None else [str(arguments.model)]
+    command = [_ERA_VLLM, "serve", *model, *_FLAGS, *shlex.split(arguments.server)]
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     judgement = Judgement()
     with Server("era-vllm serve", command, environment, log) as server:
@@ -103,6 +106,7 @@ def options() -> argparse.Namespace:
         help="allowed growth a request; one picture's pixels are 331 (default: %(default)g)",
     )
     add("--seed", type=int, default=0)
+    add("--model", type=Path, help="folder of a checkpoint (default: the shipped one)")
     add("--server", default="", metavar="FLAGS", help="more of `era-vllm serve`, as one word")
     add("--out", type=Path, default=Path("out"))
     return parser.parse_args()
@@ -139,14 +143,16 @@ async def _prepare(
 ) -> tuple[list[Ask], list[Ask]]:
     """Learn the right answers; near ties are left out."""
     progress(f"the right answers to {arguments.asks} requests, one at a time")
-    asks = good_asks("soak", arguments.asks, arguments.output_tokens)
+    modalities = (await client.get("/v1/era")).json()["modalities"]
+    asks = good_asks("soak", arguments.asks, arguments.output_tokens, modalities)
     asked = [await reference(client, ask) for ask in asks]
     clear = [ask for ask in asked if ask.answer is not None and ask.answer.margin > _MARGIN]
     judgement.facts["requests"] = {
+        "modalities": modalities,
         "different": len(clear),
         "near ties left out": arguments.asks - len(clear),
     }
-    broken = broken_asks("soak")
+    broken = broken_asks("soak", modalities)
     outcomes = [await send(client, ask, False, None, arguments.limit_s) for ask in broken]
     refused = all(outcome.ended == "refused" for outcome in outcomes)
     wrong = [

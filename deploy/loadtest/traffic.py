@@ -8,11 +8,12 @@ import base64
 import io
 import json
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import httpx
+from clip import clip_url
 from PIL import Image
 
 from era_vllm.lab.synth.dataset import generate
@@ -20,6 +21,8 @@ from era_vllm.lab.synth.dataset import generate
 PATH: Final = "/v1/chat/completions"
 LEVELS: Final = (None, "off", "light", "medium", "strong", "extreme")
 """None: the request does not say, so the server's default holds."""
+_CLIP: Final = (96, 64, 8)
+"""Width, height and pictures of a video."""
 
 Ended = Literal["right", "wrong", "shed", "shed late", "refused", "left", "error", "lost"]
 """right or wrong: a complete answer, (not) the unloaded server's; shed: 503 with Retry-After; shed
@@ -56,15 +59,28 @@ class Outcome:
     """Of an error or a wrong answer: what came."""
 
 
-def good_asks(model: str, count: int, output_tokens: int) -> list[Ask]:
+def good_asks(
+    model: str, count: int, output_tokens: int, modalities: Collection[str] = ("image",)
+) -> list[Ask]:
     """Return requests at all levels: one picture, every eighth two with a detail each, every
-    fifth none."""
+    fifth none; where the model takes videos every fourth one, half of these beside a picture.
+
+    Args:
+        model: Its served name.
+        count: How many.
+        output_tokens: Of each answer.
+        modalities: What the model takes.
+    """
     asks: list[Ask] = []
+    videos = random.Random(9)
     examples = list(generate(count + 1, seed=9, questions_per_image=1))
     for index, example in enumerate(examples[:-1]):
         level = LEVELS[index % len(LEVELS)]
         era = {} if level is None else {"era": {"level": level}}
-        if index % 5 == 4:
+        if index % 4 == 3 and "video" in modalities:
+            parts = [_part(example.image)] if index % 8 == 3 else []
+            parts.append(_video(clip_url(videos, *_CLIP)))
+        elif index % 5 == 4:
             parts, era = [], {}
         elif index % 8 == 7:
             parts, era = [_part(example.image, "high"), _part(examples[index + 1].image, "low")], {}
@@ -83,7 +99,7 @@ def good_asks(model: str, count: int, output_tokens: int) -> list[Ask]:
     return asks
 
 
-def broken_asks(model: str) -> list[Ask]:
+def broken_asks(model: str, modalities: Collection[str] = ("image",)) -> list[Ask]:
     """Return requests that a server has to refuse, and may not stumble over."""
     image = Image.new("RGB", (168, 168), "red")
     whole = _url(image)
@@ -103,7 +119,14 @@ def broken_asks(model: str) -> list[Ask]:
         for name, url in urls.items()
     ]
     level = {**_body(model, _part(image)), "era": {"level": "most"}}
-    return [*asks, Ask("broken: level", level)]
+    video = clip_url(random.Random(8), *_CLIP)
+    if "video" in modalities:
+        video = video[: len(video) // 2 // 4 * 4]  # whole base64, and the index is at the end
+    return [
+        *asks,
+        Ask("broken: level", level),
+        Ask("broken: video", _body(model, _video(video))),
+    ]
 
 
 async def reference(client: httpx.AsyncClient, ask: Ask) -> Ask:
@@ -210,6 +233,10 @@ def _body(model: str, part: Mapping[str, object]) -> dict[str, object]:
 def _part(image: Image.Image, detail: str | None = None) -> dict[str, object]:
     named = {} if detail is None else {"detail": detail}
     return {"type": "image_url", "image_url": {"url": _url(image), **named}}
+
+
+def _video(url: str) -> dict[str, object]:
+    return {"type": "video_url", "video_url": {"url": url}}
 
 
 def _url(image: Image.Image) -> str:

@@ -11,7 +11,6 @@ from era_vllm.bench.clock import Cell, Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
 from era_vllm.bench.report import Goal, Report, engine_table, shown, table, times
 from era_vllm.bench.setup import EngineOptions, Kind, facts_of
-from era_vllm.lab.dummy import FAMILIES
 
 GOAL: Final = 1.03
 KINDS: Final[Mapping[str, tuple[Kind, bool]]] = {
@@ -37,7 +36,7 @@ def run(options: EngineOptions, out: Path, *, mirror: bool) -> Report:
     order = [(name, 0) for name in KINDS] + [(name, 1) for name in reversed(KINDS) if mirror]
     kinds = {f"{name} {copy}": KINDS[name] for name, copy in order}
     with side_by_side(kinds, options) as engines:
-        family = FAMILIES[options.family]
+        family = options.asked
         pictures, words = noise_pictures(*family.picture), word_prompts(options.text_tokens)
 
         def prompt(rate: float | None) -> Mapping[str, object]:

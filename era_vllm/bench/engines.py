@@ -36,12 +36,15 @@ def engine(
         kv_bytes: Of the KV cache.
         more: Further arguments of ``LLM``; eager unless they say otherwise.
     """
-    usual = {"enforce_eager": True, "max_num_batched_tokens": context}
+    usual = {
+        "enforce_eager": True,
+        "max_num_batched_tokens": context,
+        "limit_mm_per_prompt": {"image": 1},
+    }
     with muted():
         llm = LLM(
             **{**usual, **arguments, **more},
             max_model_len=context,
-            limit_mm_per_prompt={"image": 1},
             kv_cache_memory_bytes=kv_bytes,
         )
     try:
@@ -93,8 +96,10 @@ class TimedEngine:
         """
         self._stages = clock = StageClock()
         clock.watch_method("encoder", self.model, "embed_multimodal")
-        clock.watch("tower", self.model.vision_tower)
-        clock.watch("projector", self.model.multi_modal_projector)
+        tower, *projectors = _tower(self.model)
+        clock.watch("tower", tower)
+        for projector in projectors:
+            clock.watch("projector", projector)
         clock.watch_method("merge", self.model, "embed_input_ids")
         clock.watch("language_model", self.model)
         for layer in self._attention_layers():
@@ -157,6 +162,8 @@ class TimedEngine:
             encoder, tower, projector, tap = (
                 sum(spans.get(stage, ())) for stage in ("encoder", "tower", "projector", "tap")
             )
+            if hasattr(self.model, "visual"):  # its projectors are a part of it
+                tower -= projector
             told = {
                 "encoder": encoder,
                 "tower": tower - tap,
@@ -176,6 +183,13 @@ class TimedEngine:
         if "language_model" in told:
             told["rest"] = ttft - sum(told.get(part, 0.0) for part in parts)
         return told
+
+
+def _tower(model: nn.Module) -> list[nn.Module]:
+    """Return the vision tower and, behind it, what makes tokens of the language model's width."""
+    if (visual := getattr(model, "visual", None)) is None:
+        return [model.vision_tower, model.multi_modal_projector]
+    return [visual, visual.merger, *getattr(visual, "deepstack_merger_list", ())]
 
 
 def profile(cell: Cell, shown: int = 12) -> list[dict[str, object]]:

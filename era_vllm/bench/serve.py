@@ -10,7 +10,6 @@ from era_vllm.bench.clock import Cell, Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
 from era_vllm.bench.report import Goal, Report, engine_table, percent, shown, table, times
 from era_vllm.bench.setup import EngineOptions, Kind, facts_of, prefill_flops
-from era_vllm.lab.dummy import FAMILIES, SIZES
 from era_vllm.lab.screen import progress
 
 if TYPE_CHECKING:
@@ -41,8 +40,7 @@ def run(options: EngineOptions, out: Path, *, profiled: bool) -> Report:
             **facts_of({name: engine.facts() for name, engine in engines.items()}, options),
             "prompt_tokens": tokens,
             "prefill_tflops": {
-                cell: prefill_flops(SIZES[options.shape], count) / 1e12
-                for cell, count in tokens.items()
+                cell: prefill_flops(options.size, count) / 1e12 for cell, count in tokens.items()
             },
             "ratios": _ratios(samples, options.rates),
         }
@@ -55,7 +53,7 @@ def run(options: EngineOptions, out: Path, *, profiled: bool) -> Report:
 def _cells(
     engines: "Mapping[str, TimedEngine]", options: EngineOptions, tokens: dict[str, int]
 ) -> dict[str, Cell]:
-    family = FAMILIES[options.family]
+    family = options.asked
     pictures, words = noise_pictures(*family.picture), word_prompts(options.text_tokens)
 
     def image(cell: str, engine: str, rate: float | None) -> Mapping[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from era_vllm.bench.provenance import core_count
-from era_vllm.lab.dummy import FAMILIES, SIZES, LlamaSize
+from era_vllm.lab.dummy import FAMILIES, DummyFamily, LlamaSize, size_of
 from era_vllm.lab.screen import IN_PROCESS
 
 FIXED_K: Final = 64
@@ -25,6 +25,8 @@ class EngineOptions:
     warm_ups: int
     shape: str
     family: str
+    side: int | None
+    """Pixels of a picture's; None = the family's."""
     dtype: str
     rates: list[float]
     text_tokens: int
@@ -34,6 +36,22 @@ class EngineOptions:
     context: int
     """Tokens of a request, of a step, and half of what the cache must hold."""
     era: Mapping[str, object]
+
+    @property
+    def size(self) -> LlamaSize:
+        """The shape, as the family has it."""
+        return size_of(self.shape, self.family)
+
+    @property
+    def asked(self) -> DummyFamily:
+        """What is asked of the family."""
+        return pictured(self.family, self.side)
+
+
+def pictured(family: str, side: int | None) -> DummyFamily:
+    """Return what is asked of a family, with pictures of so many pixels a side; None = its own."""
+    known = FAMILIES[family]
+    return known if side is None else known.of_side(side)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +133,8 @@ def named(size: LlamaSize, family: str = "llava") -> str:
     tower = of.tower if size.tower_layers == 24 else f"{size.tower_layers} layers of {of.tower}"
     tiles = f", {of.tiles} tiles a picture" if of.tiles > 1 else ""
     return (
-        f"{size.parameters / 1e9:.2f} B Llama ({size.layers} layers x {size.hidden}) behind "
-        f"{tower}{tiles}, dummy weights"
+        f"{size.parameters / 1e9:.2f} B {of.language} ({size.layers} layers x {size.hidden}) "
+        f"behind {tower}{tiles}, dummy weights"
     )
 
 
@@ -125,7 +143,7 @@ def prefill_flops(size: LlamaSize, tokens: int) -> float:
 
     Two a multiplication: every parameter once a token, and half of all pairs twice.
     """
-    return 2.0 * size.parameters * tokens + 2.0 * size.layers * size.hidden * tokens**2
+    return 2.0 * size.parameters * tokens + 2.0 * size.layers * size.width * tokens**2
 
 
 def facts_of(
@@ -133,5 +151,7 @@ def facts_of(
 ) -> dict[str, object]:
     """Return model, device and engines for the JSON."""
     graphs = "eager" if options.eager else "compiled"
-    model = f"{named(SIZES[options.shape], options.family)}, {options.dtype}, {graphs}"
+    height, width = options.asked.picture
+    shown = f", {height} x {width} pixels" if options.asked.unit else ""
+    model = f"{named(options.size, options.family)}{shown}, {options.dtype}, {graphs}"
     return {"model": model, "device": device(), "engines": engines}

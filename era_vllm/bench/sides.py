@@ -16,8 +16,9 @@ import era_vllm
 from era_vllm.bench import bound
 from era_vllm.bench.engines import TimedEngine, engine
 from era_vllm.bench.setup import EngineOptions, Kind, named
-from era_vllm.lab.dummy import FAMILIES, SIZES, make_dummy
+from era_vllm.lab.dummy import FAMILIES, make_dummy
 from era_vllm.lab.screen import progress
+from era_vllm.vllm_plugin import families
 
 
 @contextmanager
@@ -31,13 +32,13 @@ def side_by_side(
             which prunes.
         options: Of the benchmark.
     """
-    size = SIZES[options.shape]
+    size, asked = options.size, options.asked
     count = "four" if len(kinds) == 4 else len(kinds)
     progress(f"starting {count} engines: {named(size, options.family)}")
     engines: dict[str, TimedEngine] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         narrow, wide = Path(folder) / "narrow", Path(folder) / "wide"
-        make_dummy(narrow, size, options.family)
+        make_dummy(narrow, size, options.family, asked.tokens)
         for name, (kind, widened) in kinds.items():
             started = dummy_engine(
                 arguments_of(kind, wide if widened else narrow, options.era, options.family),
@@ -45,22 +46,28 @@ def side_by_side(
                 options.eager,
                 options.kv_bytes,
                 options.context,
+                {"limit_mm_per_prompt": {kind: int(kind == "image") for kind in asked.modalities}},
             )
             engines[name] = TimedEngine(stack.enter_context(started))
             engines[name].watch()
             if not wide.exists():
                 wider = replace(size, head_size=engines[name].head_size)
-                make_dummy(wide, wider, options.family)
+                make_dummy(wide, wider, options.family, asked.tokens)
         yield engines
 
 
 def dummy_engine(
-    arguments: Mapping[str, object], dtype: str, eager: bool, kv_bytes: int, context: int
+    arguments: Mapping[str, object],
+    dtype: str,
+    eager: bool,
+    kv_bytes: int,
+    context: int,
+    more: Mapping[str, object] | None = None,
 ) -> AbstractContextManager[LLM]:
     """Start an engine without weights; several may share a GPU."""
     share = {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
     return engine(
-        {"max_num_seqs": 2, **arguments, **share},
+        {"max_num_seqs": 2, **arguments, **share, **(more or {})},
         context=context,
         kv_bytes=kv_bytes,
         load_format="dummy",
@@ -81,6 +88,8 @@ def arguments_of(
         return {"model": str(folder)}
     if kind == "pruned":
         return era_vllm.engine_args(str(folder), **(era or {}))
-    architecture = bound.register(FAMILIES[family].architecture)
-    arguments = era_vllm.engine_args(str(folder), policy="uniform", positions="compact")
+    architecture = FAMILIES[family].architecture
+    positions = "compact" if families.FAMILIES[architecture].axes == 1 else "original"
+    architecture = bound.register(architecture)
+    arguments = era_vllm.engine_args(str(folder), policy="uniform", positions=positions)
     return {**arguments, "hf_overrides": {"architectures": [architecture]}}

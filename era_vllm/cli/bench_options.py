@@ -12,11 +12,11 @@ from dataclasses import fields
 from functools import partial
 from typing import Final
 
-from era_vllm.bench.setup import FIXED_K, FIXED_N, EngineOptions, GapOptions, device
+from era_vllm.bench.setup import FIXED_K, FIXED_N, EngineOptions, GapOptions, device, pictured
 from era_vllm.cli.options import era_settings
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
-from era_vllm.lab.dummy import FAMILIES, MAX_CONTEXT, SIZES
+from era_vllm.lab.dummy import FAMILIES, SIZES, size_of
 from era_vllm.policies import policy_names
 
 _ELEMENT_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -32,7 +32,8 @@ def add_common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
         choices=SIZES,
         default="0.9b",
         help="language model: 0.9b (2048 wide, 17 layers), 7b (LLaVA-1.5-7B: 4096, 32), 0.2b (4 "
-        "layers, and a quarter of the tower's), tiny (to try the command: its times mean nothing) "
+        "layers, and a quarter of the tower's), qwen3-vl-2b (2048, 28, 8 KV heads), tiny (to try "
+        "the command: its times mean nothing) "
         "(default %(default)s)",
     )
     what = "number format (default %(default)s)"
@@ -56,8 +57,11 @@ def add_engine_options(
         choices=FAMILIES,
         default="llava",
         help="llava (LLaVA-1.5: 576 tokens a picture), llava-next (an overview, 4 tiles: 2,928), "
-        "internvl (4 tiles, a thumbnail: 1,280) (default %(default)s)",
+        "internvl (4 tiles, a thumbnail: 1,280), qwen3-vl (1024 x 1024 pixels: 1,024) "
+        "(default %(default)s)",
     )
+    text = "pixels of a picture's side, where a family takes any (default: the family's)"
+    add("--side", at_least(1), None, "N", text)
     add("--rates", numbers(float, 0, 1), list(rates), "R,R", f"pruning rates (default {listed})")
     text = "prompt of the text-only requests (default %(default)s)"
     add("--text-tokens", at_least(1), 512, "N", text)
@@ -156,15 +160,17 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     """
     era = era_settings(arguments)
     _check_rates(arguments.rates, era)
-    of_picture = FAMILIES[arguments.family].tokens + 24  # of the question
+    _check_side(arguments.side, FAMILIES[arguments.family].unit)
+    asked = pictured(arguments.family, arguments.side)
+    of_picture = asked.tokens + 24  # of the question
     longest = max(arguments.text_tokens, of_picture) + arguments.decode_tokens
     context = -(-longest // 256) * 256
-    if context > MAX_CONTEXT:
+    if context > asked.context:
         raise ConfigError(
-            f"--text-tokens + --decode-tokens: got {longest}, allowed: up to {MAX_CONTEXT}"
+            f"--text-tokens + --decode-tokens: got {longest}, allowed: up to {asked.context}"
         )
-    size = SIZES[arguments.shape]
-    bytes_per_token = 2 * _ELEMENT_BYTES[arguments.dtype] * size.layers * size.hidden
+    size = size_of(arguments.shape, arguments.family)
+    bytes_per_token = 2 * _ELEMENT_BYTES[arguments.dtype] * size.layers * size.kv_width
     room = 3 * context * bytes_per_token * 2  # twice: heads may be widened, blocks are whole
     resolved = {
         "eager": device() == "cpu" if arguments.eager is None else arguments.eager,
@@ -182,6 +188,12 @@ def _check_rates(rates: Sequence[float], era: Mapping[str, object]) -> None:
         raise ConfigError(
             f"--rates: got {max(rates):g}, allowed: [0, {highest:g}] (raise --era-max-pruning-rate)"
         )
+
+
+def _check_side(side: int | None, unit: int | None) -> None:
+    if side is not None and (unit is None or side % unit):
+        allowed = "no --side, its pictures have one size" if unit is None else f"times of {unit}"
+        raise ConfigError(f"--side: got {side}, allowed with this --family: {allowed}")
 
 
 def sizes(text: str) -> list[tuple[int, int, int]]:

@@ -2,18 +2,18 @@
 ``"dummy"``. What it takes to time a model that cannot be downloaded; its answers mean nothing.
 
 LLaVA-1.5 and LLaVA-NeXT have the tower of CLIP-L/14-336, with 576 tokens a tile; InternVL has
-InternViT-300M's, with 256. What is no size, and the tokenizer, are the shipped sample's. Leaves out
-timing (``bench/``).
+InternViT-300M's, with 256; Qwen3-VL its own (``dummy_qwen.py``), with a token for 32 x 32 pixels.
+What is no size, and the tokenizer, are the shipped sample's. Leaves out timing (``bench/``).
 """
 
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from era_vllm.lab import CHECKPOINT
+from era_vllm.lab import CHECKPOINT, dummy_qwen
 
 MAX_CONTEXT: Final = 4096
 """Of the language model: LLaVA-1.5's."""
@@ -45,12 +45,29 @@ class LlamaSize:
     head_size: int | None = None
     """None = hidden / heads."""
     tower_layers: int = 24
-    """Of the vision tower in front of it; 24 is CLIP-L."""
+    """Of the vision tower in front of it; 24 is CLIP-L, and Qwen3-VL-2B's."""
+    kv_heads: int | None = None
+    """None = as many as heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Of a head."""
+        return self.head_size or self.hidden // self.heads
+
+    @property
+    def width(self) -> int:
+        """Of all heads together."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of all heads of keys together, or of values."""
+        return (self.kv_heads or self.heads) * self.head_dim
 
     @property
     def parameters(self) -> int:
         """Parameters of the layers, embeddings left out (the vocabulary is tiny)."""
-        attention = 4 * self.hidden * self.heads * (self.head_size or self.hidden // self.heads)
+        attention = 2 * self.hidden * (self.width + self.kv_width)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
 
@@ -58,10 +75,18 @@ SIZES: Final[Mapping[str, LlamaSize]] = {
     "0.9b": LlamaSize(),
     "0.2b": LlamaSize(layers=4, tower_layers=6),
     "7b": LlamaSize(4096, 11008, 32, 32),
+    "qwen3-vl-2b": LlamaSize(2048, 6144, 28, 16, kv_heads=8),
     "tiny": LlamaSize(256, 512, 2, 2, tower_layers=4),
 }
 """Names for the command line. ``7b`` is LLaVA-1.5-7B, ``0.2b`` a quarter of the layers of ``0.9b``
 and of its tower; ``tiny`` tries a command, times nothing."""
+
+
+def size_of(shape: str, family: str = "llava") -> LlamaSize:
+    """Return a shape as a family has it: Qwen3-VL's ``0.2b`` is a quarter of ``qwen3-vl-2b``."""
+    if (family, shape) == ("qwen3-vl", "0.2b"):
+        return replace(SIZES["qwen3-vl-2b"], layers=7, tower_layers=6)
+    return SIZES[shape]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +102,18 @@ class DummyFamily:
     """What stands for it in a prompt."""
     tower: str = "CLIP-L/14-336"
     tiles: int = 1
+    language: str = "Llama"
+    context: int = MAX_CONTEXT
+    """Of the language model."""
+    unit: int | None = None
+    """Pixels a side of a token, where a picture may have any size."""
+    modalities: tuple[str, ...] = ("image",)
+    """That the architecture takes."""
+
+    def of_side(self, side: int) -> "DummyFamily":
+        """Return the same with square pictures of so many pixels a side, a multiple of unit."""
+        assert self.unit is not None
+        return replace(self, picture=(side, side), tokens=(side // self.unit) ** 2)
 
 
 FAMILIES: Final[Mapping[str, DummyFamily]] = {
@@ -86,21 +123,34 @@ FAMILIES: Final[Mapping[str, DummyFamily]] = {
         *("InternVLForConditionalGeneration", (896, 896), 1280, "<IMG_CONTEXT>"),
         tower="InternViT-300M",
         tiles=5,
+        modalities=("image", "video"),
+    ),
+    "qwen3-vl": DummyFamily(
+        *("Qwen3VLForConditionalGeneration", (1024, 1024), 1024, dummy_qwen.MARKS["image"]),
+        tower="Qwen3-VL-2B's tower",
+        language="Qwen3",
+        context=dummy_qwen.CONTEXT,
+        unit=dummy_qwen.UNIT,
+        modalities=("image", "video"),
     ),
 }
 """Names for the command line: LLaVA-1.5; an overview, 4 tiles and 48 newlines; 4 tiles and a
-thumbnail."""
+thumbnail; 1,024 x 1,024 pixels, or others."""
 _PINPOINTS: Final = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 _INTERN_TOKENS: Final = {"<img>": 128, "</img>": 129, "<IMG_CONTEXT>": 130, "<video>": 131}
 
 
-def make_dummy(folder: Path, size: LlamaSize | None = None, family: str = "llava") -> None:
+def make_dummy(
+    folder: Path, size: LlamaSize | None = None, family: str = "llava", tokens: int | None = None
+) -> None:
     """Write a checkpoint folder without weights.
 
     Args:
         folder: Made if need be.
         size: Of the language model.
         family: One of ``FAMILIES``.
+        tokens: Of the largest picture, where a picture may have any size: an engine's start runs
+            the tower for it. None = the family's.
 
     Mutates: the config, the processor's and the tokenizer's files in folder.
     """
@@ -120,6 +170,13 @@ def make_dummy(folder: Path, size: LlamaSize | None = None, family: str = "llava
         _write(folder / "processor_config.json", processor)
     elif family == "internvl":
         _make_internvl(folder, size, config, processor["image_processor"])
+    elif family == "qwen3-vl":
+        dtype, tokens = str(config["dtype"]), tokens or FAMILIES[family].tokens
+        files = dummy_qwen.config_files(config["text_config"], dtype, size.tower_layers, tokens)
+        for name, values in files.items():
+            _write(folder / name, values)
+        _add_tokens(folder, dummy_qwen.TOKENS, dummy_qwen.tokenizer_settings())
+        (folder / "chat_template.jinja").write_text(dummy_qwen.CHAT, encoding="utf-8")
 
 
 def _make_internvl(
@@ -158,16 +215,20 @@ def _make_internvl(
     _write(folder / "processor_config.json", processor | {"processor_class": "InternVLProcessor"})
     _write(folder / "preprocessor_config.json", images)
     _write(folder / "video_preprocessor_config.json", videos)
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    settings = {"extra_special_tokens": dict(zip(names, _INTERN_TOKENS, strict=True))}
+    _add_tokens(folder, _INTERN_TOKENS, {"processor_class": "InternVLProcessor", **settings})
+
+
+def _add_tokens(folder: Path, tokens: Mapping[str, int], settings: Mapping[str, object]) -> None:
+    """Give the folder's tokenizer further tokens, by their ids, and settings."""
     table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    for token, number in _INTERN_TOKENS.items():
+    for token, number in tokens.items():
         table["model"]["vocab"][token] = number
         table["added_tokens"].append({**table["added_tokens"][-1], "id": number, "content": token})
     _write(folder / "tokenizer.json", table)
-    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings |= {"processor_class": "InternVLProcessor"}
-    settings["extra_special_tokens"] = dict(zip(names, _INTERN_TOKENS, strict=True))
-    _write(folder / "tokenizer_config.json", settings)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write(folder / "tokenizer_config.json", {**config, **settings})
 
 
 def _make_llava(folder: Path, size: LlamaSize) -> None:
@@ -182,8 +243,8 @@ def _make_llava(folder: Path, size: LlamaSize) -> None:
         "intermediate_size": size.intermediate,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
-        "num_key_value_heads": size.heads,
-        "head_dim": size.head_size or size.hidden // size.heads,
+        "num_key_value_heads": size.kv_heads or size.heads,
+        "head_dim": size.head_dim,
         "max_position_embeddings": MAX_CONTEXT,
     }
     _write(folder / "config.json", config)

@@ -5,7 +5,7 @@ where rates are made explicit, and where a bad one becomes an HTTP 400 before an
 What was done with each item goes back into the request's context.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from functools import cached_property, partial
 from typing import Final
 
@@ -19,24 +19,32 @@ from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.cache_keys import namespace
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.names import RATES
+from era_vllm.vllm_plugin.parts import (
+    Said,
+    placed_parts,
+    said_of_items,
+    with_lists,
+    without_field,
+)
 from era_vllm.vllm_plugin.processor import TOKENS_BEFORE
 from era_vllm.vllm_plugin.rates import effective_rates
 from era_vllm.vllm_plugin.requests import (
     FIELD,
     ItemRate,
     current,
-    image_details,
     item_rates,
     reports,
 )
 from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.trained_range import end_in_time
 
-_DETAILS = "era_details"
+_SAID = "era_said"
 _ITEM_RATES = "era_rates"
 """Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
 _AXES: Final = {"image": 3, "video": 4}
 """Modality -> axes of an array that is one item."""
+_PARTS: Final = {"image": "image_url or input_image", "video": "video_url"}
+"""Modality -> types of a part that is one item."""
 _MOST_PIXELS: Final = 2**24
 """Larger pictures of a request are not kept until the engine has begun to answer it."""
 _MOST_VIDEO_PIXELS: Final = 2**26
@@ -59,17 +67,18 @@ class EraRenderer(HfRenderer):
         return era_config(self.model_config.hf_config)
 
     def render_messages(self, messages, params):  # noqa: ANN001, ANN201  # vLLM's signature
-        """Do what vLLM does, and keep each image's ``detail``, which vLLM drops."""
-        messages = _with_lists(messages)
-        conversation, prompt = super().render_messages(messages, params)
-        prompt[_DETAILS] = _details(messages)
+        """Do what vLLM does, and keep what each item's part says of it, which vLLM drops."""
+        messages = with_lists(messages)
+        conversation, prompt = super().render_messages(without_field(messages), params)
+        prompt[_SAID] = _said(messages)
         return conversation, prompt
 
     async def render_messages_async(self, messages, params):  # noqa: ANN001, ANN201
         """Do the same for a server."""
-        messages = _with_lists(messages)
-        conversation, prompt = await super().render_messages_async(messages, params)
-        prompt[_DETAILS] = _details(messages)
+        messages = with_lists(messages)
+        bare = without_field(messages)
+        conversation, prompt = await super().render_messages_async(bare, params)
+        prompt[_SAID] = _said(messages)
         return conversation, prompt
 
     def _apply_prompt_extras(
@@ -104,7 +113,7 @@ class EraRenderer(HfRenderer):
         given = prompt.get("mm_processor_kwargs")
         kwargs = dict(given) if isinstance(given, dict) else {}
         try:
-            rates = self._item_rates(kwargs, prompt.get(_DETAILS), counts)
+            rates = self._item_rates(kwargs, prompt.get(_SAID), counts)
         except ConfigError as error:
             field = getattr(error, "field", f"mm_processor_kwargs.{RATES}")
             raise VLLMValidationError(str(error), parameter=field) from error
@@ -116,29 +125,35 @@ class EraRenderer(HfRenderer):
     def _item_rates(
         self,
         kwargs: dict[str, object],
-        details: Sequence[object] | None,
+        said: Mapping[str, Sequence[Said]] | None,
         counts: Mapping[str, int],
     ) -> dict[str, list[ItemRate]]:
         explicit = effective_rates(kwargs, counts, self.era)
         if RATES in kwargs:
+            some = (one for each in (said or {}).values() for one in each)
+            if beside := next((one for one in some if one.era is not None), None):
+                raise ConfigError(
+                    f"{beside.place(FIELD)}: got it beside mm_processor_kwargs.{RATES}, which says "
+                    "the rates of the whole prompt; leave one of them out"
+                )
             return {
                 modality: [ItemRate(rate, "era") for rate in some]
                 for modality, some in explicit.items()
             }
-        if details is not None and len(details) != (images := counts.get("image", 0)):
-            raise ConfigError(
-                f"messages: got {images} images, but {len(details)} parts that are one; send each "
-                "as a part of type image_url or input_image"
-            )
         request = current()
         asked = request.rates if request else {}
-        every = {modality: [None] * count for modality, count in counts.items()}
-        if details is not None and "image" in counts:
-            every["image"] = list(details)
-        return {
-            modality: item_rates(some, asked.get(modality), self.era)
-            for modality, some in every.items()
-        }
+        found = dict[str, list[ItemRate]]()
+        for modality, kinds in _PARTS.items():
+            count = counts.get(modality, 0)
+            each = [None] * count if said is None else said[modality]
+            if len(each) != count:
+                raise ConfigError(
+                    f"messages: got {count} {modality}s, but {len(each)} parts that are one; send "
+                    f"each as a part of type {kinds}"
+                )
+            if modality in counts:
+                found[modality] = item_rates(each, asked.get(modality), self.era)
+        return found
 
     def process_for_engine(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
         """Do what vLLM does, and report what was done with the items."""
@@ -192,24 +207,11 @@ class EraRenderer(HfRenderer):
         )
 
 
-def _details(messages: Iterable[object]) -> Sequence[object]:
-    """Return each image's ``detail``: as the route has read it, or from the messages."""
+def _said(messages: list[object]) -> Mapping[str, Sequence[Said]]:
+    """Return what each item's part says: as the route has read it, or from the messages."""
     request = current()
-    given = request.details if request is not None else None
-    return image_details(messages) if given is None else given
-
-
-def _with_lists(messages: Iterable[object]) -> list[object]:
-    """Return messages whose contents can be read twice: validation makes iterators of some.
-
-    Upstream: vllm/renderers/chat_utils.py:1825 ``has_non_text_content`` (0.32.0) says so.
-    """
-    return [
-        {**message, "content": list(message["content"])}
-        if isinstance(message, dict) and not isinstance(message.get("content"), str | list | None)
-        else message
-        for message in messages
-    ]
+    given = request.said if request is not None else None
+    return said_of_items(placed_parts(messages)) if given is None else given
 
 
 def _count(items: object, axes: int) -> int:

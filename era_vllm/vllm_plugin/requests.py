@@ -1,10 +1,11 @@
 """What a request asks for and what was done with each of its items. No vllm or torch import.
 
-An item is a picture or a video. A request says how much to prune by its ``era`` field, for all of
-its items or for each modality, or by OpenAI's own ``detail`` of a picture; else the server's
-default holds. The field travels from the route to the
-renderer, and the report back, in a ``RequestContext``: one context variable an HTTP request.
-Offline there is none, and a prompt may carry its rates itself (``rates``).
+An item is a picture or a video. What is nearest to it decides how much of it is pruned: the ``era``
+field of its own part, else OpenAI's ``detail`` there, else the request's ``era`` field, for all of
+its items or for each modality, else the server's default. The request's field travels from the
+route to the renderer, and the report back, in a ``RequestContext``: one context variable an HTTP
+request. Offline there is none, and a prompt may carry its rates itself (``rates``). Leaves out
+which parts of a message are items (``parts``).
 """
 
 import reprlib
@@ -16,9 +17,10 @@ from typing import Any, Final, Literal
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, unknown_name
+from era_vllm.vllm_plugin.parts import FIELD, Said
 
-Source = Literal["era", "detail", "default"]
-FIELD: Final = "era"
+Source = Literal["part", "detail", "era", "default"]
+"""What decided a rate: ``era`` of the item's part, its ``detail``, the request's ``era``, none."""
 MODALITIES: Final = ("image", "video")
 FORMS: Final = (
     '{"pruning_rate": number} or {"level": name}, or one of them by modality: '
@@ -26,10 +28,7 @@ FORMS: Final = (
 )
 _FORMS_OF_ONE: Final = '{"pruning_rate": number} or {"level": name}'
 DETAILS: Final = {"high": "off", "original": "off", "low": "strong", "auto": None}
-"""OpenAI's ``detail`` -> level; None = the server's default."""
-_IMAGE_TYPES: Final = frozenset({"image_url", "input_image", "image_pil"})
-_IMAGE_KEYS: Final = frozenset({"image_url", "image_pil"})
-_VIDEO: Final = "video_url"
+"""OpenAI's ``detail`` -> level; None = as if it were not there."""
 
 
 class FieldError(ConfigError):
@@ -79,8 +78,8 @@ class RequestContext:
 
     rates: Mapping[str, float] = field(default_factory=dict)
     """Modality -> the rate that the ``era`` field asks for."""
-    details: Sequence[object] | None = None
-    """``detail`` of each image, where vLLM's messages do not say; None = they do."""
+    said: Mapping[str, Sequence[Said]] | None = None
+    """Modality -> what each item's part says, where vLLM's messages do not; None = they do."""
     only_counted: bool = False
     """Its prompt is not for the engine, whose caches must not be thought to know its pictures."""
     pixels: int = 0
@@ -169,66 +168,36 @@ def _rate_of_level(level: object, config: EraConfig, at: str) -> float:
     raise FieldError(f"{at}.level", level, allowed)
 
 
-def item_rates(details: Iterable[object], asked: float | None, config: EraConfig) -> list[ItemRate]:
-    """Return each item's effective rate: what was asked for, else its detail, else the default.
+def item_rates(
+    said: Iterable[Said | None], asked: float | None, config: EraConfig
+) -> list[ItemRate]:
+    """Return each item's effective rate: its part's own, else its detail, what was asked, default.
 
     Args:
-        details: ``detail`` of each picture, None where it has none, as no video has.
+        said: What the part of each says; None = it has none.
         asked: What ``requested_rates`` returned for the modality.
         config: The server's settings.
 
     Raises:
-        FieldError: an unknown detail.
+        FieldError: an unknown detail, or a field that is malformed or out of the server's bounds.
     """
-    return [_item_rate(detail, asked, config) for detail in details]
+    return [_item_rate(one or Said(), asked, config) for one in said]
 
 
-def _item_rate(detail: object, asked: float | None, config: EraConfig) -> ItemRate:
+def _item_rate(said: Said, asked: float | None, config: EraConfig) -> ItemRate:
+    detail = said.detail
     if detail is not None and not (isinstance(detail, str) and detail in DETAILS):
-        raise FieldError("image_url.detail", detail, ", ".join(DETAILS))
+        raise FieldError(said.place(said.detail_at), detail, ", ".join(DETAILS))
+    if said.era is not None:
+        rate = _requested_rate(said.era, config, said.place(FIELD), _FORMS_OF_ONE)
+        return ItemRate(rate, "part")
+    if detail is not None and (level := DETAILS[detail]) is not None:
+        wanted = dict(config.levels)[level]
+        rate = min(max(wanted, config.min_pruning_rate), config.max_pruning_rate)
+        return ItemRate(config.check_rate(rate), "detail", clamped=rate != wanted)
     if asked is not None:
         return ItemRate(asked, "era")
-    level = DETAILS[detail] if detail is not None else None
-    if level is None:
-        return ItemRate(config.check_rate(config.pruning_rate), "default")
-    wanted = dict(config.levels)[level]
-    rate = min(max(wanted, config.min_pruning_rate), config.max_pruning_rate)
-    return ItemRate(config.check_rate(rate), "detail", clamped=rate != wanted)
-
-
-def image_details(messages: Iterable[object]) -> list[object]:
-    """Return the ``detail`` of every image of a chat, in the prompt's order; None = it has none.
-
-    Args:
-        messages: As in a chat request; ``content`` must be a string or a list.
-
-    Upstream: vllm/renderers/chat_utils.py:1699 ``_parse_chat_message_content_mm_part`` (0.32.0),
-    which decides what is an image.
-    """
-    contents = (message.get("content") for message in messages if isinstance(message, dict))
-    parts = (part for content in contents if isinstance(content, list) for part in content)
-    return [_detail(part) for part in parts if is_image(part)]
-
-
-def is_image(part: object) -> bool:
-    """Say whether a part of a message is an image."""
-    if not isinstance(part, dict):
-        return False
-    kind = part.get("type")
-    if kind is None or part.get("uuid") is not None:
-        return not _IMAGE_KEYS.isdisjoint(part)
-    return isinstance(kind, str) and kind in _IMAGE_TYPES
-
-
-def is_video(part: Mapping[str, object]) -> bool:
-    """Say whether a part of a message is a video."""
-    return part.get("type", _VIDEO) == _VIDEO and _VIDEO in part
-
-
-def _detail(part: Mapping[str, object]) -> object:
-    url = part.get("image_url")
-    within = url.get("detail") if isinstance(url, dict) else None
-    return part.get("detail") if within is None else within
+    return ItemRate(config.check_rate(config.pruning_rate), "default")
 
 
 def reports(

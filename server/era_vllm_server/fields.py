@@ -9,6 +9,7 @@ it before anybody looks at pixels. Leaves out how bodies are read (``middleware.
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Collection, Iterator
 from http import HTTPStatus
 from typing import Final
@@ -18,7 +19,8 @@ from vllm import envs
 
 from era_vllm.compat.vllm_entrypoints import MM_PARSER_MAP, TEXT_PART_TYPES
 from era_vllm.config import LEVELS
-from era_vllm.vllm_plugin.requests import FIELD
+from era_vllm.vllm_plugin.parts import FIELD, modality_of
+from era_vllm_server.parts import MESSAGES
 from era_vllm_server.refusals import Refusal
 
 OWN_PATHS: Final = "/v1/era/"
@@ -37,8 +39,6 @@ _WRAPPER: Final = "extra_body"
 """An argument of openai-python, which puts what it holds at the top level."""
 _MEDIA: Final = frozenset(MM_PARSER_MAP) - TEXT_PART_TYPES
 """Types of parts, and keys of parts without a type, that hold a picture or the like."""
-_PART: Final = frozenset({"type", "role", "image_url", "video_url"})
-"""Of these one is in every message and part of a message."""
 _FOREIGN: Final = frozenset(
     {*(name for name in _MEDIA if name.startswith(("video", "audio"))), "input_audio"}
     | {"input_video", "video", "audio"}
@@ -51,11 +51,16 @@ _VIDEOS_TOO: Final = (
 _IN_CHATS: Final = "videos are taken in chats only (video_url, /v1/chat/completions)"
 _TAKE_VIDEO: Final = ("/v1/chat/completions", "/v1/chat/completions/batch", "/tokenize")
 _SPOKEN: Final = ("messages", "input", "system", "content_parts")
-"""Fields whose parts a model is given."""
+"""Fields whose parts a model is given,"""
+_WITHIN: Final = ("content", "output")
+"""and those of a message or part that hold further ones."""
+_OBJECTS: Final = ("image_url", "video_url", "source")
+"""Objects of a part that hold the picture or its address."""
 _TOP: Final = f'put {{"{FIELD}": {{"level": "strong"}}}} at the top level of the body'
-_WHOLE: Final = (
-    "it is a field of the whole request, or of a modality; for one picture alone send detail: "
-    "high, low or auto"
+_BESIDE: Final = f'put {{"{FIELD}": {{"level": "strong"}}}} beside the url or source of its part'
+_WHERE: Final = (
+    "allowed: at the top level of the body, or in the part of a picture or video, beside its url "
+    "or source"
 )
 _PIL: Final = "image_pil: only for callers in Python; send an image_url"
 _ALONE: Final = "uuid: got no string, or a name alone; send the picture beside it"
@@ -120,23 +125,67 @@ def check(
 
 def _misplaced(path: str, fields: dict[str, object], take_era: Collection[str]) -> Refusal | None:
     """Return why ``era``, or what was meant for it, is refused: nowhere is it ignored."""
-    takes = path in take_era
-    if not takes and not f"{path}/".startswith(OWN_PATHS) and fields.get(FIELD) is not None:
-        routes = ", ".join(sorted(take_era))
-        return refused(FIELD, f"{FIELD}: got it for {path}, allowed: {routes}; leave it out here")
+    own, takes = f"{path}/".startswith(OWN_PATHS), path in take_era
+    elsewhere = f"got it for {path}, allowed: {', '.join(sorted(take_era))}; leave it out here"
+    if not takes and not own and fields.get(FIELD) is not None:
+        return refused(FIELD, f"{FIELD}: {elsewhere}")
     for name, value in fields.items():
         within = value if name == _WRAPPER and isinstance(value, dict) else ()
         if ours := next((each for each in within if _NEAR_NAME.fullmatch(each)), None):
             return refused(FIELD, f"{_WRAPPER}: got {ours!r} in it, which nobody reads; {_TOP}")
-        near = _NEAR_NAME.fullmatch(name) and name != FIELD
-        if value is not None and (near or (name == "level" and str(value) in dict(LEVELS))):
+        if name != FIELD and _is_near(name, value):
             return refused(FIELD, f"{name}: no such field, needed {FIELD!r}; {_TOP}")
-    for part in _parts(fields) if takes else ():
-        where = (part.get("image_url"), part.get("video_url"))
-        within = any(isinstance(url, dict) and FIELD in url for url in where)
-        if within or (FIELD in part and not _PART.isdisjoint(part)):
-            return refused(FIELD, f"{FIELD}: got it in a part of a message; {_WHOLE}")
+    for at, part in () if own else _placed(fields):
+        if not takes and part.get(FIELD) is not None:
+            return refused(FIELD, f"{at}.{FIELD}: {elsewhere}")
+        if why := _misplaced_within(part, path.startswith(MESSAGES)):
+            return refused(FIELD, f"{at}.{why}")
     return None
+
+
+def _misplaced_within(part: dict[str, object], blocks: bool) -> str | None:
+    """Return why a message, or a part of one, is refused; behind its place.
+
+    Args:
+        part: The object.
+        blocks: It is of Anthropic's form.
+    """
+    kind = part.get("type")
+    is_item = kind == "image" if blocks else modality_of(part) is not None
+    if not is_item and part.get(FIELD) is not None:
+        what = f"a part of type {reprlib.repr(kind)}" if "role" not in part else "a message"
+        return f"{FIELD}: got it in {what}, {_WHERE}"
+    for name, value in part.items() if is_item else ():
+        if name != FIELD and _is_near(name, value):
+            return f"{name}: no such field, needed {FIELD!r}; {_BESIDE}"
+    for place in _OBJECTS:
+        within = part.get(place)
+        for name, value in within.items() if isinstance(within, dict) else ():
+            if _is_near(name, value):
+                return f"{place}.{name}: no such field; {_BESIDE}"
+    return None
+
+
+def _is_near(name: str, value: object) -> bool:
+    """Tell whether a field that is no ``era`` was meant for it, or is one where there is none."""
+    level = name == "level" and isinstance(value, str) and value in dict(LEVELS)
+    return value is not None and (level or _NEAR_NAME.fullmatch(name) is not None)
+
+
+def _placed(
+    value: object, at: str = "", names: tuple[str, ...] = _SPOKEN
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield every message of a body, and every part of one, with its place."""
+    if isinstance(value, dict):
+        for name in names:
+            if isinstance(inner := value.get(name), list):
+                yield from _placed(inner, f"{at}.{name}" if at else name, _WITHIN)
+    elif isinstance(value, list):
+        for row, inner in enumerate(value):
+            if isinstance(inner, dict):
+                yield f"{at}[{row}]", inner
+            if isinstance(inner, dict | list):
+                yield from _placed(inner, f"{at}[{row}]", _WITHIN)
 
 
 def refused(reason: str, message: str) -> Refusal:

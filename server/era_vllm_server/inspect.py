@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from fastapi import APIRouter, Depends, Request
@@ -39,6 +39,7 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.viz import Kept, draw, seen
 from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, field, shape_of
+from era_vllm.vllm_plugin.parts import Said
 from era_vllm.vllm_plugin.processor import PrunedInfoMixin, pixels_of
 from era_vllm.vllm_plugin.requests import FieldError, ItemRate, item_rates, requested_rates
 from era_vllm_server import probe
@@ -59,19 +60,12 @@ _SHARED: Final = (
 router = APIRouter()
 
 
-class ImageUrl(BaseModel):
-    """An image as in a chat."""
+class ItemUrl(BaseModel):
+    """A picture or video as in a chat."""
 
     model_config = ConfigDict(extra="forbid")
     url: str
-    detail: str | None = None
-
-
-class VideoUrl(BaseModel):
-    """A video as in a chat."""
-
-    model_config = ConfigDict(extra="forbid")
-    url: str
+    detail: Any = None
 
 
 def _as_object(given: object) -> object:
@@ -80,12 +74,14 @@ def _as_object(given: object) -> object:
 
 
 class InspectRequest(BaseModel):
-    """Body of the route."""
+    """Body of the route: a part of a chat, as it is, and what is to be told of it."""
 
     model_config = ConfigDict(extra="forbid")
-    image_url: Annotated[ImageUrl | None, BeforeValidator(_as_object)] = None
-    video_url: Annotated[VideoUrl | None, BeforeValidator(_as_object)] = None
-    era: Annotated[Any, Field(description="as in a chat")] = None
+    type: Literal["image_url", "video_url"] | None = None
+    image_url: Annotated[ItemUrl | None, BeforeValidator(_as_object)] = None
+    video_url: Annotated[ItemUrl | None, BeforeValidator(_as_object)] = None
+    era: Annotated[Any, Field(description="as in a chat, or in a part of one")] = None
+    detail: Any = None
     read_back: bool = False
     picture: bool = True
 
@@ -93,6 +89,8 @@ class InspectRequest(BaseModel):
     def _one_item(self) -> "InspectRequest":
         if (self.image_url is None) == (self.video_url is None):
             raise ValueError("image_url, video_url: needed one of the two")
+        if self.type not in (None, self.key):
+            raise ValueError(f"type: got {self.type}, needed {self.key}")
         return self
 
     @property
@@ -101,11 +99,23 @@ class InspectRequest(BaseModel):
         return "video" if self.image_url is None else "image"
 
     @property
-    def url(self) -> str:
-        """Of the item."""
+    def key(self) -> str:
+        """Field that holds the item."""
+        return f"{self.modality}_url"
+
+    @property
+    def item(self) -> ItemUrl:
+        """What that holds."""
         found = self.image_url or self.video_url
         assert found is not None, "_one_item"
-        return found.url
+        return found
+
+    @property
+    def said(self) -> Said:
+        """What is said of the item, by OpenAI's word."""
+        within = self.item.detail
+        name = "detail" if within is None else f"{self.key}.detail"
+        return Said(detail=self.detail if within is None else within, detail_at=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +179,8 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
 def _rate(request: InspectRequest, config: EraConfig, takes: tuple[str, ...]) -> ItemRate:
     try:
         asked = requested_rates(request.era, config, takes).get(request.modality)
-        detail = request.image_url.detail if request.image_url else None
-        return item_rates([detail], asked, config)[0]
+        (rate,) = item_rates([request.said], asked, config)
+        return rate if asked is None else ItemRate(asked, "era")
     except FieldError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from error
 
@@ -184,9 +194,9 @@ async def _fetch(config: ModelConfig, request: InspectRequest) -> object:
         allowed_media_domains=config.allowed_media_domains,
     )
     if request.modality == "image":
-        return await connector.fetch_image_async(request.url)
+        return await connector.fetch_image_async(request.item.url)
     name = get_video_processor_cls_name(config)
-    return await connector.fetch_video_async(request.url, video_processor=name)
+    return await connector.fetch_video_async(request.item.url, video_processor=name)
 
 
 async def _ask(

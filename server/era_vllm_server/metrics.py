@@ -47,7 +47,11 @@ ITEMS: Final = {
     "image": Counter("era:images", _ITEMS.format("Images"), ["source"]),
     "video": Counter("era:videos", _ITEMS.format("Videos"), ["source"]),
 }
-CLAMPED: Final = Counter("era:clamped_images", "Images whose detail was brought into bounds.")
+_CLAMPED: Final = "{} whose detail was brought into bounds."
+CLAMPED: Final = {
+    "image": Counter("era:clamped_images", _CLAMPED.format("Images")),
+    "video": Counter("era:clamped_videos", _CLAMPED.format("Videos")),
+}
 REJECTED: Final = Counter("era:rejected_requests", "Requests refused by the front.", ["reason"])
 RESPONSES: Final = Counter(
     "era:responses",

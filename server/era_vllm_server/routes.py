@@ -13,44 +13,36 @@ from typing import Annotated, Any, Final, Union, get_args
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from pydantic import WithJsonSchema, create_model
+from pydantic import BaseModel, WithJsonSchema, create_model
 from vllm.exceptions import VLLMValidationError
 
 from era_vllm.compat.vllm_entrypoints import chat_api, messages_api, responses_api, tokenize_api
 from era_vllm.config import EraConfig
+from era_vllm.vllm_plugin.parts import with_lists, without_field
 from era_vllm.vllm_plugin.requests import (
     FIELD,
     MODALITIES,
     FieldError,
     ItemReport,
     current,
-    image_details,
-    is_image,
-    is_video,
     item_rates,
     reports,
     requested_rates,
 )
 from era_vllm_server.metrics import REJECTED
 from era_vllm_server.middleware.body import Body
+from era_vllm_server.parts import MESSAGES, said_in
 from era_vllm_server.probe import modalities
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
-_MESSAGES: Final = "/v1/messages"
 _ROUTES: Final[Mapping[str, tuple[APIRouter, Place | None]]] = {
     "/v1/chat/completions": (chat_api.router, in_chat),
     "/v1/responses": (responses_api.router, in_responses),
-    _MESSAGES: (messages_api.router, in_messages),
-    f"{_MESSAGES}/count_tokens": (messages_api.router, None),
+    MESSAGES: (messages_api.router, in_messages),
+    f"{MESSAGES}/count_tokens": (messages_api.router, None),
     "/tokenize": (tokenize_api.router, None),
 }
 """vLLM's router of each, and where an answer says what was done; None = tokens are only counted."""
-_SOURCES: Final = {"base64": "data", "url": "url"}
-"""Types of an image block's source, and the field that holds the picture or its address."""
-_SOURCE: Final = (
-    '{"type": "base64", "media_type": "image/png", "data": ...} or {"type": "url", "url": ...}; '
-    "send the picture itself, no files are kept here"
-)
 _RATE: Final = {
     "type": "object",
     "properties": {
@@ -120,15 +112,16 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
         try:
             context.rates = requested_rates(body.get(FIELD), config, takes)
             context.only_counted = place is None
-            details = image_details([{"content": _pictures(stock.path, body)}])
-            if stock.path.startswith(_MESSAGES):  # in whose conversion they get lost
-                context.details = details
-            if config.max_pruning_rate == 0:  # and the renderer is vLLM's own
-                every = {"image": details, "video": [None] * _videos(body)}
-                for modality, of_items in every.items():
-                    rates = item_rates(of_items, context.rates.get(modality), config)
+            said = said_in(stock.path, body)
+            if stock.path.startswith(MESSAGES):  # in whose conversion it gets lost
+                context.said = said
+            for modality, of_items in said.items():
+                rates = item_rates(of_items, context.rates.get(modality), config)
+                if config.max_pruning_rate == 0:  # and the renderer is vLLM's own
                     unknown = [None] * len(rates)
                     unseen[modality] = reports(rates, unknown, unknown, config)
+            if unseen:
+                _strip(request)
         except FieldError as error:
             REJECTED.labels(FIELD).inc()
             raise VLLMValidationError(str(error), parameter=error.field) from error
@@ -147,60 +140,12 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
     return handler
 
 
-def _pictures(path: str, body: dict[str, Any]) -> list[dict[str, object]]:
-    """Return the parts of a chat that are images, in the prompt's order and in OpenAI's form.
+def _strip(request: BaseModel) -> None:
+    """Take ``era`` out of a request's parts, as our renderer would.
 
-    Args:
-        path: Of its route.
-        body: What the route has validated.
-
-    Raises:
-        FieldError: one that vLLM leaves out, or refuses without a word on what is allowed.
-
-    Upstream: vllm/entrypoints/anthropic/serving.py:406 ``_convert_messages`` (0.32.0) takes images
-    of messages only, those of the user's tool results before the message's own.
+    Mutates: request.
     """
-    if not path.startswith(_MESSAGES):
-        said = body.get("messages") or body.get("input")
-        items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
-        contents = [item.get(name) for item in items for name in ("content", "output")]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-        found = [part for part in parts if is_image(part)]
-        if any(not part.get("image_url") for part in found):
-            raise FieldError("image_url", None, "data:image/...;base64,... or https://...")
-        return found
-    found, lost = list[dict[str, Any]](), _blocks(body.get("system"), "image")
-    for message in body["messages"]:
-        content, role = message["content"], message["role"]
-        results = [result.get("content") for result in _blocks(content, "tool_result")]
-        within = [block for result in results for block in _blocks(result, "image")]
-        (found if role == "user" else lost).extend(within)
-        (lost if role == "system" else found).extend(_blocks(content, "image"))
-    if lost:
-        raise FieldError("image", lost[0], "in a message of the user")
-    return [_part(block) for block in found]
-
-
-def _videos(body: dict[str, Any]) -> int:
-    """Return how many videos a chat holds."""
-    said = body.get("messages") or body.get("input")
-    items = [item for item in said if isinstance(item, dict)] if isinstance(said, list) else []
-    contents = [item.get("content") for item in items]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(isinstance(part, dict) and is_video(part) for part in parts)
-
-
-def _blocks(content: object, kind: str) -> list[dict[str, Any]]:
-    """Return Anthropic's blocks of a type."""
-    blocks = content if isinstance(content, list) else []
-    return [block for block in blocks if isinstance(block, dict) and block.get("type") == kind]
-
-
-def _part(block: dict[str, Any]) -> dict[str, object]:
-    """Return what vLLM makes of an image block, with its ``detail``."""
-    source = block.get("source")
-    kind = source.get("type", "base64") if isinstance(source, dict) else None
-    given = source.get(_SOURCES.get(kind)) if isinstance(kind, str) else None
-    if not isinstance(given, str) or not given:
-        raise FieldError("source", source, _SOURCE)
-    return {"type": "image_url", "image_url": source, "detail": block.get("detail")}
+    for name in ("messages", "input"):
+        if isinstance(messages := getattr(request, name, None), list):
+            bare = without_field(with_lists(messages), ("content", "output"))
+            setattr(request, name, bare)

@@ -21,6 +21,7 @@ PREFIX: Final = "ERA_"
 NOT_OURS: Final = frozenset(
     {
         *("ERA_VENV", "ERA_PYTHON", "ERA_INSTALL", "ERA_TORCH_INDEX", "ERA_BIND"),
+        *("ERA_MODEL", "ERA_MODEL_NAME", "ERA_MODEL_ARGS"),
         "ERA_ALLOW_UNTESTED_VLLM",
     }
 )

@@ -340,6 +340,15 @@ def test_details_count_offline_too(engine, setup, images):
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
     (chat,) = live.llm.chat(messages, use_tqdm=False)
     assert chat.prompt_token_ids.count(IMAGE_TOKEN) == 144 + 16 + 32
+    parts[0]["era"] = {"level": "extreme"}
+    (chat,) = live.llm.chat(messages, use_tqdm=False)
+    assert chat.prompt_token_ids.count(IMAGE_TOKEN) == 8 + 16 + 32
+    with pytest.raises(VLLMClientError, match="content.0..era: got it beside mm_processor_kwargs"):
+        live.llm.chat(messages, mm_processor_kwargs={"era": 0.5}, use_tqdm=False)
+    parts[0]["era"] = {"pruning_rate": 1}
+    with pytest.raises(VLLMClientError, match="content.0..era.pruning_rate: got 1, allowed"):
+        live.llm.chat(messages, use_tqdm=False)
+    del parts[0]["era"]
     by_rate = live.llm.chat(messages, mm_processor_kwargs={"era": [0.5, 0.5, 0]}, use_tqdm=False)
     assert by_rate[0].prompt_token_ids.count(IMAGE_TOKEN) == 72 + 72 + 144
 

@@ -5,6 +5,7 @@ Leaves out the images: building them takes docker (docs/load.md has the run).
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -23,9 +24,10 @@ import httpx
 import pytest
 import yaml
 
+from era_vllm.errors import EraError
 from era_vllm.lab.servers import Server, free_port, wait_for
 from era_vllm_server import front
-from era_vllm_server.settings import ServerSettings
+from era_vllm_server.settings import NOT_OURS, ServerSettings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -55,6 +57,8 @@ def load(path: Path) -> ModuleType:
 
 
 QUERIES = load(DEPLOY / "grafana" / "queries.py")
+CLIP = load(DEPLOY / "loadtest" / "clip.py")
+CHAT = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:"
 
 
 def run(*command: object, timeout: float = 60, env: dict[str, str] | None = None) -> str:
@@ -65,13 +69,41 @@ def run(*command: object, timeout: float = 60, env: dict[str, str] | None = None
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "files", [["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]], ids=str
-)
-def test_compose_reads_its_files(files: list[str]) -> None:
+def composed(*files: str, **variables: str) -> dict[str, dict[str, object]]:
+    """Return services, as compose reads them from files."""
     options = [word for file in files for word in ("-f", DEPLOY / file)]
-    read = yaml.safe_load(run(program("docker-compose"), *options, "config"))
-    assert set(read["services"]) == {"era-vllm", "prometheus", "grafana"}
+    environment = {name: os.environ[name] for name in os.environ if name[:9] != "ERA_MODEL"}
+    config = run(program("docker-compose"), *options, "config", env=environment | variables)
+    services = yaml.safe_load(config)["services"]
+    assert set(services) == {"era-vllm", "prometheus", "grafana"}
+    return services
+
+
+@pytest.mark.parametrize("files", [[], ["compose.cuda.yaml"]], ids=str)
+def test_compose_reads_its_files(files: list[str]) -> None:
+    composed("compose.yaml", *files)
+
+
+@pytest.mark.parametrize("files", [[], ["compose.cuda.yaml"]], ids=str)
+def test_compose_mounts_a_folder_with_a_model(files: list[str], tmp_path: Path) -> None:
+    files = ["compose.yaml", *files, "compose.model.yaml"]
+    variables = {"ERA_MODEL": str(tmp_path), "ERA_MODEL_ARGS": "--era-pruning-rate .889"}
+    service = composed(*files, **variables)["era-vllm"]
+    command = service["command"]
+    words = command.split() if isinstance(command, str) else command
+    assert words == ["/model", "--served-model-name", "model", "--era-pruning-rate", ".889"]
+    mounts = [m for m in service["volumes"] if "/model:" in str(m) or "'/model'" in str(m)]
+    assert len(mounts) == 1 and "ro" in str(mounts[0]).replace("read_only", "ro")
+    assert service["read_only"] and service["environment"]["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(AssertionError, match="the folder of the model"):
+        composed(*files)
+
+
+def test_a_servers_settings_leave_composes_variables_alone() -> None:
+    text = "".join(path.read_text() for path in DEPLOY.glob("compose*.yaml"))
+    variables = set(re.findall(r"\$\{(ERA_\w+)", text))
+    assert variables == {"ERA_BIND", "ERA_MODEL", "ERA_MODEL_NAME", "ERA_MODEL_ARGS"}
+    assert variables <= NOT_OURS
 
 
 @pytest.mark.parametrize("name", COMPOSE["services"])
@@ -172,17 +204,22 @@ def exposed() -> Iterator[str]:
                 yield name
 
 
-@pytest.fixture
-def scraped(tmp_path: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """A server behind keys and a Prometheus that scrapes it: URLs of both, the keys."""
+@pytest.fixture(params=["sample", "qwen3-vl"])
+def scraped(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[str, str, dict[str, str], str]]:
+    """A server behind keys and a Prometheus that scrapes it: URLs of both, keys, which model."""
     config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     keys = {name: f"era-{name}" for name in ("api_key", "metrics_key")}
     for name, key in keys.items():
         (tmp_path / name).write_text(key + "\n")
     settings = {f"ERA_{name.upper()}_FILE": str(tmp_path / name) for name in ("metrics_key",)}
     settings["ERA_API_KEYS_FILE"] = str(tmp_path / "api_key")
-    command = [Path(sys.executable).with_name("era-vllm"), "serve", "--enforce-eager"]
-    limits = ["--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"]
+    command = [Path(sys.executable).with_name("era-vllm"), "serve"]
+    if request.param != "sample":
+        command.append(random_qwen(tmp_path / "model"))
+    limits = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"]
+    limits += ["--dtype", "float32"]
     with Server("scraped", [*map(str, command), *limits], settings, tmp_path / "log") as server:
         job = next(job for job in config["scrape_configs"] if job["job_name"] == "era-vllm")
         job["authorization"]["credentials_file"] = str(tmp_path / "metrics_key")
@@ -196,30 +233,47 @@ def scraped(tmp_path: Path) -> Iterator[tuple[str, str, dict[str, str]]]:
         words = [f"--{name}={value}" for name, value in options.items()]
         wait_for([server])
         with subprocess.Popen([program("prometheus"), *words], stderr=subprocess.DEVNULL) as own:
-            yield server.url, f"http://{address}", keys
+            yield server.url, f"http://{address}", keys, request.param
             own.terminate()
+
+
+def random_qwen(folder: Path) -> Path:
+    """Write a tiny Qwen3-VL of random weights, which takes videos too."""
+    from tests.engine.families.qwen import QWEN3
+
+    QWEN3.save(folder)
+    (folder / "chat_template.jinja").write_text(CHAT)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_dashboard_has_data_of_a_server(scraped: tuple[str, str, dict[str, str]]) -> None:
-    url, prometheus, keys = scraped
+def test_dashboard_has_data_of_a_server(scraped: tuple[str, str, dict[str, str], str]) -> None:
+    url, prometheus, keys, model = scraped
     variables = {name.upper(): key for name, key in keys.items()}
     smoke = [DEPLOY / "smoke.sh", url]
-    assert "smoke: passed" in run(*smoke, env={**os.environ, **variables})
+    said = run(*smoke, timeout=300, env={**os.environ, **variables})
+    assert "smoke: passed" in said and ("video, strong: " in said) == (model != "sample")
     assert httpx.post(f"{url}/v1/completions", timeout=30).status_code == 401
     bearer = {"Authorization": f"Bearer {keys['api_key']}"}
     assert httpx.post(f"{url}/v1/completions", headers=bearer, timeout=30).status_code == 400
     end = time.monotonic() + 60
-    empty = {title for title, _ in QUERIES.queries()}
-    while empty and time.monotonic() < end:
+    videos = {title for title, _ in QUERIES.queries() if title.startswith("Video")}
+    assert len(videos) == 3
+    empty, without = {title for title, _ in QUERIES.queries()}, set()
+    if model == "sample":
+        without = {*videos, "Share of video tokens kept, by policy and level"}
+    while empty != without and time.monotonic() < end:
         time.sleep(2)
         asked = [(title, QUERIES.ask(prometheus, query)) for title, query in QUERIES.queries()]
         empty = {title for title, found in asked if not found}
-    assert not empty, "panels without data"
-    kept = "sum(era:image_tokens_after_total) / sum(era:image_tokens_before_total)"
-    ((_, share),) = QUERIES.ask(prometheus, kept)
-    assert share == pytest.approx(16 / 144)
+    assert empty == without, "panels without data"
+    strong = '{level="strong"}'
+    shares = {"image": 16 / 144} if model == "sample" else {"image": 3 / 25, "video": 8 / 80}
+    for kind, right in shares.items():
+        after, before = (f"sum(era:{kind}_tokens_{w}_total{strong})" for w in ("after", "before"))
+        ((_, share),) = QUERIES.ask(prometheus, f"{after} / {before}")
+        assert share == pytest.approx(right)
     assert not QUERIES.ask(prometheus, 'ALERTS{alertstate="firing"}')
 
 
@@ -244,18 +298,48 @@ def answering(answers: dict[str, object]) -> Iterator[tuple[str, list[tuple[str,
         server.shutdown()
 
 
+def test_the_dashboard_has_a_row_for_each_modality() -> None:
+    panels = json.loads(QUERIES.DASHBOARD.read_text())["panels"]
+    rows = {panel["title"]: panel["gridPos"]["y"] for panel in panels if panel["type"] == "row"}
+    for kind, row in {"image": "Pruning: pictures", "video": "Pruning: videos"}.items():
+        own = [panel for panel in panels if panel["gridPos"]["y"] == rows[row] + 1]
+        asked = [target["expr"] for panel in own for target in panel["targets"]]
+        assert len(own) == 4 and all(f"era:{kind}" in e or "clamped" in e for e in asked)
+    places = [tuple(panel["gridPos"].values()) for panel in panels]
+    assert len(set(places)) == len(places) == len({panel["id"] for panel in panels})
+
+
+def test_a_video_of_nothing_is_read_by_any_decoder(tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    made = [CLIP.clip(random.Random(seed), 96, 64, frames=5, fps=4) for seed in (0, 0, 1)]
+    assert made[0] == made[1] != made[2]
+    (tmp_path / "clip.mp4").write_bytes(made[0])
+    film = cv2.VideoCapture(str(tmp_path / "clip.mp4"))
+    assert film.get(cv2.CAP_PROP_FPS) == 4
+    frames = []
+    while (read := film.read())[0]:
+        frames.append(read[1])
+    assert [frame.shape for frame in frames] == [(64, 96, 3)] * 5
+    squares = {tuple(frame[::16, ::16, 0].flatten().tolist()) for frame in frames}
+    assert len(squares) == 5 and all((frame[:16, :16] == frame[0, 0]).all() for frame in frames)
+
+
 def test_smoke_takes_the_first_key_of_a_file_with_comments(tmp_path: Path) -> None:
     (tmp_path / "deploy" / "secrets").mkdir(parents=True)
     (tmp_path / "era_vllm").symlink_to(ROOT / "era_vllm")
-    shutil.copy(DEPLOY / "smoke.sh", tmp_path / "deploy")
+    (tmp_path / "deploy" / "loadtest").symlink_to(DEPLOY / "loadtest")
+    for name in ("smoke.sh", "smoke.py"):
+        shutil.copy(DEPLOY / name, tmp_path / "deploy")
     (tmp_path / "deploy" / "secrets" / "api_keys").write_text("# two clients\n\n  one \ntwo\n")
     (tmp_path / "deploy" / "secrets" / "metrics_key").write_text("# Prometheus\nthree\n")
     models = {"data": [{"id": "m"}]}
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_KEY")}
-    with answering({"/ready": {}, "/v1/models": models}) as (url, asked):
+    facts = {"modalities": ["image"], "policy": "era", "levels": {}}
+    with answering({"/ready": {}, "/v1/models": models, "/v1/era": facts}) as (url, asked):
         command = [str(tmp_path / "deploy" / "smoke.sh"), url]
         subprocess.run(command, env=environment, capture_output=True, timeout=60)
-    assert asked == [("/ready", None), ("/v1/models", "Bearer one"), ("/metrics", "Bearer three")]
+    own = [("/v1/models", "Bearer one"), ("/v1/era", "Bearer one"), ("/metrics", "Bearer three")]
+    assert asked == [("/ready", None), *own]
 
 
 def test_a_load_test_of_a_server_that_is_up_is_named_after_its_model(
@@ -272,11 +356,16 @@ def test_a_load_test_of_a_server_that_is_up_is_named_after_its_model(
     monkeypatch.setattr(loadtest, "sweep", sweep)
     monkeypatch.syspath_prepend(DEPLOY / "loadtest")
     models = {"data": [{"id": "/models/llava-1.5"}]}
-    with answering({"/v1/models": models, "/v1/era": {"policy": "era"}}) as (url, _):
-        monkeypatch.setattr(sys, "argv", ["run.py", "--url", url, "--out", str(tmp_path)])
+    facts = {"policy": "era", "modalities": ["image"]}
+    with answering({"/v1/models": models, "/v1/era": facts}) as (url, _):
+        arguments = ["run.py", "--url", url, "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
         assert loadtest.main() == 0
+        monkeypatch.setattr(sys, "argv", [*arguments, "--video", ".5"])
+        with pytest.raises(EraError, match="--video: got a server that takes image"):
+            loadtest.main()
     report = json.loads((tmp_path / "models-llava-1.5.json").read_text())
-    assert report["model"] == f"/models/llava-1.5 at {url}" and report["era"] == {"policy": "era"}
+    assert report["model"] == f"/models/llava-1.5 at {url}" and report["era"] == facts
     with answering({"/v1/models": models}) as (url, _):  # what would be lost behind the sweep
         monkeypatch.setattr(sys, "argv", ["run.py", "--url", url, "--out", str(tmp_path)])
         with pytest.raises(OSError, match="404"):
@@ -284,15 +373,40 @@ def test_a_load_test_of_a_server_that_is_up_is_named_after_its_model(
     assert swept == ["/models/llava-1.5"]
 
 
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")  # torch and vLLM use what they deprecate
+@pytest.mark.parametrize(("share", "videos"), [(0, 0), (0.25, 2), (0.4, 4), (1, 10)])
+def test_a_share_of_the_requests_are_videos(
+    share: float, videos: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DEPLOY / "loadtest")
+    client = load(DEPLOY / "loadtest" / "client.py")
+    path = client.write_requests(tmp_path / "all", 10, client.Asked(64, share, 32, 2), 3)
+    contents = [json.loads(line)["content"] for line in path.read_text().splitlines()]
+    kinds = [content[0]["type"] for content in contents]
+    assert kinds.count("video_url") == videos and len(kinds) == 10
+    assert len({json.dumps(content) for content in contents}) == 10
+    stock = client.CustomImageDataset._process_content_part
+    assert client._part(client.CustomImageDataset, contents[-1][1]) == contents[-1][1]
+    assert stock(contents[-1][1]) == contents[-1][1]
+    if videos:
+        with pytest.raises(ValueError, match="video_url"):  # else our way around is not needed
+            stock(next(content[0] for content in contents if content[0]["type"] == "video_url"))
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_soak(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["sample", "qwen3-vl"])
+def test_soak(model: str, tmp_path: Path) -> None:
     soak = [sys.executable, DEPLOY / "loadtest" / "soak.py", "--out", tmp_path]
+    if model != "sample":
+        soak += ["--model", random_qwen(tmp_path / "model")]
     # a machine with other work has more capacity a minute later than it was seen to have
     brief = "--seconds", 45, "--asks", 80, "--memory", 1000, "--overload", 4
     run(*soak, *brief, timeout=500)
     report = json.loads((tmp_path / "soak.json").read_text())
     assert report["soak"] and len(report["checks"]) >= 12
+    assert ("video" in report["requests"]["modalities"]) == (model != "sample")
 
 
 @pytest.mark.slow
@@ -305,3 +419,17 @@ def test_load_test(tmp_path: Path) -> None:
     tokens = {cell["level"]: cell["prompt_tokens"] for cell in report["cells"]}
     assert tokens["off"] - tokens["strong"] == 144 - 16
     assert all(cell["rps"] > 0 and cell["failed"] == 0 for cell in report["cells"])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_load_test_with_videos(tmp_path: Path) -> None:
+    command = [sys.executable, DEPLOY / "loadtest" / "run.py", "--model", "qwen3-vl-tiny"]
+    command += ["--out", tmp_path, "--side", 256, "--server", "--dtype float32"]
+    command += ["--levels", "off,strong", "--concurrency", 2, "--requests", 8, "--video", 0.5]
+    run(*command, timeout=500)
+    cells = json.loads((tmp_path / "dummy-qwen3-vl-tiny.json").read_text())["cells"]
+    assert all(cell["failed"] == 0 and cell["rps"] > 0 for cell in cells)
+    tokens = {cell["level"]: cell["prompt_tokens"] for cell in cells}
+    # half are pictures of 8 x 8 tokens, half videos of four frames of 4 x 4
+    assert tokens["off"] - tokens["strong"] == ((64 - 7) + 4 * (16 - 2)) / 2

@@ -34,7 +34,7 @@ STEPS = {  # pictures and options -> tokens of each, pictures encoded, found by 
     "A off, C strong": ([picture(A, OFF), picture(C, STRONG)], {}, (N, 16), 1, 1),
     "another question": ([picture(A, OFF), picture(B, STRONG)], OTHER, (N, 16), 0, 2),
     "B strong by rate": ([picture(B)], {"era": {"pruning_rate": 0.889}}, (16,), 0, 1),
-    "C strong by level": ([picture(C, OFF)], {"era": {"level": "strong"}}, (16,), 0, 1),
+    "C strong by its part": ([picture(C, OFF, era={"level": "strong"})], LIGHT, (16,), 0, 1),
     "A off by level": ([picture(A)], {"era": {"level": "off"}}, (N,), 0, 1),
     "A light": ([picture(A)], LIGHT, (72,), 1, 0),
     "A light, twice": ([picture(A), picture(A)], LIGHT, (72, 72), 0, 2),

@@ -95,8 +95,11 @@ SECRET = "a client's own words"
 texts = st.fixed_dictionaries(
     {"type": st.just("text"), "text": st.just(SECRET) | st.text(max_size=40)}
 )
+own = st.fixed_dictionaries({}, optional={"era": eras, "detail": details, "image_url": junk})
+owned = st.tuples(images | texts, own).map(lambda two: two[0] | two[1])
+"""Parts that say something of their own."""
 roles = st.sampled_from(["user", "user", "user", "system", "assistant", "tool", "nobody"])
-contents = st.lists(images | texts, min_size=1, max_size=4) | st.text(max_size=40) | junk
+contents = st.lists(images | texts | owned, min_size=1, max_size=4) | st.text(max_size=40) | junk
 messages = st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), max_size=3)
 chats = st.fixed_dictionaries(
     {"model": st.just("era-sample"), "messages": messages | junk},

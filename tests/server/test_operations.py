@@ -76,7 +76,7 @@ MIX = (
     ((None,), {"level": "strong"}),
     (("low", "high"), None),
     ((None, "auto", "low"), None),
-    (("high",), {"pruning_rate": 0.25}),
+    (("auto",), {"pruning_rate": 0.25}),
     ((), None),
 )
 """Details of each image, and the field ``era``."""

@@ -29,6 +29,7 @@ from tests.server.asking import (
     rates,
     responses_body,
     settled,
+    url_of,
 )
 from tests.server.conftest import ERA_VLLM, LIMITS, started
 
@@ -84,12 +85,102 @@ def test_three_pictures_of_one_request_have_a_detail_each(servers):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_level_is_a_rate_for_all_pictures_and_goes_before_details(servers, level):
+def test_a_level_is_a_rate_for_all_pictures_without_a_detail(servers, level):
     rate, tokens = LEVELS[level]
     for field in ({"level": level}, {"pruning_rate": rate}):
-        answer = chat(servers[0], picture(A, "high"), picture(B, "low"), era=field)
-        assert rates(answer) == [(rate, level, "era", tokens)] * 2
-        assert image_tokens(servers[0], answer) == 2 * tokens
+        answer = chat(servers[0], picture(A), picture(B, "auto"), picture(C, "low"), era=field)
+        low = (0.889, "strong", "detail", 16)
+        assert rates(answer) == [*[(rate, level, "era", tokens)] * 2, low]
+        assert image_tokens(servers[0], answer) == 2 * tokens + 16
+
+
+LIGHT, EXTREME = {"level": "light"}, {"level": "extreme"}
+
+
+def test_a_part_says_the_rate_of_its_own_picture(servers):
+    """Before its detail, and that before the request's field; on the routes that take one."""
+    own = (0.5, "light", "part", 72)
+    said = [own, own, (0.0, "off", "detail", 144), (0.944, "extreme", "era", 8)]
+    parts = [picture(A, era=LIGHT), picture(B, "high", era={"pruning_rate": 0.5})]
+    parts += [picture(A, "high"), picture(C, "auto", era=None)]
+    before = settled(servers[0], "era:images_total")["era:images_total"]
+    answer = chat(servers[0], *parts, era=EXTREME)
+    assert rates(answer) == said
+    assert image_tokens(servers[0], answer) == 2 * 72 + 144 + 8
+    assert settled(servers[0], "era:images_total")["era:images_total"] == before + 4
+    part = r'era:images_total{source="part"} ([1-9]\d*)'
+    metrics = httpx.get(f"{servers[0].url}/metrics", timeout=30).text
+    assert int(float(re.search(part, metrics)[1])) >= 2
+    for chosen in ({}, {"era": EXTREME}):
+        count = post(servers[0], "/tokenize", chat_body(*parts, **chosen)).json()["count"]
+        usage = chat(servers[0], *parts, **chosen)["usage"]
+        assert count == usage["prompt_tokens"]
+    body = responses_body(A, "high", era=EXTREME)
+    body["input"][0]["content"][0]["era"] = LIGHT
+    assert rates(post(servers[0], RESPONSES, body).json()) == [own]
+    output = [{"type": "input_image", "image_url": url_of(C), "detail": "high", "era": LIGHT}]
+    call = {"call_id": "1", "name": "look", "arguments": "{}", "type": "function_call"}
+    answered = {"type": "function_call_output", "call_id": "1", "output": output}
+    reply = post(servers[0], RESPONSES, {**body, "input": [*body["input"], call, answered]})
+    assert rates(reply.json()) == [own, own]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [block(C, era=LIGHT)]}
+    content = [block(A, era=EXTREME, detail="high"), result, block(B), TEXT]
+    body = {**messages_body(A), "messages": [{"role": "user", "content": content}]}
+    reply = post(servers[0], MESSAGES, body).json()
+    assert [one[1:3] for one in rates(reply)] == [
+        *(("light", "part"), ("extreme", "part"), ("medium", "default"))
+    ]
+    only = {name: body[name] for name in ("model", "messages")}
+    counted = post(servers[0], COUNT, only).json()
+    assert counted["input_tokens"] == reply["usage"]["input_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("field", "place", "said"),
+    [
+        ({"pruning_rate": 0.99}, ".pruning_rate", r"got 0.99, allowed: a number in \[0, 0.95\]"),
+        ({"level": "max"}, ".level", r"got 'max', allowed: off \(0\), light"),
+        ({"level": ["off"]}, ".level", r"got \['off'\], allowed: off"),
+        ({"image": {"level": "off"}}, "", r"unknown field 'image'"),
+        ({"level": "off", "pruning_rate": 0}, "", r'allowed: {"pruning_rate": number} or {"level"'),
+        ({"pruning_rate": {"era": {"era": [[[0]]]}}}, ".pruning_rate", r"allowed: a number"),
+        ({"pruning_rate": 10**300}, ".pruning_rate", r"got 1000+\.\.\.0+, allowed: a number"),
+        *((junk, "", r'allowed: {"pruning_rate": number}') for junk in (0, "", [], {}, False)),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_field_of_a_part_is_a_400_with_its_place_and_range(servers, field, place, said):
+    responses, messages = responses_body(A), messages_body(A)
+    responses["input"][0]["content"][0]["era"] = field
+    messages["messages"][0]["content"][0]["era"] = field
+    for path, body, at in (
+        (CHAT, chat_body(picture(A), TEXT, picture(B, era=field)), "messages[0].content[2]"),
+        ("/tokenize", chat_body(picture(B, era=field)), "messages[0].content[0]"),
+        (RESPONSES, responses, "input[0].content[0]"),
+        (MESSAGES, messages, "messages[0].content[0]"),
+        (COUNT, {**messages}, "messages[0].content[0]"),
+    ):
+        reply = post(servers[0], path, body)
+        assert reply.status_code == 400, path
+        message = reply.json()["error"]["message"]
+        assert message.startswith(f"{at}.era{place}: got ") and re.search(said, message), message
+        assert len(message) < 300
+        assert reply.json()["error"].get("param", f"{at}.era{place}") == f"{at}.era{place}"
+
+
+def test_numbers_that_no_json_has_and_names_that_come_twice(servers):
+    def ask(written):
+        text = json.dumps(chat_body(picture(A, era="here"))).replace('"here"', written)
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(f"{servers[0].url}{CHAT}", content=text, headers=headers, timeout=60)
+
+    for number in ("NaN", "Infinity", "-Infinity", "1e999", "-1e-9", "9" * 600, "9" * 9000):
+        reply = ask(f'{{"pruning_rate": {number}}}')
+        assert reply.status_code == 400, (number, reply.text)
+    reply = ask('{"level": "off"}, "era": {"level": "light"}')
+    assert rates(reply.json()) == [(0.5, "light", "part", 72)]
+    assert ask('{"level": "off"}, "era": {"level": "max"}').status_code == 400
+    assert ask("[" * 99 + "]" * 99).status_code == ask("[" * 9999 + "]" * 9999).status_code == 400
 
 
 def test_a_rate_without_a_name_is_custom(servers):
@@ -258,7 +349,7 @@ def test_responses_say_it_too(servers):
     whole = answers.create(**body)
     assert whole.era["images"][0]["tokens_after"] == 16
     assert whole.era["images"][0]["source"] == "detail"
-    body["extra_body"] = {"era": {"level": "light"}}
+    body = responses_body(A, extra_body={"era": {"level": "light"}})
     kinds = {}
     for event in answers.create(**body, stream=True):
         said = getattr(getattr(event, "response", None), "era", None)
@@ -311,7 +402,10 @@ def test_messages_have_a_detail_for_each_picture_in_the_prompts_order(servers, s
     with create.stream(**body) as stream:
         assert stream.get_final_message().era == answer.era
     chosen = create.create(**body, extra_body={"era": {"level": "light"}})
-    assert {one[1:] for one in rates({"era": chosen.era})} == {("light", "era", 72)}
+    assert [one[1:] for one in rates({"era": chosen.era})] == [
+        ("light", "era", 72) if one[2] == "default" else one[1:]
+        for one in rates({"era": answer.era})
+    ]
     clamped = [one["clamped"] for one in post(stock, MESSAGES, body).json()["era"]["images"]]
     assert clamped == [True, False, False, False, False]
 
@@ -363,7 +457,7 @@ def test_pictures_where_vllm_looks_for_none_are_refused(servers):
 
 OPTIONS = {
     "model": MODEL,
-    "messages": chat_body(picture(A, "low"), picture(B))["messages"],
+    "messages": chat_body(picture(A, "auto"), picture(B))["messages"],
     "max_tokens": 8,
     "temperature": 0,
     "extra_body": {"era": {"level": "strong"}},
@@ -451,7 +545,11 @@ def test_off_is_served_where_the_default_is_extreme(extreme):
     off = chat(extreme, *[picture(A, "high")] * 3, **ask)
     assert rates(off) == [(0.0, "off", "detail", 144)] * 3
     assert image_tokens(extreme, off, KEYS[0]) == 3 * 144
-    assert rates(chat(extreme, picture(A, "low"), era={"level": "off"}, **ask))[0][3] == 144
+    low, off = picture(A, "low", era={"level": "off"}), picture(A)
+    assert [one[3] for one in rates(chat(extreme, low, off, era={"level": "off"}, **ask))] == [
+        144,
+        144,
+    ]
 
 
 def test_a_detail_out_of_bounds_is_brought_into_them_and_the_answer_says_so(extreme, stock):
@@ -478,11 +576,8 @@ def test_at_a_maximum_of_0_rates_above_0_are_400_and_the_engine_is_stock(stock):
         source = "default" if field is None else "era"
         assert answer["era"]["policy"] is None
         first, second = answer["era"]["images"]
-        assert (first["source"], second["source"]) == (
-            "detail" if source == "default" else "era",
-            source,
-        )
-        assert first["clamped"] == (field is None)
+        assert (first["source"], second["source"]) == ("detail", source)
+        assert first["clamped"]
         assert {first["level"], second["level"]} == {"off"}
         assert image_tokens(stock, answer) == 2 * N
     for path, body in ((CHAT, chat_body), (RESPONSES, responses_body), (MESSAGES, messages_body)):
@@ -493,6 +588,11 @@ def test_at_a_maximum_of_0_rates_above_0_are_400_and_the_engine_is_stock(stock):
             assert "[0, 0]" in reply.json()["error"]["message"]
         answer = post(stock, path, body(picture_of)).json()
         assert [one["level"] for one in answer["era"]["images"]] == ["off"]
+    answer = chat(stock, picture(A, "low", era={"level": "off"}), picture(B))
+    sources = [(one["source"], one["clamped"]) for one in answer["era"]["images"]]
+    assert sources == [("part", False), ("default", False)]
+    reply = post(stock, CHAT, chat_body(picture(A, era={"level": "light"})))
+    assert (reply.status_code, "content[0].era.level: got 'light'" in reply.text) == (400, True)
 
 
 def test_names_of_pictures_are_kept_apart_by_key(extreme):

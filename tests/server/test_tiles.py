@@ -69,8 +69,6 @@ def test_pictures_are_reported_one_by_one(server):
 
 def test_a_field_by_modality(case, server):
     parts = (picture(TALL), VIDEO)
-    said = ask(server, {**VIDEO, "video_url": {**CLIP, "era": {"level": "off"}}})
-    assert said.status_code == 400 and "in a part of a message" in said.text
     takes = httpx.get(f"{server.url}/v1/era").json()["modalities"]
     assert takes == [*case.marks]
     said = ask(server, *parts, era=BOTH)
@@ -89,6 +87,72 @@ def test_a_field_by_modality(case, server):
         assert one["level"] == "off" and one["tokens_after"] == one["tokens_before"]
     default = ask(server, *parts).json()["era"]
     assert {one["source"] for one in (*default["images"], *default["videos"])} == {"default"}
+
+
+def test_a_part_says_the_rate_of_its_own_video(case, server):
+    """Before its detail, and that before the request's field, by modality or not."""
+    if "video" not in case.marks:
+        said = ask(server, {**VIDEO, "era": {"level": "off"}})
+        assert said.status_code == 400 and "text and pictures only" in said.text
+        return
+
+    def video(detail=None, **more):
+        return {**VIDEO, "video_url": CLIP | ({"detail": detail} if detail else {}), **more}
+
+    before = scraped(server)
+    own = video("high", era={"pruning_rate": 0.9}), picture(TALL, era={"level": "light"})
+    for era in (BOTH, {"level": "off"}, None):
+        said = ask(server, *own, video("low"), era=era)
+        assert said.status_code == 200, said.text
+        ((image,), (first, second)) = (said.json()["era"][name] for name in ("images", "videos"))
+        assert (image["level"], image["source"]) == ("light", "part")
+        assert (first["pruning_rate"], first["level"], first["source"]) == (0.9, None, "part")
+        assert (second["level"], second["source"]) == ("strong", "detail")
+        assert first["tokens_before"] == second["tokens_before"] > second["tokens_after"]
+    found = added(before, scraped(server), "era:videos", "era:images")
+    assert found == {
+        "era:videos_total{part}": 3,
+        "era:videos_total{detail}": 3,
+        "era:images_total{part}": 3,
+    }
+    high, rest = ask(server, video("high"), video("auto"), era=BOTH).json()["era"]["videos"]
+    assert (high["level"], high["source"]) == ("off", "detail")
+    assert high["tokens_after"] == high["tokens_before"]
+    assert (rest["pruning_rate"], rest["source"]) == (0.95, "era")
+    for part, place in (
+        (video(era={"pruning_rate": 0.99}), "era.pruning_rate: got 0.99, allowed: a number in"),
+        (video(era={"video": {"level": "off"}}), "era: got "),
+        (video("ultra"), "video_url.detail: got 'ultra', allowed: high, original, low, auto"),
+        ({**VIDEO, "video_url": {**CLIP, "era": {"level": "off"}}}, "video_url.era: no such field"),
+        (video(level="off"), "level: no such field, needed 'era'"),
+    ):
+        said = ask(server, picture(TALL), part)
+        assert said.status_code == 400, said.text
+        message = said.json()["error"]["message"]
+        assert message.startswith(f"messages[0].content[1].{place}"), message
+
+
+def test_inspect_takes_a_part_as_it_is(case, server):
+    if "video" not in case.marks:
+        return
+    for more, decided in (
+        ({"video_url": CLIP | {"detail": "low"}}, ("strong", "detail")),
+        ({"video_url": CLIP | {"detail": "low"}, "era": {"level": "light"}}, ("light", "era")),
+        ({"era": {"video": {"level": "light"}}, "detail": "high"}, ("light", "era")),
+        ({"detail": "low"}, ("strong", "detail")),
+        ({}, ("medium", "default")),
+    ):
+        body = {**VIDEO, "picture": False} | more
+        reply = httpx.post(f"{server.url}/v1/era/inspect", json=body, timeout=120)
+        assert reply.status_code == 200, reply.text
+        assert (reply.json()["level"], reply.json()["source"]) == decided
+    for wrong, told in (
+        ({"detail": "ultra"}, "detail: got 'ultra', allowed: high"),
+        ({"video_url": CLIP | {"detail": 3}}, "video_url.detail: got 3"),
+        ({"type": "image_url"}, "type: got image_url, needed video_url"),
+    ):
+        reply = httpx.post(f"{server.url}/v1/era/inspect", json={**VIDEO} | wrong, timeout=60)
+        assert reply.status_code == 400 and told in reply.text, reply.text
 
 
 def test_inspect_draws_tiles_and_frames(case, server, tmp_path):

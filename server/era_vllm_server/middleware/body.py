@@ -147,7 +147,7 @@ class Body:
             TOKENS_BEFORE[modality].labels(*labels).inc(one.tokens_before or 0)
             TOKENS_AFTER[modality].labels(*labels).inc(one.tokens_after or 0)
             ITEMS[modality].labels(one.source).inc()
-            CLAMPED.inc(one.clamped)
+            CLAMPED[modality].inc(one.clamped)
 
 
 def _too_much(excess: str) -> Refusal:

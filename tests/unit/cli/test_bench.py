@@ -67,6 +67,8 @@ def test_bad_options_are_refused_by_the_parser(
         (["gap", "--rate", ".97"], "raise --era-max-pruning-rate"),
         (["serve", "--rates", ".97"], "raise --era-max-pruning-rate"),
         (["attention", "--text-tokens", "5000"], "allowed: up to 4096"),
+        (["serve", "--side", "672"], "its pictures have one size"),
+        (["serve", "--family", "qwen3-vl", "--side", "1000"], "times of 32"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(
@@ -101,6 +103,8 @@ def test_engines_get_room_for_the_longest_request() -> None:
     options = engine_options(parser.parse_args(["--text-tokens", "1000"]))
     assert options.context == 1024
     assert engine_options(parser.parse_args([])).context == 768  # 587 and 16 tokens
+    large = engine_options(parser.parse_args(["--family", "qwen3-vl", "--side", "2048"]))
+    assert large.asked.tokens == 4096 and large.context == 4352
     wider = parser.parse_args(["--dtype", "float32"])
     assert engine_options(wider).kv_bytes == 2 * engine_options(parser.parse_args([])).kv_bytes
     assert engine_options(parser.parse_args(["--kv-mib", "7"])).kv_bytes == 7 * 2**20

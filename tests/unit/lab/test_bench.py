@@ -20,7 +20,8 @@ from era_vllm.bench.report import Goal, Report, percent, shown, table, times
 from era_vllm.bench.setup import prefill_flops
 from era_vllm.bench.stages import StageClock
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.dummy import FAMILIES, SIZES, make_dummy
+from era_vllm.lab.dummy import FAMILIES, SIZES, make_dummy, size_of
+from era_vllm.lab.dummy_qwen import feature_layers, rotary_sections
 from era_vllm.policies import policy_names
 
 SAMPLES = Samples({"a": {"ttft": (1.0, 9.0, 4.0)}, "b": {"ttft": (2.0, 3.0, 2.0), "x": (1.0,)}})
@@ -227,6 +228,40 @@ def test_a_dummy_family_has_its_own_processor(tmp_path: Path, family: str) -> No
     ids = processor(images=[picture], text=f"USER: {known.mark} ASSISTANT:")["input_ids"]
     (ids,) = ids if isinstance(ids[0], list) else (ids,)
     assert ids.count(config.image_token_id) == known.tokens
+
+
+def test_qwen3_vl_is_as_large_as_published(tmp_path: Path) -> None:
+    """Of 2.1 B parameters 1.41 are in its layers, .31 embeddings, the rest the tower."""
+    size = size_of("qwen3-vl-2b", "qwen3-vl")
+    assert size.parameters == 28 * (2 * 2048 * (2048 + 1024) + 3 * 2048 * 6144)
+    quarter = size_of("0.2b", "qwen3-vl")
+    assert quarter.parameters * 4 == size.parameters and quarter.tower_layers == 6
+    assert size_of("0.2b") == SIZES["0.2b"]
+    make_dummy(tmp_path, size, "qwen3-vl")
+    config = json.loads((tmp_path / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    assert (text["num_key_value_heads"], text["head_dim"]) == (8, 128)
+    assert text["rope_parameters"]["mrope_section"] == [24, 20, 20]
+    assert vision["deepstack_visual_indexes"] == [5, 11, 17]
+    assert feature_layers(6, 7) == [1, 2, 4] and feature_layers(4, 2) == [0, 1]
+    assert sum(rotary_sections(160)) == 80  # a bench's widened heads
+
+
+@pytest.mark.parametrize("side", [64, 1024, 2048])
+def test_a_picture_may_have_another_size(tmp_path: Path, side: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    known = FAMILIES["qwen3-vl"].of_side(side)
+    make_dummy(tmp_path, SIZES["tiny"], "qwen3-vl", known.tokens)
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    picture = next(noise_pictures(*known.picture))
+    (grid,) = processor.image_processor(images=[picture], return_tensors="pt")["image_grid_thw"]
+    assert int(grid.prod()) == 4 * known.tokens == (side // 16) ** 2
+
+
+def test_prefill_flops_of_grouped_heads() -> None:
+    size, tokens = size_of("qwen3-vl-2b", "qwen3-vl"), 1050
+    pairs = 2 * 28 * 16 * 128 * tokens**2
+    assert prefill_flops(size, tokens) == pytest.approx(2 * 1.409e9 * tokens + pairs, rel=1e-3)
 
 
 def test_prefill_flops_are_those_of_the_field() -> None:

@@ -6,12 +6,11 @@ import math
 import pytest
 
 from era_vllm.config import EraConfig
+from era_vllm.vllm_plugin.parts import Said
 from era_vllm.vllm_plugin.requests import (
     FieldError,
     ItemRate,
     current,
-    image_details,
-    is_video,
     item_rates,
     reports,
     request_context,
@@ -146,34 +145,55 @@ def test_a_field_by_modality_is_refused_where_it_is_wrong(
     assert len(str(refused.value)) < 300
 
 
-def test_videos_are_found_in_every_form() -> None:
-    url = {"url": "data:,"}
-    assert is_video({"type": "video_url", "video_url": url}) and is_video({"video_url": url})
-    assert not is_video({"type": "text", "text": "?", "video_url": url})
-    assert not is_video({"type": ["video_url"], "video_url": url}) and not is_video(
-        {"image_url": url}
-    )
+def with_details(*details: object) -> list[Said]:
+    return [Said(detail=detail) for detail in details]
 
 
-def test_details_are_levels_and_the_field_goes_before_them() -> None:
-    details = ["high", "original", "low", "auto", None]
-    assert item_rates(details, None, PLAIN) == [
-        ItemRate(0.0, "detail"),
-        ItemRate(0.0, "detail"),
-        ItemRate(0.889, "detail"),
-        ItemRate(0.778, "default"),
-        ItemRate(0.778, "default"),
-    ]
-    assert item_rates(details, 0.5, PLAIN) == [ItemRate(0.5, "era")] * 5
+def test_what_is_nearest_to_an_item_decides() -> None:
+    """Its part's field, its detail, the request's field, the server's default."""
+    light = {"level": "light"}
+    part, both = Said(era=light), Said(era=light, detail="high")
+    detail, auto, none = Said(detail="high"), Said(detail="auto"), Said()
+    for asked, rest in ((None, ItemRate(0.778, "default")), (0.6, ItemRate(0.6, "era"))):
+        assert item_rates([part, both, detail, auto, none, None], asked, PLAIN) == [
+            *[ItemRate(0.5, "part")] * 2,
+            ItemRate(0.0, "detail"),
+            *[rest] * 3,
+        ]
+
+
+def test_a_part_asks_for_what_the_server_serves() -> None:
+    assert item_rates([Said(era={"pruning_rate": 0.9})], 0.5, PLAIN) == [ItemRate(0.9, "part")]
+    for wrong, place, said in (
+        ({"pruning_rate": 0.9}, ".pruning_rate", "got 0.9, allowed: a number in [0.25, 0.8]"),
+        ({"pruning_rate": math.nan}, ".pruning_rate", "got nan"),
+        ({"level": "strong"}, ".level", "allowed: light (0.5), medium (0.778)"),
+        ({"image": {"level": "light"}}, "", "unknown field 'image'"),
+        ({"level": "light", "pruning_rate": 0.5}, "", 'or {"level": name}'),
+        *((junk, "", 'allowed: {"pruning_rate": number}') for junk in ({}, [], 0, "light", True)),
+    ):
+        at = "messages[3].content[14]"
+        with pytest.raises(FieldError) as refused:
+            item_rates([Said(), Said(at, wrong)], None, BOUNDED)
+        assert refused.value.field == f"{at}.era{place}"
+        assert str(refused.value).startswith(f"{at}.era{place}: got ")
+        assert said in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_details_are_levels_and_go_before_the_requests_field() -> None:
+    details = with_details("high", "original", "low", "auto", None)
+    named = [ItemRate(0.0, "detail")] * 2 + [ItemRate(0.889, "detail")]
+    assert item_rates(details, None, PLAIN) == named + [ItemRate(0.778, "default")] * 2
+    assert item_rates(details, 0.5, PLAIN) == named + [ItemRate(0.5, "era")] * 2
 
 
 def test_details_out_of_bounds_are_brought_into_them_and_said_to_be() -> None:
-    assert item_rates(["high", "low", None], None, BOUNDED) == [
+    assert item_rates(with_details("high", "low", None), None, BOUNDED) == [
         ItemRate(0.25, "detail", clamped=True),
         ItemRate(0.8, "detail", clamped=True),
         ItemRate(0.5, "default"),
     ]
-    assert item_rates(["high", "low"], None, STOCK) == [
+    assert item_rates(with_details("high", "low"), None, STOCK) == [
         ItemRate(0.0, "detail"),
         ItemRate(0.0, "detail", clamped=True),
     ]
@@ -181,48 +201,17 @@ def test_details_out_of_bounds_are_brought_into_them_and_said_to_be() -> None:
 
 def test_details_follow_the_servers_own_levels() -> None:
     own = EraConfig.parse({"levels": {"off": 0, "strong": 0.6, "mine": 0.1}})
-    assert item_rates(["low"], None, own) == [ItemRate(0.6, "detail")]
+    assert item_rates(with_details("low"), None, own) == [ItemRate(0.6, "detail")]
     assert requested_rate({"level": "mine"}, own) == 0.1
     with pytest.raises(FieldError, match=r"off \(0\), mine \(0.1\), strong \(0.6\)"):
         requested_rate({"level": "light"}, own)
 
 
 @pytest.mark.parametrize("detail", ["ultra", "", 3, ["low"], True])
-def test_an_unknown_detail_is_refused_whatever_the_field_says(detail: object) -> None:
-    for asked in (None, 0.5):
-        with pytest.raises(FieldError, match="image_url.detail: got .*high, original, low, auto"):
-            item_rates([detail], asked, PLAIN)
-
-
-def test_details_are_found_in_every_form_of_an_image_in_order() -> None:
-    def url(**more: object) -> dict[str, object]:
-        return {"url": "data:,", **more}
-
-    messages = [
-        {"role": "system", "content": "image_url"},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": url(detail="low")},
-                {"type": "text", "text": "?", "detail": "high"},
-                {"type": "input_image", "image_url": "data:,", "detail": "high"},
-                "text",
-                {"image_url": "data:,"},
-                {"type": "video_url", "video_url": url(detail="low")},
-            ],
-        },
-        {"role": "assistant", "content": None},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": url(detail="auto"), "detail": "low"},
-                {"type": "image_pil", "image_pil": object()},
-                {"type": "text", "text": "?", "uuid": "a", "image_url": url(detail="original")},
-                {"type": ["image_url"], "image_url": url(detail="low")},
-            ],
-        },
-    ]
-    assert image_details(messages) == ["low", "high", None, "auto", None, "original"]
+def test_an_unknown_detail_is_refused_whatever_the_fields_say(detail: object) -> None:
+    for asked, era in ((None, None), (0.5, None), (None, {"level": "off"})):
+        with pytest.raises(FieldError, match="^video_url.detail: got .*high, original, low, auto"):
+            item_rates([Said("", era, detail, "video_url.detail")], asked, PLAIN)
 
 
 def test_a_report_says_level_source_and_tokens() -> None:

@@ -1,0 +1,140 @@
+"""What a folder of Qwen3-VL without weights holds: its config, and what its processor reads.
+
+The tower is Qwen3-VL-2B's: 1,024 wide, a token for 32 x 32 pixels, feature maps of three layers
+(DeepStack). The fields are those of the published config. Leaves out the language model's size and
+the tokenizer (``dummy.py``).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+CONTEXT: Final = 262_144
+"""Positions of the language model."""
+UNIT: Final = 32
+"""Pixels a side of a token: 2 x 2 patches of 16."""
+TOKENS: Final = {
+    "<|vision_start|>": 128,
+    "<|vision_end|>": 129,
+    "<|image_pad|>": 130,
+    "<|video_pad|>": 131,
+}
+"""Behind the sample's vocabulary."""
+MARKS: Final = {
+    kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")
+}
+"""What stands for an item in a prompt."""
+CHAT: Final = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:"
+"""Chat template; vLLM puts the marks before the text."""
+_LEVELS: Final = (5, 11, 17)
+_DEPTH: Final = 24
+_MROPE: Final = (24, 20, 20)
+_HEAD: Final = 128
+
+
+def tokenizer_settings() -> dict[str, object]:
+    """Return what the tokenizer's config says of the tokens."""
+    names = {name.strip("<|>").replace("pad", "token"): name for name in TOKENS}
+    return {"processor_class": "Qwen3VLProcessor", "extra_special_tokens": names}
+
+
+def config_files(
+    text: Mapping[str, Any], dtype: str, tower_layers: int, tokens: int
+) -> dict[str, dict[str, object]]:
+    """Return files by name.
+
+    Args:
+        text: Sizes of the language model, by the fields of its config.
+        dtype: Of the weights.
+        tower_layers: Of the tower; the layers of its feature maps move with them.
+        tokens: Of the largest picture, and of the largest video.
+    """
+    return {
+        "config.json": _config(text, dtype, tower_layers),
+        **_processor_files(tokens),
+    }
+
+
+def feature_layers(tower_layers: int, layers: int) -> list[int]:
+    """Return the tower's layers of which maps are taken: 5, 11 and 17 of 24, or as far along.
+
+    Args:
+        tower_layers: Of the tower.
+        layers: Of the language model: each of its first takes a map.
+    """
+    ends = [-(-(level + 1) * tower_layers // _DEPTH) for level in _LEVELS]
+    return [end - 1 for end in ends][:layers]
+
+
+def rotary_sections(head_dim: int) -> list[int]:
+    """Return how many pairs of a head each axis turns: 24, 20 and 20 of a head of 128."""
+    other = head_dim * _MROPE[1] // _HEAD
+    return [head_dim // 2 - 2 * other, other, other]
+
+
+def _config(text: Mapping[str, Any], dtype: str, tower_layers: int) -> dict[str, object]:
+    start, end, image, video = TOKENS.values()
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 5_000_000,
+        "mrope_section": rotary_sections(text["head_dim"]),
+        "mrope_interleaved": True,
+    }
+    more = {
+        "model_type": "qwen3_vl_text",
+        "vocab_size": end + 3,
+        "max_position_embeddings": CONTEXT,
+        "rope_parameters": rope,
+    }
+    vision = {
+        "model_type": "qwen3_vl_vision",
+        "depth": tower_layers,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": text["hidden_size"],
+        "deepstack_visual_indexes": feature_layers(tower_layers, text["num_hidden_layers"]),
+    }
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": {**text, **more},
+        "vision_config": vision,
+        "vision_start_token_id": start,
+        "vision_end_token_id": end,
+        "image_token_id": image,
+        "video_token_id": video,
+        "dtype": dtype,
+        "tie_word_embeddings": False,
+    }
+
+
+def _processor_files(tokens: int) -> dict[str, dict[str, object]]:
+    both: dict[str, object] = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    area = UNIT * UNIT
+    images = {
+        **both,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": min(64, tokens) * area, "longest_edge": tokens * area},
+    }
+    videos = {
+        **both,
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        # of all frames together, pairs of which are a token's
+        "size": {"shortest_edge": 4 * area, "longest_edge": 2 * tokens * area},
+    }
+    parts = {"image_processor": images, "video_processor": videos}
+    return {
+        "processor_config.json": {**parts, "processor_class": "Qwen3VLProcessor"},
+        "preprocessor_config.json": images,
+        "video_preprocessor_config.json": videos,
+    }
