@@ -45,7 +45,7 @@ demo:  ## questions about pictures, pruned against unpruned, then the speed (FAS
 
 bench: env  ## what pruning costs and saves here; figures in out/ (ARGS="--rounds 3 ...")
 	@$(TIMED) $(PYTEST) tests/bench -m bench ; \
-	for what in reducer attention serve gap; do $(BIN)/era-vllm bench $$what $(ARGS) ; done
+	for what in reducer segments attention serve gap; do $(BIN)/era-vllm bench $$what $(ARGS) ; done
 
 loadtest: env  ## a server at every level, under growing load; plot in out/ (ARGS="--model 0.9b ...")
 	@$(TIMED) $(BIN)/python deploy/loadtest/run.py $(ARGS)

@@ -45,6 +45,12 @@ class EraConfig:
     """Names that a request may use for rates; those out of bounds are refused when asked for."""
     min_anchors: int = 1
     """Floor of tokens kept a segment, >= 1."""
+    max_segment: int = 4096
+    """Tokens that are pruned together, at most, >= 16: a larger segment is cut into near-square
+    blocks, since pruning costs n^2. Source: docs/segments.md."""
+    frames_per_segment: int = 1
+    """Frames of a video that are pruned together, >= 1, as many of them as ``max_segment`` allows;
+    more than 1 only where a video is one run. Source: frame by frame is the reference."""
     policy: str = "era"
     """File name in ``era_vllm/policies``, or ``"package.module:Class"``."""
     policy_options: tuple[tuple[str, OptionValue], ...] = ()
@@ -94,12 +100,9 @@ class EraConfig:
             "an object of names and rates in [0, 1), with those that an image's detail stands for: "
             "off, which is 0, and strong",
         )
-        _check(
-            _is_int(self.min_anchors) and self.min_anchors >= 1,
-            "min_anchors",
-            self.min_anchors,
-            "an integer >= 1",
-        )
+        for name, least in (("min_anchors", 1), ("max_segment", 16), ("frames_per_segment", 1)):
+            value = getattr(self, name)
+            _check(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
         for name in ("merge", "bias", "allow_extrapolation"):
             _check(
                 isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"

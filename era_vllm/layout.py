@@ -5,12 +5,15 @@ known before anything is encoded. The processor (how many placeholders), the mod
 the runner (which positions) call it with the same integers, so the three cannot disagree.
 
     place     index of a row of what vLLM's own encoder gives for the item: [length, d]
-    segment   places that are pruned alone: a picture, a tile, a frame
+    segment   places that are pruned alone: a picture, a tile, a frame; ``cut`` makes blocks of a
+              large one, and one of several frames
     run       places without text between them in the prompt; all but some videos have one
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -18,6 +21,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 NO_PLACES: Final = torch.zeros(0, dtype=torch.int64)
+WHOLE: Final = (0.0, 0.0, 1.0, 1.0)
+"""Box of a segment that shows all of its unit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,8 +35,10 @@ class SegmentLayout:
     """Their places in the item, raster order."""
     unit: int = 0
     """Row of the tower's batch whose pixels they show."""
-    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    box: tuple[float, float, float, float] = WHOLE
     """Top, left, bottom and right of what they show of the unit, in its own height and width."""
+    units: int = 1
+    """Rows of the batch, from ``unit`` on, of which the segment is all, one above another."""
 
     @property
     def n(self) -> int:
@@ -148,3 +155,93 @@ def equal_units(
         work=units * work,
         run_lengths=(n,) * units if runs else (),
     )
+
+
+@lru_cache(maxsize=256)
+def cut(layout: Layout, max_segment: int, frames: int = 1) -> Layout:
+    """Return a layout of which no segment has more than ``max_segment`` tokens.
+
+    A larger one becomes near-square blocks. All else stays, and so does a layout, the same object,
+    in which there is nothing to do.
+
+    Args:
+        max_segment: >= 1.
+        frames: So many segments become one where they are whole units of one grid that follow one
+            another in one run; fewer where more would be too large, and at the end.
+    """
+    joined = _joined(layout, max_segment, frames) if frames > 1 else layout.segments
+    segments = tuple(block for one in joined for block in _blocks(one, max_segment))
+    return layout if segments == layout.segments else replace(layout, segments=segments)
+
+
+def _joined(layout: Layout, max_segment: int, frames: int) -> Sequence[SegmentLayout]:
+    groups: list[list[SegmentLayout]] = []
+    last_run = -1
+    for segment, run in zip(layout.segments, layout.run_of_segment, strict=True):
+        group = groups[-1] if groups and run == last_run else []
+        at_once = min(frames, max_segment // segment.n)
+        if group and len(group) < at_once and _follows(segment, group[-1]):
+            group.append(segment)
+        else:
+            groups.append([segment])
+        last_run = run
+    return [_stacked(group) for group in groups]
+
+
+def _follows(segment: SegmentLayout, before: SegmentLayout) -> bool:
+    whole = segment.box == before.box == WHOLE and segment.units == before.units == 1
+    return whole and segment.grid == before.grid and segment.unit == before.unit + 1
+
+
+def _stacked(group: Sequence[SegmentLayout]) -> SegmentLayout:
+    if len(group) == 1:
+        return group[0]
+    (rows, columns), first = group[0].grid, group[0].unit
+    places = torch.cat([segment.places for segment in group])
+    return SegmentLayout((len(group) * rows, columns), places, first, WHOLE, len(group))
+
+
+def _blocks(segment: SegmentLayout, max_segment: int) -> Iterator[SegmentLayout]:
+    """Yield the blocks of a segment, row by row of them; one of few tokens is its own."""
+    if segment.n <= max_segment:
+        yield segment
+        return
+    bands = block_counts(segment.grid, max_segment)
+    places = segment.places.view(segment.grid)
+    top, left, bottom, right = segment.box
+    tall, wide = (bottom - top) / segment.grid[0], (right - left) / segment.grid[1]
+    ends = [
+        [side * i // count for i in range(count + 1)]
+        for side, count in zip(segment.grid, bands, strict=True)
+    ]
+    for upper, lower in pairwise(ends[0]):
+        for first, last in pairwise(ends[1]):
+            box = top + upper * tall, left + first * wide, top + lower * tall, left + last * wide
+            size, own = (lower - upper, last - first), places[upper:lower, first:last]
+            yield SegmentLayout(size, own.flatten(), segment.unit, box, segment.units)
+
+
+@lru_cache(maxsize=256)
+def block_counts(grid: tuple[int, int], max_segment: int) -> tuple[int, int]:
+    """Return the rows and columns of blocks that a grid is cut into, equal to a row and column.
+
+    The fewest blocks of which none is more than twice as long as wide, where twice the least
+    number is enough for that, as it is but for thin grids; else the fewest. Of as many blocks the
+    squarest, and of these the fewest rows.
+
+    Args:
+        grid: Rows and columns of tokens.
+        max_segment: Tokens of a block, at most; >= 1.
+    """
+    (height, width), enough = grid, 2 * -(-grid[0] * grid[1] // max_segment)
+    found: list[tuple[bool, int, float, int, int]] = []
+    for rows in range(1, height + 1):
+        if not (widest := max_segment // -(-height // rows)):
+            continue
+        fewest = -(-width // widest)
+        for columns in range(fewest, max(fewest, min(width, enough // rows)) + 1):
+            sides = (-(-height // rows), height // rows), (-(-width // columns), width // columns)
+            aspect = max(sides[0][0] / sides[1][1], sides[1][0] / sides[0][1])
+            near_square = aspect <= 2 and rows * columns <= enough
+            found.append((not near_square, rows * columns, aspect, rows, columns))
+    return min(found)[3:]

@@ -6,17 +6,20 @@ M-RoPE, whose places hang on all N, a prompt's are counted). No real reducer can
 answers mean nothing.
 """
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from era_vllm.vllm_plugin.families import FAMILIES, Family
+from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.fields import modality_of, unpack_items
+from era_vllm.vllm_plugin.layouts import Layouts
 from era_vllm.vllm_plugin.models import pruned_processors
 from era_vllm.vllm_plugin.names import PREFIX
 from era_vllm.vllm_plugin.register import register_family
+from era_vllm.vllm_plugin.resolve import era_config
 
 _NAME: Final = "FirstTokens"
 
@@ -32,7 +35,7 @@ def register(architecture: str) -> str:
     """
     name = f"{_NAME}{architecture}"
     known = FAMILIES[architecture]
-    register_family(name, Family(f"{__name__}:{name}", known.modalities, known.axes))
+    register_family(name, replace(known, target=f"{__name__}:{name}"))
     return PREFIX + name
 
 
@@ -48,7 +51,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  # a class of which no type k
     def embed_multimodal(self: Any, **kwargs: object) -> list[Tensor]:  # noqa: ANN401
         """Return for each item [K, d]."""
         modality = modality_of(kwargs, family.modalities)
-        items = unpack_items(kwargs, adapter, self.config, modality)
+        layouts = Layouts(adapter, self.config, era_config(self.config))
+        items = unpack_items(kwargs, layouts, modality)
         rows = stock.embed_multimodal(self, **kwargs)
         return [own[: sum(item.plan.kept)] for own, item in zip(rows, items, strict=True)]
 

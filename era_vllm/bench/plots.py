@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from era_vllm.bench.fidelity import Paired
+
 STAGES: Final = {
     "tower": "#9aa5b1",
     "projector": "#c7ced6",
@@ -89,6 +91,37 @@ def growth(
     for axis in axes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
+    _save(figure, title, path)
+
+
+def segments(
+    path: Path,
+    title: str,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
+    answers: Mapping[str, "Paired"],
+) -> None:
+    """Draw values over the tokens of a block, and right answers against those of whole pictures.
+
+    Args:
+        path: PNG.
+        title: Over everything.
+        panels: What is measured -> line -> blocks' tokens, values.
+        answers: Case -> right answers in pairs.
+    """
+    figure, axes = _figure(1, 1 + len(panels), (4.2 * (1 + len(panels)), 3.8))
+    for axis, (name, lines) in zip(axes, panels.items(), strict=False):
+        for label, (x, y) in lines.items():
+            axis.plot(x, y, "o-", label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens of a block, at most")
+        axis.set_ylabel(name)
+        axis.legend(fontsize=7)
+    axes[0].set_yscale("log")
+    differences = [one.difference for one in answers.values()]
+    means, halves = ([100 * value for value in column] for column in zip(*differences, strict=True))
+    axes[-1].errorbar(means, list(answers), xerr=halves, fmt="o", color=_OTHER)
+    axes[-1].axvline(0, color="grey", linestyle="--")
+    axes[-1].set_xlabel("right against whole, % of questions")
     _save(figure, title, path)
 
 

@@ -70,6 +70,32 @@ class ReducerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class SegmentsOptions:
+    """Options of the benchmark of blocks of a large picture, by the names of its JSON."""
+
+    rounds: int
+    warm_ups: int
+    shape: str
+    dtype: str
+    policies: list[str]
+    tokens: list[int]
+    """Of a picture; squares."""
+    segments: list[int]
+    """``EraConfig.max_segment``; the whole picture is always beside them."""
+    rate: float
+    answer_rate: float
+    patches: int
+    """Of the tower that the reducer is held against; four make a token."""
+    tower_layers: int
+    """Timed of all."""
+    slow_s: float
+    """What takes so long is timed once."""
+    photos: int
+    pictures: int
+    """Four questions each."""
+
+
+@dataclass(frozen=True, slots=True)
 class GapOptions:
     """Options of the benchmark of a stream's pauses, by the names that its JSON has for them."""
 

@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from era_vllm.bench.setup import ReducerOptions, set_environment
+from era_vllm.bench.setup import ReducerOptions, SegmentsOptions, set_environment
 from era_vllm.cli.bench_options import (
     add_common_options,
     add_engine_options,
     add_gap_options,
     add_reducer_options,
+    add_segments_options,
     add_switch,
     engine_options,
     gap_options,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 DESCRIPTION: Final = """Measure what pruning costs and what it saves, on this machine.
 
   era-vllm bench reducer      the pruning step alone, its growth, against the vision tower
+  era-vllm bench segments     a large picture in blocks: time, memory, what it changes
   era-vllm bench attention    the widened attention layer against vLLM's own; KV blocks
   era-vllm bench serve        first token, decode and encoder against stock vLLM and a bound
   era-vllm bench gap          the longest pause of a running stream while pictures arrive
@@ -57,6 +59,25 @@ are skipped with a word.
 Growth: N is varied at K = 64, K at N = 2,304; the exponent is a least squares fit on logarithms.
 Goal: at most 5 % of the tower for an image, its tiles and a video's chunks. Writes
 OUT/bench-reducer.json and .png.
+"""
+
+SEGMENTS: Final = """Measure what it costs and what it changes to prune a large picture in blocks.
+
+  era-vllm bench segments --dtype float32                     all of it (half an hour on two cores)
+  era-vllm bench segments --dtype float32 --tokens 4096 --photos 2 --pictures 20      a quick look
+
+Pruning costs N squared, so a picture of more than --era-max-segment tokens is cut into near-square
+blocks, each pruned alone. Beside each bound the whole picture:
+
+  time, memory   an engine's reducer on noise as wide as the language model (--shape)
+  merge error    real photos, as tokens of the sample model's tower: mean 1 - cos of a token to the
+                 row that stands for it, relative MSE, anchors shared with whole
+  answers        of the sample model, its 144 tokens in 8, 4 and 2 blocks; paired with whole
+  queries        attention received by a sample of queries against that by all, on the photos
+
+And the reducer's share of a tower that sees a whole picture of --patches patches (Qwen3-VL's, of
+which --tower-layers layers are timed and multiplied), reading the attention included. Goal: at most
+5 % in blocks of the default size. Writes OUT/bench-segments.json and .png.
 """
 
 ATTENTION: Final = """Time the attention layer that carries the bias against vLLM's own.
@@ -147,6 +168,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         return kind
 
     add_reducer_options(add("reducer", REDUCER, "the pruning step alone", 5))
+    add_segments_options(add("segments", SEGMENTS, "a large picture in blocks", 3))
     kind = add("attention", ATTENTION, "the widened attention layer", 8)
     add_engine_options(kind, rates=(0.5, 0.889), eager=True)
     text = "start each engine twice, in mirrored order (default: %(default)s)"
@@ -167,7 +189,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     del rest
     if find_spec("matplotlib") is None:
         raise UnsupportedError("bench: matplotlib is missing; pip install 'era-vllm[lab]'")
-    if arguments.bench != "reducer" and find_spec("vllm") is None:
+    if arguments.bench not in ("reducer", "segments") and find_spec("vllm") is None:
         from era_vllm.vllm_plugin.version import INSTALL
 
         raise UnsupportedError(f"bench: vLLM is not installed; needed 0.32.x: {INSTALL}")
@@ -200,6 +222,11 @@ def _measure(arguments: argparse.Namespace, out: Path) -> "tuple[dict[str, objec
 
         own = {field.name: getattr(arguments, field.name) for field in fields(ReducerOptions)}
         return own, reducer.run(ReducerOptions(**own), out)
+    if arguments.bench == "segments":
+        from era_vllm.bench import segments
+
+        own = {field.name: getattr(arguments, field.name) for field in fields(SegmentsOptions)}
+        return own, segments.run(SegmentsOptions(**own), out)
     options = (gap_options if arguments.bench == "gap" else engine_options)(arguments)
     set_environment(eager=options.eager)
     progress("importing vLLM")

@@ -4,6 +4,7 @@ Leaves out the benchmarks (``bench/``) and running one (``bench.py``).
 """
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -83,6 +84,24 @@ def add_reducer_options(parser: argparse.ArgumentParser) -> None:
     add("--n-sweep", numbers(int, FIXED_K + 1), "256,576,1024,2304,4096", "N,N", text)
     text = f"at N = {FIXED_N}; {fit} %(default)s)"
     add("--k-sweep", numbers(int, 1, FIXED_N), "16,32,64,128,256,512", "K,K", text)
+
+
+def add_segments_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the benchmark of blocks of a large picture."""
+    add = partial(_add, parser)
+    names = f"of {', '.join(policy_names())} (default era,dpp)"
+    add("--policies", lambda text: text.split(","), ["era", "dpp"], "P,P", names)
+    add("--tokens", squares, "4096,16384", "N,N", "of a picture, squares (default %(default)s)")
+    text = "tokens of a block, at most (default %(default)s; whole is always there)"
+    add("--segments", numbers(int, 16), "1024,2048,4096", "N,N", text)
+    add("--rate", one_rate, 0.944, "R", "of noise and photos (default %(default)s)")
+    add("--answer-rate", one_rate, 0.889, "R", "of the questions (default %(default)s)")
+    text = "of the tower that the reducer is held against; 4 a token (default %(default)s)"
+    add("--patches", at_least(64), 16384, "N", text)
+    add("--tower-layers", at_least(1), 1, "N", "timed, and multiplied (default %(default)s)")
+    add("--slow-s", float, 30.0, "S", "what takes so long is timed once (default %(default)s)")
+    add("--photos", at_least(1), 3, "N", "the held out ones first (default %(default)s)")
+    add("--pictures", at_least(1), 150, "N", "asked about, 4 questions each (default %(default)s)")
 
 
 def add_gap_options(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +205,22 @@ def sizes(text: str) -> list[tuple[int, int, int]]:
     if wrong := [f"{n}:{k}" for n, k, _ in found if k >= n]:
         raise argparse.ArgumentTypeError(f"got {', '.join(wrong)}, needed K < N")
     return found
+
+
+def squares(text: str) -> list[int]:
+    """Parse squares of integers with commas between."""
+    found = numbers(int, 16)(text)
+    if wrong := [n for n in found if math.isqrt(n) ** 2 != n]:
+        raise _refused(", ".join(map(str, wrong)), "allowed: squares (4096, 16384)")
+    return found
+
+
+def one_rate(text: str) -> float:
+    """Parse a pruning rate."""
+    found = numbers(float, 0, 1)(text)
+    if len(found) > 1:
+        raise _refused(text, "allowed: one number in [0, 1)")
+    return found[0]
 
 
 def at_least(least: int) -> Callable[[str], int]:

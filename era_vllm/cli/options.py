@@ -46,6 +46,17 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         f"(default {json.dumps(dict(LEVELS))})",
     ),
     "min_anchors": (int, "N", "tokens always kept an image (default 1)"),
+    "max_segment": (
+        int,
+        "N",
+        "tokens that are pruned together at most; a larger picture is cut into near-square blocks "
+        "(default 4096)",
+    ),
+    "frames_per_segment": (
+        int,
+        "N",
+        "frames of a video that are pruned together where no text stands between them (default 1)",
+    ),
     "policy": (
         str,
         "NAME",

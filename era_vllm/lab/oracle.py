@@ -20,7 +20,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from era_vllm.config import EraConfig, Gamma, encoder_layer
 from era_vllm.errors import UnsupportedError
-from era_vllm.pipeline import prune
+from era_vllm.lab.blocks import prune_blocks
 from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
 from era_vllm.steps.merge import average
@@ -234,10 +234,8 @@ class Oracle(LanguageOracle):
 
     @torch.inference_mode()
     def reduce(self, images: Sequence[Image], config: EraConfig, rate: float) -> PrunedTokens:
-        """Prune images of one rate with the core."""
-        tokens = self.tokens(images, config)
-        count = config.num_anchors(tokens.n, rate)
-        return prune(tokens, count, make_policy(config), merge=config.merge, bias=config.bias)
+        """Prune images of one rate with the core, in blocks where they are large."""
+        return prune_blocks(self.tokens(images, config), config, rate)
 
     @torch.inference_mode()
     def recycle(

@@ -73,8 +73,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         """Cut and resize like a picture's features, or pool like a video's."""
         if len(layouts[0].shape) == 2:
             return super().signals(hf_config, tapped, layouts)
-        maps = tapped.unflatten(2, (self._tiling(hf_config).side, -1))
-        pooled = nn.functional.interpolate(maps, layouts[0].segments[0].grid, mode="bilinear")
+        side = self._tiling(hf_config).side
+        maps, grid = tapped.unflatten(2, (side, side)), [math.ceil(side / 2)] * 2
+        pooled = nn.functional.interpolate(maps, grid, mode="bilinear")
         parts = pooled.flatten(2).split([layout.units for layout in layouts])
         return [nn.functional.pad(part.transpose(0, 1).flatten(1), (0, 1)) for part in parts]
 

@@ -23,6 +23,8 @@ class Family:
     """What is pruned; others that the family's vLLM class takes are refused."""
     axes: Literal[1, 3] = 1
     """Axes of a position: 3 = M-RoPE."""
+    frame_runs: bool = False
+    """Text stands between the frames of its videos, so that none can be pruned together."""
 
 
 FAMILIES: Final = {
@@ -37,10 +39,12 @@ FAMILIES: Final = {
         ("image", "video"),
     ),
     "InternVLForConditionalGeneration": Family(
-        "era_vllm.models.internvl_hf:EraInternVLForConditionalGeneration", ("image", "video")
+        "era_vllm.models.internvl_hf:EraInternVLForConditionalGeneration",
+        ("image", "video"),
+        frame_runs=True,
     ),
     "InternVLChatModel": Family(
-        "era_vllm.models.internvl:EraInternVLChatModel", ("image", "video")
+        "era_vllm.models.internvl:EraInternVLChatModel", ("image", "video"), frame_runs=True
     ),
     "Qwen2VLForConditionalGeneration": Family(
         "era_vllm.models.qwen2_vl:EraQwen2VLForConditionalGeneration", ("image", "video"), 3
@@ -49,10 +53,16 @@ FAMILIES: Final = {
         "era_vllm.models.qwen2_vl:EraQwen2_5_VLForConditionalGeneration", ("image", "video"), 3
     ),
     "Qwen3VLForConditionalGeneration": Family(
-        "era_vllm.models.qwen3_vl:EraQwen3VLForConditionalGeneration", ("image", "video"), 3
+        "era_vllm.models.qwen3_vl:EraQwen3VLForConditionalGeneration",
+        ("image", "video"),
+        3,
+        frame_runs=True,
     ),
     "Qwen3VLMoeForConditionalGeneration": Family(
-        "era_vllm.models.qwen3_vl:EraQwen3VLMoeForConditionalGeneration", ("image", "video"), 3
+        "era_vllm.models.qwen3_vl:EraQwen3VLMoeForConditionalGeneration",
+        ("image", "video"),
+        3,
+        frame_runs=True,
     ),
 }
 

@@ -11,8 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from era_vllm.contracts import ModelAdapter
 from era_vllm.plan import Plan
+from era_vllm.vllm_plugin.layouts import Layouts
 
 NUM_ANCHORS: Final = "era_num_anchors"
 """K of each segment, int64 [segments]."""
@@ -51,17 +51,12 @@ def pack_items(
     return {field(name, modality): value for name, value in values.items()}
 
 
-def unpack_items(
-    inputs: dict[str, object], adapter: ModelAdapter, hf_config: object, modality: str
-) -> list[Planned]:
+def unpack_items(inputs: dict[str, object], layouts: Layouts, modality: str) -> list[Planned]:
     """Take the fields of a batch of items out of the encoder's inputs. Mutates: inputs."""
     columns = [list(inputs.pop(field(name, modality))) for name in NAMES]  # type: ignore[arg-type]
     return [
         Planned(
-            Plan(
-                adapter.layout(hf_config, modality, tuple(shape.tolist())), tuple(counts.tolist())
-            ),
-            int(pixel_hash),
+            Plan(layouts(modality, tuple(shape.tolist())), tuple(counts.tolist())), int(pixel_hash)
         )
         for counts, pixel_hash, shape, _ in zip(*columns, strict=True)
     ]

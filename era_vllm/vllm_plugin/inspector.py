@@ -40,8 +40,10 @@ class FoundSegment:
 
     unit: int
     """Tile or frame."""
+    units: int
+    """Frames from that one on, one above another."""
     box: tuple[float, float, float, float]
-    """Top, left, bottom, right of what it shows of it, in shares of its height and width."""
+    """Top, left, bottom, right of what it shows of them, in shares of their height and width."""
     grid: tuple[int, int]
     anchors: list[int]
     assignment: list[int]
@@ -118,6 +120,7 @@ class Inspector:
         entropy = token_entropy(self._policy, tokens)
         return FoundSegment(
             layout.unit,
+            layout.units,
             layout.box,
             tokens.grid,
             result.anchors[row].tolist(),

@@ -23,6 +23,7 @@ from era_vllm.types import Signal
 from era_vllm.vllm_plugin.encoder_pass import encoded, passes
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.fields import modality_of, shape_of, unpack_items
+from era_vllm.vllm_plugin.layouts import Layouts
 from era_vllm.vllm_plugin.positions import (
     built_rows,
     longer_rope_table,
@@ -57,6 +58,7 @@ class PrunedModelMixin(nn.Module):
         with longer_rope_table(hf_config.get_text_config(), more):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.era, self.family = era, family_of(hf_config)
+        self.layouts = Layouts(self.adapter, hf_config, era)
         self.policy = make_policy(self.era)
         self.sources = self._sources()
         self.reducer = Reducer(self.policy, self.era, self.adapter.width(hf_config))
@@ -74,7 +76,7 @@ class PrunedModelMixin(nn.Module):
         where profiling is switched off, so that no user waits for it).
         """
         modality = modality_of(inputs, self.family.modalities)
-        items = unpack_items(inputs, self.adapter, self.config, modality)
+        items = unpack_items(inputs, self.layouts, modality)
         done: list[Tensor] = []
         for of_pass, share in passes(self.adapter, items, inputs, self.tokens_per_pass):
             for source in self.sources:
@@ -111,7 +113,7 @@ class PrunedModelMixin(nn.Module):
         runs: list[tuple[int, int, int]] = []
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
             shape = shape_of(feature.data, feature.modality)
-            layout = self.adapter.layout(self.config, feature.modality, shape)
+            layout = self.layouts(feature.modality, shape)
             found = feature.mm_position.extract_embeds_range()
             runs += [
                 (first, last - first + 1, span)

@@ -29,6 +29,7 @@ from era_vllm.plan import Plan, plan
 from era_vllm.vllm_plugin.cache_keys import pruned_hashes
 from era_vllm.vllm_plugin.families import Family, family_of
 from era_vllm.vllm_plugin.fields import NAMES, field, pack_items
+from era_vllm.vllm_plugin.layouts import Layouts
 from era_vllm.vllm_plugin.names import RATES
 from era_vllm.vllm_plugin.positions import table_rows
 from era_vllm.vllm_plugin.rates import effective_rates, without_rates
@@ -70,9 +71,10 @@ class PrunedInfoMixin:
         """What is known of the family."""
         return family_of(self.ctx.model_config.hf_config)
 
-    def layout(self, modality: str, shape: tuple[int, ...]) -> Layout:
-        """Return where an item's tokens stand unpruned."""
-        return self.adapter.layout(self.ctx.model_config.hf_config, modality, shape)
+    @cached_property
+    def layout(self) -> Layouts:
+        """``layout(modality, shape)``: where an item's tokens stand unpruned."""
+        return Layouts(self.adapter, self.ctx.model_config.hf_config, self.era)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Take what is pruned, and nothing else: an item could slip in without a bias."""

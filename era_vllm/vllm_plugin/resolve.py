@@ -33,6 +33,7 @@ def resolve(vllm_config: VllmConfig) -> None:
     hf_config.era = config.as_dict()
     refuse(vllm_config)
     _refuse_rate(vllm_config)
+    refuse_joined_frames(hf_config, config)
     if family_of(hf_config).axes > 1 and config.positions == "compact":
         raise UnsupportedError(
             "positions: got 'compact', which a model with M-RoPE has no meaning for; allowed: "
@@ -67,6 +68,20 @@ def _refuse_rate(vllm_config: VllmConfig) -> None:
             "pruning_rate=...)) or --era-pruning-rate"
         )
     refuse_misspelt(given)
+
+
+def refuse_joined_frames(hf_config: object, config: EraConfig) -> None:
+    """Refuse frames that are pruned together where text stands between them.
+
+    Raises:
+        UnsupportedError: a family of which each frame is a run.
+    """
+    if family_of(hf_config).frame_runs and config.frames_per_segment > 1:
+        raise UnsupportedError(
+            f"frames_per_segment: got {config.frames_per_segment}, but this family's videos have "
+            "text between their frames, which cannot be pruned together; allowed: 1 (leave "
+            "--era-frames-per-segment out)"
+        )
 
 
 def era_config(hf_config: object) -> EraConfig:

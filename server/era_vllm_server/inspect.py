@@ -11,12 +11,14 @@ import asyncio
 import base64
 import io
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
 
+import torch
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -297,16 +299,24 @@ def _draw(found: Pruned, info: PrunedInfoMixin, title: str, modality: str) -> by
     shape, what = shape_of(found.item, modality), "tile" if modality == "image" else "frame"
     units = info.adapter.units(info.get_hf_config(), pixels_of(found.item), shape)
     kept = []
-    for one in found.pruned["segments"]:
-        picture, (top, left, bottom, right) = seen(units[one["unit"]], mean, std), one["box"]
-        width, height = picture.size
+    segments = found.pruned["segments"]
+    parts = Counter(one["unit"] for one in segments)
+    drawn = Counter[int]()
+    for one in segments:
+        first, last = one["unit"], one["unit"] + one["units"]
+        picture = seen(torch.cat([*units[first:last]], 1), mean, std)  # one above another
+        (top, left, bottom, right), (width, height) = one["box"], picture.size
         box = (
             round(left * width),
             round(top * height),
             round(right * width),
             round(bottom * height),
         )
-        name = f"{what} {one['unit'] + 1} of {found.pruned['units']}"
+        which = f"{what} {last}" if one["units"] == 1 else f"{what}s {first + 1} to {last}"
+        name = f"{which} of {found.pruned['units']}"
+        drawn[first] += 1
+        if parts[first] > 1:
+            name += f", part {drawn[first]} of {parts[first]}"
         segment = (one[key] for key in ("anchors", "assignment", "log_bias"))
         kept.append(Kept(picture.crop(box), tuple(one["grid"]), *segment, name))
     separators = found.pruned["separators"]

@@ -6,7 +6,7 @@ A family that is new has a row in ``CASES``; the rest is found.
 import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from era_vllm.config import EraConfig
 from era_vllm.contracts import ModelAdapter
 from era_vllm.errors import UnsupportedError
-from era_vllm.layout import Layout
+from era_vllm.layout import Layout, cut
 from era_vllm.plan import plan
 from era_vllm.vllm_plugin.families import FAMILIES
 
@@ -205,6 +205,32 @@ def test_every_place_is_a_segments_a_separator_or_dropped(
 
 
 @each_family
+def test_a_row_says_whether_text_stands_between_frames(name: str) -> None:
+    row, config = FAMILIES[name], CASES[name].hf_config()
+    runs = 1
+    if "video" in row.modalities:
+        shape = CASES[name].shape("video", 300, 400, 5)
+        runs = len(adapter(name).layout(config, "video", shape).run_lengths)
+    assert row.frame_runs == (runs > 1)
+
+
+@each_family
+@given(size=SIZES, frames=st.integers(1, 9), most=st.integers(16, 400), data=st.data())
+def test_signals_do_not_hang_on_how_segments_are_cut(
+    name: str, size: tuple[int, int], frames: int, most: int, data: st.DataObject
+) -> None:
+    own, case = adapter(name), CASES[name]
+    config = case.hf_config()
+    modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
+    layout = own.layout(config, modality, case.shape(modality, *size, frames))
+    tapped = _tapped(case, config, [layout])
+    (whole,), (parts,) = (
+        own.signals(config, tapped, [one]) for one in (layout, cut(layout, most, 3))
+    )
+    assert torch.equal(whole, parts)
+
+
+@each_family
 @given(sizes=st.lists(SIZES, min_size=1, max_size=4), data=st.data())
 def test_signals_stand_where_their_tokens_do(
     name: str, sizes: list[tuple[int, int]], data: st.DataObject
@@ -213,17 +239,22 @@ def test_signals_stand_where_their_tokens_do(
     config = case.hf_config()
     modality = data.draw(st.sampled_from(FAMILIES[name].modalities))
     layouts = [own.layout(config, modality, case.shape(modality, *size, 3)) for size in sizes]
-    if case.side is None:
-        per_unit = [4 * layout.segments[0].n for layout in layouts for _ in range(layout.units)]
-        tapped = [torch.rand(2, patches) for patches in per_unit]
-    else:
-        side = case.side(config.vision_config)
-        tapped = torch.rand(sum(layout.units for layout in layouts), 2, side * side)
-    found = own.signals(config, tapped, layouts)
+    found = own.signals(config, _tapped(case, config, layouts), layouts)
     assert [x.shape for x in found] == [(2, layout.length) for layout in layouts]
     for x, layout in zip(found, layouts, strict=True):
         assert not x[:, layout.separators].any()
         assert all(x[:, segment.places].all() for segment in layout.segments)
+
+
+def _tapped(
+    case: Case, config: Any, layouts: Sequence[Layout]
+) -> torch.Tensor | list[torch.Tensor]:
+    """Return random numbers of each unit's keys, in the form that the family's tower gives."""
+    if case.side is None:
+        per_unit = [4 * layout.segments[0].n for layout in layouts for _ in range(layout.units)]
+        return [torch.rand(2, patches) for patches in per_unit]
+    side = case.side(config.vision_config)
+    return torch.rand(sum(layout.units for layout in layouts), 2, side * side)
 
 
 def _same(one: Layout, other: Layout) -> bool:

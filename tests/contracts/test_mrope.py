@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 from era_vllm.config import EraConfig
 from era_vllm.plan import Plan, plan
 from era_vllm.vllm_plugin.fields import SHAPE, field
+from era_vllm.vllm_plugin.layouts import Layouts
 from tests.contracts.test_adapters import CASES, adapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -38,7 +39,7 @@ def test_what_stays_stands_where_vllm_puts_it_unpruned(name: str) -> None:
     stock = SimpleNamespace(config=config)
     stock.iter_mm_grid_thw = lambda features: theirs.iter_mm_grid_thw(stock, features)
     stock._get_mrope_input_positions = getattr(theirs, "_get_mrope_input_positions", None)
-    ours = SimpleNamespace(config=config, adapter=own)
+    ours = SimpleNamespace(layouts=Layouts(own, config, EraConfig()))
     videos = ahead = 0
     for _ in range(100):
         full, pruned = _Prompt(config, name), _Prompt(config, name)

@@ -22,6 +22,8 @@ OTHER: dict[str, object] = {
     "max_pruning_rate": 0.9,
     "levels": {"off": 0, "mine": 0.3, "strong": 0.6},
     "min_anchors": 4,
+    "max_segment": 1024,
+    "frames_per_segment": 4,
     "policy": "dpp",
     "policy_options": {"ridge": 0.2},
     "merge": False,

@@ -154,12 +154,12 @@ def _tokens(layout: ItemLayout, era: EraConfig) -> str:
 
 
 def _largest(of_model: "ModelConfig", adapter: "ModelAdapter", modality: str) -> ItemLayout:
-    """Return the layout of the item with the most tokens."""
+    """Return the layout of the item with the most tokens, cut as an engine would."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     info = MULTIMODAL_REGISTRY.create_processor(of_model).info
     shape = adapter.max_shape(info, modality, of_model.max_model_len, {modality: 1})
-    return adapter.layout(of_model.hf_config, modality, shape)
+    return info.layout(modality, shape)
 
 
 def _vllm_version(section: str) -> Finding:

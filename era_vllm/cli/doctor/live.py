@@ -122,7 +122,6 @@ def live_answer(
         token_ids=[*output.prompt_token_ids, *completion.token_ids[:-1]],
         log_probs=torch.tensor(rows),
         segments=runs_of(taken[0]),
-        anchors=[one.result.anchors[one.row].cpu() for one in taken[0].segments],
     )
     return answer, built
 

@@ -6,7 +6,9 @@ of their numbers. Nothing of ``era_vllm.models`` is used. (Of the authors' Inter
 transformers does not have, vLLM cuts the tiles.)
 """
 
+import itertools
 import json
+import math
 import random
 import shutil
 from abc import ABC, abstractmethod
@@ -145,7 +147,7 @@ def reduced(
         side.
     """
     policy = make_policy(config)
-    whole = oracle.item(item.kind, item.data)
+    whole = divided(oracle.item(item.kind, item.data), item.kind, config)
     counts = [config.num_anchors(len(places), item.rate) for _, places in whole.segments]
     found = chosen((pixel_hash(whole.pixels), tuple(counts)))
     parts = []
@@ -176,6 +178,46 @@ def reduced(
         _runs(whole, rows, bias, places, places.argsort()),
         _runs(whole, rows, bias, places, torch.arange(len(places))),
     )
+
+
+def divided(whole: Unpruned, kind: str, config: EraConfig) -> Unpruned:
+    """Join a video's frames and cut what is too large, as the settings' words say it.
+
+    By trying every number of rows and columns of blocks: nothing of ``era_vllm.layout`` is used.
+    """
+    together, most = config.frames_per_segment if kind == "video" else 1, config.max_segment
+    segments = list(whole.segments)
+    if together > 1 and not whole.runs:
+        at_once = max(1, min(together, most // len(segments[0][1])))
+        groups = [segments[i : i + at_once] for i in range(0, len(segments), at_once)]
+        segments = [
+            ((len(group) * group[0][0][0], group[0][0][1]), torch.cat([one[1] for one in group]))
+            for group in groups
+        ]
+    return replace(whole, segments=[block for one in segments for block in _blocks(*one, most)])
+
+
+Grid = tuple[int, int]
+
+
+def _blocks(grid: Grid, places: Tensor, most: int) -> list[tuple[Grid, Tensor]]:
+    if len(places) <= most:
+        return [(grid, places)]
+    least, ways = math.ceil(len(places) / most), []
+    for counts in itertools.product(range(1, grid[0] + 1), range(1, grid[1] + 1)):
+        ends = [[i * side // n for i in range(n + 1)] for side, n in zip(grid, counts, strict=True)]
+        sizes = [{b - a for a, b in itertools.pairwise(of_axis)} for of_axis in ends]
+        pairs = list(itertools.product(*sizes))
+        number, aspect = math.prod(counts), max(max(h / w, w / h) for h, w in pairs)
+        if max(h * w for h, w in pairs) <= most:
+            ways.append((aspect > 2 or number > 2 * least, number, aspect, counts[0], ends))
+    rows, columns = min(ways)[-1]
+    table = places.view(grid)
+    return [
+        ((bottom - top, right - left), table[top:bottom, left:right].flatten())
+        for top, bottom in itertools.pairwise(rows)
+        for left, right in itertools.pairwise(columns)
+    ]
 
 
 def engine_runs(item: Any, whole: Unpruned) -> list[Segment]:

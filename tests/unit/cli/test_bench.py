@@ -23,7 +23,7 @@ from era_vllm.cli.options import add_era_options
 pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
 
 
-@pytest.mark.parametrize("what", ["reducer", "attention", "serve", "gap"])
+@pytest.mark.parametrize("what", ["reducer", "segments", "attention", "serve", "gap"])
 def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", what, "--help"])
@@ -40,6 +40,10 @@ def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["reducer", "--sizes", "576"], "SxN:K or N:K"),
         (["reducer", "--rounds", "0"], "an integer >= 1"),
         (["reducer", "--n-sweep", "64"], "different integers in [65, inf)"),
+        (["segments", "--tokens", "4097"], "allowed: squares"),
+        (["segments", "--segments", "8"], "different integers in [16, inf)"),
+        (["segments", "--rate", "1"], "different numbers in [0, 1)"),
+        (["segments", "--rate", ".1,.2"], "got '.1,.2', allowed: one number in [0, 1)"),
         (["serve", "--rates", ".5,1.0"], "different numbers in [0, 1)"),
         (["serve", "--rates", ".5,.5"], "different numbers"),
         (["attention", "--shape", "13b"], "invalid choice"),

@@ -17,6 +17,8 @@ VALUES: dict[str, object] = {
     "max_pruning_rate": 0.9,
     "levels": {"off": 0, "strong": 0.6},
     "min_anchors": 4,
+    "max_segment": 512,
+    "frames_per_segment": 2,
     "policy": "dpp",
     "policy_options": {"ridge": 0.2},
     "merge": False,

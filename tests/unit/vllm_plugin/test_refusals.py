@@ -8,6 +8,7 @@ import torch
 from era_vllm.compat import cpu_attention
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
+from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.refusals import REFUSALS, Refusal
 
 
@@ -110,3 +111,19 @@ def test_every_layer_must_attend(hybrid: bool, free: bool) -> None:
     model = SimpleNamespace(is_hybrid=hybrid, is_attention_free=free)
     refused = row_about("hybrid").wanted(SimpleNamespace(model_config=model))
     assert refused is (hybrid or free)
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_frames_with_text_between_them_cannot_be_joined() -> None:
+    pytest.importorskip("vllm")
+    from era_vllm.vllm_plugin.resolve import refuse_joined_frames
+
+    for name, family in FAMILIES.items():
+        hf_config = SimpleNamespace(architectures=[f"Era{name}"])
+        refuse_joined_frames(hf_config, EraConfig())
+        if family.frame_runs:
+            with pytest.raises(UnsupportedError, match="frames_per_segment: got 2, .* allowed: 1"):
+                refuse_joined_frames(hf_config, EraConfig(frames_per_segment=2))
+        else:
+            refuse_joined_frames(hf_config, EraConfig(frames_per_segment=2))

@@ -1,0 +1,100 @@
+"""Time and memory of an engine's reducer on one large picture, by the bound of its blocks."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from era_vllm.bench.clock import Cell, Samples, interleave, seconds
+from era_vllm.bench.memory import peak_bytes
+from era_vllm.bench.pruning_step import Size, random_tokens
+from era_vllm.bench.setup import SegmentsOptions
+from era_vllm.bench.wide_tower import signal_cell, tower_cell
+from era_vllm.config import EraConfig
+from era_vllm.lab.dummy import SIZES
+from era_vllm.lab.screen import bar
+from era_vllm.layout import cut, one_grid
+from era_vllm.plan import plan
+from era_vllm.policies import make_policy
+from era_vllm.types import Signal
+from era_vllm.vllm_plugin.encoder_pass import Encoded
+from era_vllm.vllm_plugin.fields import Planned
+from era_vllm.vllm_plugin.reducer import Reducer
+
+Case = tuple[int, int, str]
+"""Tokens of a picture, the bound of a block, policy."""
+
+
+def named(case: Case) -> str:
+    """Return a case's name; a bound that cuts nothing is the whole picture."""
+    n, most, policy = case
+    return f"{n} {'whole' if most >= n else most} {policy}"
+
+
+def cases(options: SegmentsOptions, sizes: list[int]) -> Iterator[Case]:
+    """Yield the cases of pictures of these sizes, the whole last."""
+    for n in sizes:
+        for most in [*(one for one in sorted(options.segments) if one < n), n]:
+            for policy in options.policies:
+                yield n, most, policy
+
+
+def cost(options: SegmentsOptions, place: str) -> tuple[Samples, dict[str, int | None]]:
+    """Return times, those of a tower among them, and the bytes that each case holds at most.
+
+    The pass that memory is measured in is a warm-up; what took ``slow_s`` in it has no other.
+    """
+    width, dtype = SIZES[options.shape].hidden, getattr(torch, options.dtype)
+    sizes = list(dict.fromkeys([*options.tokens, options.patches // 4]))
+    cells: dict[str, Cell] = {
+        named(case): prune_cell(case, options.rate, width, dtype, place)
+        for case in cases(options, sizes)
+    }
+    memory: dict[str, int | None] = {}
+    once: dict[str, Mapping[str, tuple[float, ...]]] = {}
+    with bar(len(cells), "memory", "pass") as shown:
+        for name, cell in tuple(cells.items()):
+            taken: dict[str, float] = {}
+            memory[name] = peak_bytes(lambda cell=cell, taken=taken: taken.update(cell()))
+            if taken["prune"] >= options.slow_s:
+                del cells[name]
+                once[name] = {"prune": (taken["prune"],)}
+            shown.update()
+    cells["tower"] = tower_cell(options.patches, options.tower_layers, dtype, place)
+    cells["signal"] = signal_cell(options.patches, dtype, place)
+    samples = interleave(cells, options.rounds, options.warm_ups)
+    return Samples({**samples.values, **once}), memory
+
+
+def prune_cell(
+    case: Case, rate: float, width: int, dtype: torch.dtype, place: str
+) -> Callable[[], Mapping[str, float]]:
+    """Return a pass of an engine's reducer over one picture of noise, cut into blocks."""
+    n, most, policy = case
+    config = EraConfig(policy=policy, max_segment=most)
+    tokens = random_tokens(Size(n, 1), width, dtype, place)
+    layout = cut(one_grid(*tokens.grid, ()), most)
+    signals = {
+        Signal.ENCODER_ATTENTION: tokens.signals[Signal.ENCODER_ATTENTION][0],
+        Signal.PIXEL_HASH: torch.arange(len(layout.segments)),
+    }
+    item = Encoded(Planned(plan(layout, rate, config), 0), tokens.embeds[0], signals)
+    reducer = Reducer(make_policy(config), config, None).to(place)
+
+    @torch.inference_mode()
+    def one() -> dict[str, float]:
+        return {"prune": seconds(lambda: reducer([item]))}
+
+    return one
+
+
+def shares(samples: Samples, options: SegmentsOptions) -> dict[str, float]:
+    """Return the reducer's share of the tower by policy and block, what it reads included."""
+    found: dict[str, float] = {}
+    read = samples.ratio("signal", "tower", "signal", "tower") or 0.0
+    for case in cases(options, [options.patches // 4]):
+        n, most, policy = case
+        reads = Signal.ENCODER_ATTENTION in make_policy(EraConfig(policy=policy)).needs
+        pruned = samples.ratio(named(case), "tower", "prune", "tower") or 0.0
+        key = f"{policy} {'whole' if most >= n else most}"
+        found[key] = pruned + (read if reads else 0.0)
+    return found

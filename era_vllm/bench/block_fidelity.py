@@ -1,0 +1,105 @@
+"""What blocks and a sample of queries change: on photos, and in the sample model's answers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from typing import Final
+
+import torch
+
+from era_vllm.bench.block_cost import cases, named
+from era_vllm.bench.fidelity import (
+    Paired,
+    merge_error,
+    of_all_queries,
+    paired,
+    sample_error,
+    shared,
+)
+from era_vllm.bench.photo_tokens import photo_tokens
+from era_vllm.bench.setup import SegmentsOptions
+from era_vllm.config import EraConfig
+from era_vllm.lab.asking import Answer, TransformersAsker
+from era_vllm.lab.blocks import prune_blocks
+from era_vllm.lab.oracle import Oracle
+from era_vllm.lab.screen import bar
+from era_vllm.lab.synth.assets import load_material
+from era_vllm.lab.synth.dataset import generate
+from era_vllm.lab.synth.questions import LEARNED_FAMILIES
+from era_vllm.steps.received_attention import MOST_QUERIES, received_attention
+
+_PARTS: Final = (8, 4, 2, 1)
+"""Of the sample model's tokens: a block's share."""
+Facts = dict[str, object]
+
+
+def on_photos(
+    oracle: Oracle, options: SegmentsOptions
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Return means over photos: of each case of blocks, and of each way to take queries."""
+    photos = {**load_material(split="test").photos, **load_material(split="train").photos}
+    photos = dict(islice(photos.items(), options.photos))
+    blocks, sampling = dict[str, list[Facts]](), dict[str, list[Facts]]()
+    work = len(photos) * (len(list(cases(options, options.tokens))) + len(options.tokens))
+    with bar(work, "photos", "step") as shown_bar:
+        for photo in photos.values():
+            for n in options.tokens:
+                known = photo_tokens(oracle, photo, round(n**0.5))
+                wholes = {}
+                for case in reversed(list(cases(options, [n]))):
+                    _, most, policy = case
+                    config = EraConfig(policy=policy, max_segment=most)
+                    with torch.inference_mode():
+                        pruned = prune_blocks(known.tokens, config, options.rate)
+                    wholes.setdefault(policy, pruned.anchors)
+                    found: Facts = asdict(merge_error(known.tokens, pruned))
+                    found["shared_with_whole"] = shared(pruned.anchors, wholes[policy])
+                    blocks.setdefault(named(case), []).append(found)
+                    shown_bar.update()
+                whole = of_all_queries(known)
+                step = max(1, n // MOST_QUERIES)
+                readings = {
+                    f"{n} patches, one of each stretch": known.query,
+                    f"{n} patches, each {step}th": known.query[:, ::step],
+                }
+                for name, query in readings.items():
+                    read = received_attention(query, known.key, known.scale)
+                    error = sample_error(known, read, whole, EraConfig(), options.rate)
+                    sampling.setdefault(name, []).append(asdict(error))
+                shown_bar.update()
+    return _means(blocks), _means(sampling)
+
+
+def _means(found: Mapping[str, Sequence[Facts]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {key: sum(float(str(one[key])) for one in of) / len(of) for key in of[0]}
+        for name, of in found.items()
+    }
+
+
+def answers(oracle: Oracle, options: SegmentsOptions) -> dict[str, Paired]:
+    """Ask the sample model with its picture in 8, 4, 2 blocks and whole."""
+    pictures = list(generate(options.pictures, 777, None, LEARNED_FAMILIES, 4))
+    n, found = oracle.model.config.image_seq_length, dict[str, Paired]()
+    with _one_thread():
+        for policy in options.policies:
+            given: dict[int, list[list[Answer]]] = {}
+            for part in _PARTS:
+                config = EraConfig(policy=policy, max_segment=n // part)
+                asker = TransformersAsker(oracle, config, options.answer_rate)
+                given[part] = asker.ask(pictures)
+            for part in _PARTS:
+                found[f"{policy} {n // part} of {n}"] = paired(pictures, given[part], given[1])
+    return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products as small as the sample model's are slower on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
