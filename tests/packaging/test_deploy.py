@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from era_vllm.errors import EraError
+from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server, free_port, wait_for
 from era_vllm_server import front
 from era_vllm_server.settings import NOT_OURS, ServerSettings
@@ -97,6 +98,15 @@ def test_compose_mounts_a_folder_with_a_model(files: list[str], tmp_path: Path) 
     assert service["read_only"] and service["environment"]["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(AssertionError, match="the folder of the model"):
         composed(*files)
+
+
+@pytest.mark.vllm
+def test_an_image_takes_a_model_behind_its_entry_point() -> None:
+    """vLLM reads a model only where no flag stands before it."""
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", (ROOT / "Dockerfile").read_text(), re.M)
+    name, *words = json.loads(entry)
+    command = [Path(sys.executable).with_name(name), *words, CHECKPOINT, "--print-command"]
+    assert f" serve {CHECKPOINT} " in run(*command, timeout=200)
 
 
 def test_a_servers_settings_leave_composes_variables_alone() -> None:
