@@ -5,7 +5,7 @@ that of a block that sees whole frames, brought back to raster order.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,27 +26,22 @@ from era_vllm.vllm_plugin.positions import table_rows
 class Qwen2VLAdapter(QwenVLAdapter):
     """Facts about Qwen2-VL."""
 
-    table_factor = 4  # vllm/model_executor/layers/rotary_embedding/mrope.py:243 (0.32.0)
+    table_factor = 4
+    """``get_rope``'s own ``mrope_positions_factor`` (rotary_embedding/__init__.py:39, 0.32.0), for
+    which Qwen3-VL passes 1 (qwen3_vl.py:1818)."""
 
 
 class Qwen2_5VLAdapter(Qwen2VLAdapter):
     """Facts about Qwen2.5-VL."""
 
     def check(self, hf_config: Any) -> None:
-        """Refuse a tower without a block that sees whole frames."""
+        """Also refuse a tower without a block that sees whole frames."""
+        super().check(hf_config)
         if not hf_config.vision_config.fullatt_block_indexes:
             raise UnsupportedError("fullatt_block_indexes: got [], allowed: one block or more")
 
-    def times(
-        self,
-        info: "_Videos",
-        pictures: Sequence[object],
-        metadata: Mapping[str, Any],
-        options: Mapping[str, Any],
-        index: int,
-    ) -> tuple[int, ...]:
+    def times(self, info: "_Videos", frames: int, metadata: Mapping[str, Any]) -> tuple[int, ...]:
         """In seconds times ``tokens_per_second``, as transformers and vLLM round them."""
-        frames = len(super().times(info, pictures, metadata, options, index))
         known = VideoMetadata(**{k: v for k, v in metadata.items() if k != "do_sample_frames"})
         patch = info.get_hf_processor().video_processor.temporal_patch_size
         return _times(info.get_hf_config(), frames, patch / known.sampled_fps)

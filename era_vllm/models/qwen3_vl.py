@@ -11,7 +11,7 @@ from typing import Any
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 from vllm.model_executor.models import qwen3_vl, qwen3_vl_moe
 
-from era_vllm.compat.qwen_options import item_options, pixel_bounds, sampled_frames
+from era_vllm.compat.qwen_options import item_options, pixel_bounds, sampled_pictures
 from era_vllm.models.qwen_vl import LargestVideos, QwenVLAdapter
 from era_vllm.vllm_plugin.models import pruned_model
 
@@ -27,21 +27,17 @@ class Qwen3VLAdapter(QwenVLAdapter):
         """The embedding; the maps are riders."""
         return hf_config.vision_config.out_hidden_size
 
-    def times(
+    def sampled(
         self,
         info: Info,
         pictures: Sequence[object],
         metadata: Mapping[str, Any],
         options: Mapping[str, Any],
         index: int,
-    ) -> tuple[int, ...]:
-        """Numbers: the text in front of each frame says when it is."""
-        return tuple(range(sampled_frames(info, metadata, options, index)))
-
-    def pictures(self, info: Info, temporal_patches: int, given: int) -> int:
-        """Where the processor samples them, an even number."""
-        patch = info.get_hf_config().vision_config.temporal_patch_size
-        return given if -(-given // patch) == temporal_patches else temporal_patches * patch
+    ) -> int:
+        """Those that the processor samples, where it does."""
+        found = sampled_pictures(info, metadata, options, index)
+        return len(pictures) if found is None else found
 
     def resize(self, modality: str, pictures: int) -> Any:
         """All frames of a video share its pixels."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from jaxtyping import Float32, Int
 from torch import Tensor, nn
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.qwen2_vl import Qwen2VLProcessingInfo as Info
@@ -20,6 +21,7 @@ from vllm.multimodal.parse import ImageProcessorItems, VideoProcessorItems
 from era_vllm.compat.qwen_options import item_options, pixel_bounds
 from era_vllm.config import encoder_layer
 from era_vllm.contracts import ModelAdapter, TappedLayer
+from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout, SegmentLayout
 from era_vllm.types import Signal
 
@@ -34,6 +36,11 @@ class QwenVLAdapter(ModelAdapter):
     provides = frozenset({Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
     text_between: ClassVar[bool] = False
     """Frames of a video have text between them, and so runs of their own."""
+
+    def check(self, hf_config: Any) -> None:
+        """Refuse another number of patches a token than 2 x 2."""
+        if (merge := hf_config.vision_config.spatial_merge_size) != 2:
+            raise UnsupportedError(f"spatial_merge_size: got {merge}, allowed: 2")
 
     def layout(self, hf_config: Any, modality: str, shape: tuple[int, ...]) -> Layout:
         """A segment a frame; time, row and column are the axes of a position."""
@@ -50,33 +57,44 @@ class QwenVLAdapter(ModelAdapter):
             return (*resized, 0)
         data = items.get(index)
         pictures, metadata = data if isinstance(data, tuple) else (data, {})
+        if not len(pictures):
+            raise VLLMValidationError("video: got no picture, needed one", parameter="video")
         height, width = _height_width(pictures)
-        times = self.times(info, pictures, metadata, options, index)
-        frames = self.pictures(info, len(times), len(pictures))
-        return (*self.resized(info, modality, height, width, frames, options), *times)
+        count = self.sampled(info, pictures, metadata, options, index)
+        patch = info.get_hf_config().vision_config.temporal_patch_size
+        times = self.times(info, -(-count // patch), metadata)
+        return (*self.resized(info, modality, height, width, count, options), *times)
 
-    def pictures(self, info: Info, temporal_patches: int, given: int) -> int:
-        """Return the pictures of a video that it is resized by: those that were given."""
-        return given
-
-    def times(
+    def sampled(
         self,
         info: Info,
         pictures: Sequence[object],
         metadata: Mapping[str, Any],
         options: Mapping[str, Any],
         index: int,
-    ) -> tuple[int, ...]:
-        """Return each frame's place on the time axis.
+    ) -> int:
+        """Return how many pictures of a video are taken: those that were given.
 
         Args:
-            pictures: Of the video, as given.
+            pictures: As given.
             metadata: As vLLM's loader gives it, where the family asks for it.
             options: Of the request and the server.
             index: Of the video.
+
+        Raises:
+            VLLMValidationError: the processor is asked to sample, whose counts are not followed.
         """
-        patch = info.get_hf_config().vision_config.temporal_patch_size
-        return tuple(range(-(-len(pictures) // patch)))
+        processor = info.get_hf_processor().video_processor
+        if options.get("do_sample_frames", getattr(processor, "do_sample_frames", False)):
+            raise VLLMValidationError(
+                "do_sample_frames: got true, allowed: false; use --media-io-kwargs",
+                parameter="do_sample_frames",
+            )
+        return len(pictures)
+
+    def times(self, info: Info, frames: int, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return each frame's place on the time axis: its number."""
+        return tuple(range(frames))
 
     def resized(
         self,
@@ -99,8 +117,10 @@ class QwenVLAdapter(ModelAdapter):
                 parameter=modality,
             )
         processor = getattr(info.get_hf_processor(), f"{modality}_processor")
-        least, most = pixel_bounds(info, options, dict(processor.size))
         unit = self.unit(info.get_hf_config())
+        if not options.get("do_resize", processor.do_resize):
+            return height // unit, width // unit
+        least, most = pixel_bounds(info, options, dict(processor.size))
         if modality == "video":
             capped = options.get("cap_pixels_per_frame", processor.cap_pixels_per_frame)
             most = self.most_pixels(processor, least, most, unit, pictures) if capped else most
@@ -174,14 +194,14 @@ class QwenVLAdapter(ModelAdapter):
         layouts: Sequence[Layout],
     ) -> list[Float32[Tensor, "c length"]]:
         """The mean over the 2 x 2 patches of each token, frame by frame in raster order."""
-        frames = iter(tapped)
-        found = []
+        frames, found = iter(tapped), []
         for layout in layouts:
-            own = [next(frames).unflatten(-1, (-1, 4)).mean(-1) for _ in range(layout.units)]
+            own = torch.stack([next(frames) for _ in range(layout.units)], 1)
+            of_tokens = own.unflatten(-1, (-1, 4)).mean(-1)
             order = self.order(hf_config, layout.shape[0], layout.shape[1])
             if order is not None:
-                own = [x[:, order.to(x.device, non_blocking=True)] for x in own]
-            found.append(torch.cat(own, -1))
+                of_tokens = of_tokens[..., order.to(own.device, non_blocking=True)]
+            found.append(of_tokens.flatten(1))
         return found
 
     def order(self, hf_config: Any, rows: int, columns: int) -> Int[Tensor, "n"] | None:
@@ -248,8 +268,9 @@ class LargestVideos:
 
 
 def _height_width(pictures: Any) -> tuple[int, int]:
-    """Return the size of a video's pictures: an array [t, h, w, 3], or PIL."""
-    if hasattr(pictures, "shape"):
-        return int(pictures.shape[1]), int(pictures.shape[2])
+    """Return the size of a video's pictures: PIL, or arrays whose axes transformers tells apart."""
     first = pictures[0]
-    return (first.height, first.width) if hasattr(first, "height") else tuple(first.shape[:2])
+    if not hasattr(first, "shape"):
+        return first.height, first.width
+    last = infer_channel_dimension_format(first) == ChannelDimension.LAST
+    return tuple(map(int, first.shape[:2] if last else first.shape[1:]))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 _BIAS: Final = 3
 _BYTE: Final = 256
+MOST_OFFSETS: Final = _BYTE**2
+"""Positions that two bytes tell apart in every dtype."""
 
 
 class Unpacked(NamedTuple):

@@ -31,6 +31,7 @@ from era_vllm.vllm_plugin.families import Family, family_of
 from era_vllm.vllm_plugin.fields import NAMES, field, pack_items
 from era_vllm.vllm_plugin.layouts import Layouts
 from era_vllm.vllm_plugin.names import RATES
+from era_vllm.vllm_plugin.packing import MOST_OFFSETS
 from era_vllm.vllm_plugin.positions import table_rows
 from era_vllm.vllm_plugin.rates import effective_rates, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
@@ -175,14 +176,18 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
     ) -> Plans:
         counts = {modality: some.get_count() for modality, some in items.items()}
         rates = effective_rates(given, counts, self.info.era)
-        adapter, plans = self.info.adapter, dict[str, list[Plan]]()
+        plans = dict[str, list[Plan]]()
         for modality, some in items.items():
             layouts = [
-                self.info.layout(
-                    modality, adapter.item_shape(self.info, modality, some, index, own)
-                )
+                self.info.layout(modality, self._shape(modality, some, index, own))
                 for index in range(counts[modality])
             ]
+            if any(max(layout.spans) > MOST_OFFSETS for layout in layouts):
+                raise VLLMValidationError(
+                    f"{modality}: got more than {MOST_OFFSETS} positions from its first token to "
+                    "its last, which is what an anchor can carry; send a shorter one",
+                    parameter=modality,
+                )
             if not isinstance(given, DummyKwargs):
                 self._check_work(modality, layouts)
             plans[modality] = [
@@ -190,6 +195,21 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
                 for layout, rate in zip(layouts, rates[modality], strict=True)
             ]
         return {modality: some for modality, some in plans.items() if some}
+
+    def _shape(
+        self, modality: str, items: ModalityDataItems, index: int, own: Mapping[str, object]
+    ) -> tuple[int, ...]:
+        """Return an item's shape; what vLLM would stumble over later is said here."""
+        try:
+            return self.info.adapter.item_shape(self.info, modality, items, index, own)
+        except VLLMValidationError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise VLLMValidationError(
+                f"{modality} {index}: its size cannot be told with the options of the processor "
+                f"that were given ({type(error).__name__}: {error}); leave them out",
+                parameter=modality,
+            ) from error
 
     def _check_work(self, modality: str, layouts: Sequence[Layout]) -> None:
         """Refuse an item that the tower needs more memory for than was profiled."""
@@ -337,7 +357,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
 
 
 def _sizes(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+    more = len(shape) - 3  # of a video: each frame's place on the time axis
+    return " x ".join(map(str, shape[:3])) + (f" and {more} more" if more > 0 else "")
 
 
 def pixels_of(item: MultiModalKwargsItem) -> Tensor:
