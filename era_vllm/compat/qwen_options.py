@@ -81,14 +81,15 @@ def sampled_pictures(
         return None
     processor = info.get_video_processor()
     total, count = metadata["total_num_frames"], _own("num_frames", options, index)
-    if count is None:
-        if not metadata["fps"]:
-            raise VLLMValidationError(
-                f"video: got {metadata['fps']!r} pictures a second, needed a number above 0 to "
-                "sample it; send do_sample_frames: false",
-                parameter="video",
-            )
-        count = int(total / metadata["fps"] * (_own("fps", options, index) or processor.fps))
+    if count is not None:  # which transformers does not bring into bounds
+        return count
+    if not metadata["fps"]:
+        raise VLLMValidationError(
+            f"video: got {metadata['fps']!r} pictures a second, needed a number above 0 to sample "
+            "it; send do_sample_frames: false",
+            parameter="video",
+        )
+    count = int(total / metadata["fps"] * (_own("fps", options, index) or processor.fps))
     return min(max(count, processor.min_frames), processor.max_frames, total)
 
 
