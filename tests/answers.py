@@ -51,7 +51,9 @@ def _lines(value: Any) -> str:
     usage = {key: value["usage"][key] for key in ("prompt_tokens", "completion_tokens")}
     rows = [f'"usage": {json.dumps(usage)}']
     for name, items in value["era"].items():
-        rows.append(f'"{name}": [' + ",\n   ".join(map(json.dumps, items)) + "]")
+        of_name = map(json.dumps, items if isinstance(items, list) else ())
+        text = "[" + ",\n   ".join(of_name) + "]" if isinstance(items, list) else json.dumps(items)
+        rows.append(f'"{name}": {text}')
     first, *others = rows
     return "{" + first + ',\n "era": {' + ",\n  ".join(others) + "}}"
 
