@@ -27,8 +27,8 @@ class Qwen2VLAdapter(QwenVLAdapter):
     """Facts about Qwen2-VL."""
 
     table_factor = 4
-    """``get_rope``'s own ``mrope_positions_factor`` (rotary_embedding/__init__.py:39, 0.32.0), for
-    which Qwen3-VL passes 1 (qwen3_vl.py:1818)."""
+    """What vLLM's rotary embedding takes by default with M-RoPE (rotary_embedding/__init__.py:39,
+    0.32.0); Qwen3-VL passes 1 (qwen3_vl.py:1818)."""
 
 
 class Qwen2_5VLAdapter(Qwen2VLAdapter):
