@@ -29,7 +29,7 @@ check:  ## ruff, pyright, import-linter and the tests that start no engine (thre
 	$(BIN)/lint-imports --no-logo ; \
 	$(PYTEST) $(QUICK) -m "$(APART) and not slow"
 
-test:  ## check, then the other tests that a CPU runs in time (some 30 minutes)
+test:  ## check, then the other tests that a CPU runs in time (some 40 minutes)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
 	$(PYTEST) tests $(QUICK:%=--ignore=%) -m "$(APART) and not slow"
 

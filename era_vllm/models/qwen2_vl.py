@@ -40,7 +40,9 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
         if not hf_config.vision_config.fullatt_block_indexes:
             raise UnsupportedError("fullatt_block_indexes: got [], allowed: one block or more")
 
-    def times(self, info: "_Videos", frames: int, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    def times(
+        self, info: "Qwen2VLInfo", frames: int, metadata: Mapping[str, Any]
+    ) -> tuple[int, ...]:
         """In seconds times ``tokens_per_second``, as transformers and vLLM round them."""
         known = VideoMetadata(**{k: v for k, v in metadata.items() if k != "do_sample_frames"})
         patch = info.get_hf_processor().video_processor.temporal_patch_size
@@ -96,7 +98,7 @@ def window_order(rows: int, columns: int, side: int) -> Int[Tensor, "n"]:
     return window.flatten().argsort(stable=True).argsort()
 
 
-class _Videos(qwen2_vl.Qwen2VLProcessingInfo):
+class Qwen2VLInfo(qwen2_vl.Qwen2VLProcessingInfo):
     """vLLM's, with the video that memory is profiled with as large as videos may be.
 
     vLLM's has 14 pictures of a picture's largest size (qwen2_vl.py:120, 0.32.0).
@@ -126,11 +128,7 @@ class _Videos(qwen2_vl.Qwen2VLProcessingInfo):
         return size.height, size.width, self.get_num_frames_with_most_features()
 
 
-class Qwen2VLInfo(_Videos):
-    """Of Qwen2-VL."""
-
-
-class Qwen2_5VLInfo(_Videos, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
+class Qwen2_5VLInfo(Qwen2VLInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
     """Of Qwen2.5-VL."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -131,7 +132,7 @@ class Oracle(FamilyOracle):
         return maps[:, index.argsort()]
 
 
-class Qwen:
+class Qwen(ABC):
     """What the cases share."""
 
     name: str
@@ -162,9 +163,9 @@ class Qwen:
             "do_sample_frames": False,
         }
 
+    @abstractmethod
     def model(self) -> nn.Module:
-        """Random weights."""
-        raise NotImplementedError
+        """Return a model with random weights."""
 
     def save(self, folder: Path) -> None:
         """Pictures of 4 to 128 tokens, frames of some 30."""
