@@ -49,14 +49,15 @@ def pixel_bounds(
         default: ``size`` of the Hugging Face processor.
 
     Raises:
-        VLLMValidationError: no whole numbers above 0.
+        VLLMValidationError: no whole numbers above 0, or more pixels at least than at most.
     """
     size = info._get_vision_size(options, default_size=default)
     least, most = (size.get(name) for name in ("shortest_edge", "longest_edge"))
-    if not all(isinstance(bound, int) and bound > 0 for bound in (least, most)):
+    whole = all(isinstance(bound, int) and bound > 0 for bound in (least, most))
+    if not whole or least > most:  # type: ignore[operator]  # whole numbers
         raise VLLMValidationError(
             f"mm_processor_kwargs, pixels of an item: got at least {least!r} and at most {most!r}, "
-            "allowed: whole numbers above 0",
+            "allowed: whole numbers above 0, the first not above the second",
             parameter="mm_processor_kwargs",
         )
     return int(least), int(most)

@@ -58,11 +58,13 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
         pairs = zip(made, processed["second_per_grid_ts"], strict=True)
         return [(*one[:2], *_times(hf_config, len(one) - 2, float(s))) for one, s in pairs]
 
-    def order(self, hf_config: Any, rows: int, columns: int) -> Int[Tensor, "n"]:
+    def order(
+        self, hf_config: Any, rows: int, columns: int, device: torch.device
+    ) -> Int[Tensor, "n"]:
         """By windows."""
         vision = hf_config.vision_config
         side = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        return window_order(rows, columns, side)
+        return window_order(rows, columns, side, device)
 
     def encoder_layer(self, hf_config: Any, layer: int | None) -> int:
         """The last block that sees whole frames, or another that does."""
@@ -87,7 +89,7 @@ def _times(hf_config: Any, frames: int, seconds: float) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def window_order(rows: int, columns: int, side: int) -> Int[Tensor, "n"]:
+def window_order(rows: int, columns: int, side: int, device: torch.device) -> Int[Tensor, "n"]:
     """Return where each token of a frame stands among windows of side x side tokens.
 
     Windows in raster order, tokens within them too; those at the edges may be smaller.
@@ -95,7 +97,7 @@ def window_order(rows: int, columns: int, side: int) -> Int[Tensor, "n"]:
     """
     row, column = torch.arange(rows)[:, None] // side, torch.arange(columns)[None] // side
     window = row * math.ceil(columns / side) + column
-    return window.flatten().argsort(stable=True).argsort()
+    return window.flatten().argsort(stable=True).argsort().to(device)
 
 
 class Qwen2VLInfo(qwen2_vl.Qwen2VLProcessingInfo):

@@ -198,13 +198,15 @@ class QwenVLAdapter(ModelAdapter):
         for layout in layouts:
             own = torch.stack([next(frames) for _ in range(layout.units)], 1)
             of_tokens = own.unflatten(-1, (-1, 4)).mean(-1)
-            order = self.order(hf_config, layout.shape[0], layout.shape[1])
+            order = self.order(hf_config, *layout.shape[:2], own.device)
             if order is not None:
-                of_tokens = of_tokens[..., order.to(own.device, non_blocking=True)]
+                of_tokens = of_tokens[..., order]
             found.append(of_tokens.flatten(1))
         return found
 
-    def order(self, hf_config: Any, rows: int, columns: int) -> Int[Tensor, "n"] | None:
+    def order(
+        self, hf_config: Any, rows: int, columns: int, device: torch.device
+    ) -> Int[Tensor, "n"] | None:
         """Return where each token of a frame stands in the tower, raster order; None = there."""
         return None
 

@@ -6,6 +6,7 @@ Source: ERA Fig. 6; the mean over queries is reconstructed (docs/method.md, X1),
 (docs/segments.md).
 """
 
+from functools import lru_cache
 from typing import Final, Literal
 
 import torch
@@ -41,7 +42,7 @@ def received_attention(
     rows = query[:, :1] if queries == "cls" else query
     received: list[Tensor] = []
     if rows.shape[1] > MOST_QUERIES:
-        rows = rows[:, sample(rows.shape[1], MOST_QUERIES).to(rows.device)]
+        rows = rows[:, _sample_on(rows.device, rows.shape[1])]
     at_once = max(1, MOST_SCORES // key.shape[1])
     for one_query, one_key in zip(rows.unbind(0), key.unbind(0), strict=True):
         keys = one_key.float().permute(1, 2, 0)
@@ -52,6 +53,11 @@ def received_attention(
             mean += weight.mean(1) * (part.shape[1] / len(one_query))
         received.append(mean)
     return torch.stack(received)
+
+
+@lru_cache(maxsize=64)
+def _sample_on(device: torch.device, n: int) -> Int[Tensor, "count"]:
+    return sample(n, MOST_QUERIES).to(device)
 
 
 def sample(n: int, count: int) -> Int[Tensor, "count"]:

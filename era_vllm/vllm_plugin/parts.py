@@ -23,7 +23,7 @@ _URLS: Final = {"image": "image_url", "video": "video_url"}
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class PartFields:
     """What a part says of its item, as it came."""
 
     at: str = ""
@@ -56,16 +56,16 @@ def placed_parts(
                 yield f"{at}[{row}].{name}[{column}]", part
 
 
-def said_of_items(parts: Iterable[tuple[str, object]]) -> dict[str, list[Said]]:
+def fields_of_items(parts: Iterable[tuple[str, object]]) -> dict[str, list[PartFields]]:
     """Return what each item's part says, by modality, in the prompt's order.
 
     Args:
         parts: Each with its place.
     """
-    found: dict[str, list[Said]] = {modality: [] for modality in _URLS}
+    found: dict[str, list[PartFields]] = {modality: [] for modality in _URLS}
     for at, part in parts:
         if isinstance(part, dict) and (modality := modality_of(part)):
-            found[modality].append(_said(at, part, _URLS[modality]))
+            found[modality].append(_fields(at, part, _URLS[modality]))
     return found
 
 
@@ -80,12 +80,12 @@ def modality_of(part: Mapping[str, object]) -> str | None:
     return _TYPES.get(kind) if isinstance(kind, str) else None
 
 
-def _said(at: str, part: Mapping[str, object], key: str) -> Said:
+def _fields(at: str, part: Mapping[str, object], key: str) -> PartFields:
     url = part.get(key)
     within = url.get("detail") if isinstance(url, dict) else None
     if within is not None:
-        return Said(at, part.get(FIELD), within, f"{key}.detail")
-    return Said(at, part.get(FIELD), part.get("detail"))
+        return PartFields(at, part.get(FIELD), within, f"{key}.detail")
+    return PartFields(at, part.get(FIELD), part.get("detail"))
 
 
 def with_lists(messages: Iterable[object]) -> list[object]:

@@ -310,7 +310,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         """Refuse an item that transformers takes for another size than vLLM: an array's axes."""
         config = self.info.ctx.model_config.hf_config
         made = self.info.adapter.made_shapes(config, modality, processed) if plans else None
-        for shape, one in zip(made or (), plans, strict=False):
+        for shape, one in () if made is None else zip(made, plans, strict=True):
             if shape != one.layout.shape:
                 instead = "a PIL picture" if modality == "image" else "frames as uint8 [t, h, w, 3]"
                 raise VLLMValidationError(

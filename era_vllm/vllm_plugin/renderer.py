@@ -20,9 +20,9 @@ from era_vllm.vllm_plugin.cache_keys import namespace
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.names import RATES
 from era_vllm.vllm_plugin.parts import (
-    Said,
+    PartFields,
+    fields_of_items,
     placed_parts,
-    said_of_items,
     with_lists,
     without_field,
 )
@@ -38,7 +38,7 @@ from era_vllm.vllm_plugin.requests import (
 from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.trained_range import end_in_time
 
-_SAID = "era_said"
+_PART_FIELDS = "era_part_fields"
 _ITEM_RATES = "era_rates"
 """Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
 _AXES: Final = {"image": 3, "video": 4}
@@ -70,7 +70,7 @@ class EraRenderer(HfRenderer):
         """Do what vLLM does, and keep what each item's part says of it, which vLLM drops."""
         messages = with_lists(messages)
         conversation, prompt = super().render_messages(without_field(messages), params)
-        prompt[_SAID] = _said(messages)
+        prompt[_PART_FIELDS] = _part_fields(messages)
         return conversation, prompt
 
     async def render_messages_async(self, messages, params):  # noqa: ANN001, ANN201
@@ -78,7 +78,7 @@ class EraRenderer(HfRenderer):
         messages = with_lists(messages)
         bare = without_field(messages)
         conversation, prompt = await super().render_messages_async(bare, params)
-        prompt[_SAID] = _said(messages)
+        prompt[_PART_FIELDS] = _part_fields(messages)
         return conversation, prompt
 
     def _apply_prompt_extras(
@@ -113,7 +113,7 @@ class EraRenderer(HfRenderer):
         given = prompt.get("mm_processor_kwargs")
         kwargs = dict(given) if isinstance(given, dict) else {}
         try:
-            rates = self._item_rates(kwargs, prompt.get(_SAID), counts)
+            rates = self._item_rates(kwargs, prompt.get(_PART_FIELDS), counts)
         except ConfigError as error:
             field = getattr(error, "field", f"mm_processor_kwargs.{RATES}")
             raise VLLMValidationError(str(error), parameter=field) from error
@@ -125,12 +125,12 @@ class EraRenderer(HfRenderer):
     def _item_rates(
         self,
         kwargs: dict[str, object],
-        said: Mapping[str, Sequence[Said]] | None,
+        fields: Mapping[str, Sequence[PartFields]] | None,
         counts: Mapping[str, int],
     ) -> dict[str, list[ItemRate]]:
         explicit = effective_rates(kwargs, counts, self.era)
         if RATES in kwargs:
-            some = (one for each in (said or {}).values() for one in each)
+            some = (one for each in (fields or {}).values() for one in each)
             if beside := next((one for one in some if one.era is not None), None):
                 raise ConfigError(
                     f"{beside.place(FIELD)}: got it beside mm_processor_kwargs.{RATES}, which says "
@@ -145,7 +145,7 @@ class EraRenderer(HfRenderer):
         found = dict[str, list[ItemRate]]()
         for modality, kinds in _PARTS.items():
             count = counts.get(modality, 0)
-            each = [None] * count if said is None else said[modality]
+            each = [None] * count if fields is None else fields[modality]
             if len(each) != count:
                 raise ConfigError(
                     f"messages: got {count} {modality}s, but {len(each)} parts that are one; send "
@@ -207,11 +207,11 @@ class EraRenderer(HfRenderer):
         )
 
 
-def _said(messages: list[object]) -> Mapping[str, Sequence[Said]]:
+def _part_fields(messages: list[object]) -> Mapping[str, Sequence[PartFields]]:
     """Return what each item's part says: as the route has read it, or from the messages."""
     request = current()
-    given = request.said if request is not None else None
-    return said_of_items(placed_parts(messages)) if given is None else given
+    given = request.part_fields if request is not None else None
+    return fields_of_items(placed_parts(messages)) if given is None else given
 
 
 def _count(items: object, axes: int) -> int:

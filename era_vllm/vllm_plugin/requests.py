@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, unknown_name
-from era_vllm.vllm_plugin.parts import FIELD, Said
+from era_vllm.vllm_plugin.parts import FIELD, PartFields
 
 Source = Literal["part", "detail", "era", "default"]
 """What decided a rate: ``era`` of the item's part, its ``detail``, the request's ``era``, none."""
@@ -78,7 +78,7 @@ class RequestContext:
 
     rates: Mapping[str, float] = field(default_factory=dict)
     """Modality -> the rate that the ``era`` field asks for."""
-    said: Mapping[str, Sequence[Said]] | None = None
+    part_fields: Mapping[str, Sequence[PartFields]] | None = None
     """Modality -> what each item's part says, where vLLM's messages do not; None = they do."""
     only_counted: bool = False
     """Its prompt is not for the engine, whose caches must not be thought to know its pictures."""
@@ -169,27 +169,27 @@ def _rate_of_level(level: object, config: EraConfig, at: str) -> float:
 
 
 def item_rates(
-    said: Iterable[Said | None], asked: float | None, config: EraConfig
+    fields: Iterable[PartFields | None], asked: float | None, config: EraConfig
 ) -> list[ItemRate]:
     """Return each item's effective rate: its part's own, else its detail, what was asked, default.
 
     Args:
-        said: What the part of each says; None = it has none.
+        fields: What the part of each says; None = it has none.
         asked: What ``requested_rates`` returned for the modality.
         config: The server's settings.
 
     Raises:
         FieldError: an unknown detail, or a field that is malformed or out of the server's bounds.
     """
-    return [_item_rate(one or Said(), asked, config) for one in said]
+    return [_item_rate(one or PartFields(), asked, config) for one in fields]
 
 
-def _item_rate(said: Said, asked: float | None, config: EraConfig) -> ItemRate:
-    detail = said.detail
+def _item_rate(fields: PartFields, asked: float | None, config: EraConfig) -> ItemRate:
+    detail = fields.detail
     if detail is not None and not (isinstance(detail, str) and detail in DETAILS):
-        raise FieldError(said.place(said.detail_at), detail, ", ".join(DETAILS))
-    if said.era is not None:
-        rate = _requested_rate(said.era, config, said.place(FIELD), _FORMS_OF_ONE)
+        raise FieldError(fields.place(fields.detail_at), detail, ", ".join(DETAILS))
+    if fields.era is not None:
+        rate = _requested_rate(fields.era, config, fields.place(FIELD), _FORMS_OF_ONE)
         return ItemRate(rate, "part")
     if detail is not None and (level := DETAILS[detail]) is not None:
         wanted = dict(config.levels)[level]

@@ -39,7 +39,7 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.viz import Kept, draw, seen
 from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, field, shape_of
-from era_vllm.vllm_plugin.parts import Said
+from era_vllm.vllm_plugin.parts import PartFields
 from era_vllm.vllm_plugin.processor import PrunedInfoMixin, pixels_of
 from era_vllm.vllm_plugin.requests import FieldError, ItemRate, item_rates, requested_rates
 from era_vllm_server import probe
@@ -111,11 +111,11 @@ class InspectRequest(BaseModel):
         return found
 
     @property
-    def said(self) -> Said:
-        """What is said of the item, by OpenAI's word."""
+    def part_fields(self) -> PartFields:
+        """What the body says of the item by OpenAI's word."""
         within = self.item.detail
         name = "detail" if within is None else f"{self.key}.detail"
-        return Said(detail=self.detail if within is None else within, detail_at=name)
+        return PartFields(detail=self.detail if within is None else within, detail_at=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
 def _rate(request: InspectRequest, config: EraConfig, takes: tuple[str, ...]) -> ItemRate:
     try:
         asked = requested_rates(request.era, config, takes).get(request.modality)
-        (rate,) = item_rates([request.said], asked, config)
+        (rate,) = item_rates([request.part_fields], asked, config)
         return rate if asked is None else ItemRate(asked, "era")
     except FieldError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from error

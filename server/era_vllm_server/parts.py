@@ -8,7 +8,7 @@ where ``era`` has no meaning (``fields``), and what it comes to (``requests``).
 from collections.abc import Iterator
 from typing import Any, Final
 
-from era_vllm.vllm_plugin.parts import FIELD, Said, modality_of, placed_parts, said_of_items
+from era_vllm.vllm_plugin.parts import FIELD, PartFields, fields_of_items, modality_of, placed_parts
 from era_vllm.vllm_plugin.requests import FieldError
 
 MESSAGES: Final = "/v1/messages"
@@ -21,7 +21,7 @@ _SOURCE: Final = (
 )
 
 
-def said_in(path: str, body: dict[str, Any]) -> dict[str, list[Said]]:
+def item_fields(path: str, body: dict[str, Any]) -> dict[str, list[PartFields]]:
     """Return what is said of each item of a chat, by modality, in the prompt's order.
 
     Args:
@@ -32,16 +32,16 @@ def said_in(path: str, body: dict[str, Any]) -> dict[str, list[Said]]:
         FieldError: a picture that vLLM leaves out, or refuses without a word on what is allowed.
     """
     if path.startswith(MESSAGES):
-        return {"image": list(_said_of_blocks(body)), "video": []}
+        return {"image": list(_fields_of_blocks(body)), "video": []}
     name = "messages" if body.get("messages") else "input"
     parts = list(placed_parts(body.get(name), name, ("content", "output")))
     for at, part in parts:
         if isinstance(part, dict) and modality_of(part) == "image" and not part.get("image_url"):
             raise FieldError(f"{at}.image_url", None, "data:image/...;base64,... or https://...")
-    return said_of_items(parts)
+    return fields_of_items(parts)
 
 
-def _said_of_blocks(body: dict[str, Any]) -> Iterator[Said]:
+def _fields_of_blocks(body: dict[str, Any]) -> Iterator[PartFields]:
     """Yield what is said of each picture of Anthropic's form.
 
     Upstream: vllm/entrypoints/anthropic/serving.py:406 ``_convert_messages`` (0.32.0) takes images
@@ -64,7 +64,9 @@ def _said_of_blocks(body: dict[str, Any]) -> Iterator[Said]:
             raise FieldError(f"{at}.source", source, _SOURCE)
         within = source.get("detail")  # as in ``image_url``
         name = "detail" if within is None else "source.detail"
-        yield Said(at, block.get(FIELD), block.get("detail") if within is None else within, name)
+        yield PartFields(
+            at, block.get(FIELD), block.get("detail") if within is None else within, name
+        )
 
 
 def _blocks(content: object, at: str, kind: str = "image") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -31,7 +31,7 @@ from era_vllm.vllm_plugin.requests import (
 )
 from era_vllm_server.metrics import REJECTED
 from era_vllm_server.middleware.body import Body
-from era_vllm_server.parts import MESSAGES, said_in
+from era_vllm_server.parts import MESSAGES, item_fields
 from era_vllm_server.probe import modalities
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
@@ -112,10 +112,10 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
         try:
             context.rates = requested_rates(body.get(FIELD), config, takes)
             context.only_counted = place is None
-            said = said_in(stock.path, body)
+            fields = item_fields(stock.path, body)
             if stock.path.startswith(MESSAGES):  # in whose conversion it gets lost
-                context.said = said
-            for modality, of_items in said.items():
+                context.part_fields = fields
+            for modality, of_items in fields.items():
                 rates = item_rates(of_items, context.rates.get(modality), config)
                 if config.max_pruning_rate == 0:  # and the renderer is vLLM's own
                     unknown = [None] * len(rates)

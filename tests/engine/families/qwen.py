@@ -221,9 +221,7 @@ class Qwen2VL(Qwen):
             depth=3, embed_dim=64, hidden_size=128, num_heads=4, mlp_ratio=2, patch_size=14
         )
         text = language(transformers.Qwen2VLTextConfig, VOCABULARY, **rope([4, 6, 6]))
-        return transformers.Qwen2VLForConditionalGeneration(
-            transformers.Qwen2VLConfig(vision_config=vision, text_config=text, **ids())
-        )
+        return joined("Qwen2VL", vision, text)
 
 
 class Qwen2_5VL(Qwen):
@@ -245,9 +243,7 @@ class Qwen2_5VL(Qwen):
             tokens_per_second=2,
         )
         text = language(transformers.Qwen2_5_VLTextConfig, VOCABULARY, **rope([4, 6, 6]))
-        return transformers.Qwen2_5_VLForConditionalGeneration(
-            transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids())
-        )
+        return joined("Qwen2_5_VL", vision, text)
 
 
 class Qwen3VL(Qwen):
@@ -276,9 +272,7 @@ class Qwen3VL(Qwen):
         text = language(
             transformers.Qwen3VLTextConfig, VOCABULARY, head_dim=32, num_hidden_layers=3, **more
         )
-        return transformers.Qwen3VLForConditionalGeneration(
-            transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **ids())
-        )
+        return joined("Qwen3VL", vision, text)
 
 
 class Yarn(Qwen3VL):
@@ -308,12 +302,17 @@ class Experts(Qwen3VL):
             "norm_topk_prob": True,
         }
         vision = dense["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
-        return transformers.Qwen3VLMoeForConditionalGeneration(
-            transformers.Qwen3VLMoeConfig(vision_config=vision, text_config=text, **ids())
-        )
+        return joined("Qwen3VLMoe", vision, text)
 
 
 Qwen3VL.others = (Yarn(),)
+
+
+def joined(family: str, vision: Any, text: Any) -> nn.Module:
+    """Return a model of these parts."""
+    config = getattr(transformers, f"{family}Config")
+    model = getattr(transformers, f"{family}ForConditionalGeneration")
+    return model(config(vision_config=vision, text_config=text, **ids()))
 
 
 def rope(section: list[int]) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import pytest
 
 from era_vllm.vllm_plugin.parts import (
-    Said,
+    PartFields,
+    fields_of_items,
     modality_of,
     placed_parts,
-    said_of_items,
     with_lists,
     without_field,
 )
@@ -59,24 +59,26 @@ def test_each_item_has_its_place_and_what_it_says_in_the_prompts_order() -> None
         "no message",
         {"role": "user", "content": [{"image_url": url()}], "output": [{"image_url": url()}]},
     ]
-    assert said_of_items(placed_parts(messages)) == {
+    assert fields_of_items(placed_parts(messages)) == {
         "image": [
-            Said("messages[1].content[0]", OFF, "low", "image_url.detail"),
-            Said("messages[1].content[2]", None, "high"),
-            Said("messages[4].content[0]"),
+            PartFields("messages[1].content[0]", OFF, "low", "image_url.detail"),
+            PartFields("messages[1].content[2]", None, "high"),
+            PartFields("messages[4].content[0]"),
         ],
         "video": [
-            Said("messages[1].content[4]", None, "low", "video_url.detail"),
-            Said("messages[1].content[5]", 3),
+            PartFields("messages[1].content[4]", None, "low", "video_url.detail"),
+            PartFields("messages[1].content[5]", 3),
         ],
     }
-    found = said_of_items(placed_parts(messages, "input", ("content", "output")))
+    found = fields_of_items(placed_parts(messages, "input", ("content", "output")))
     assert [one.at for one in found["image"]][-1] == "input[4].output[0]"
-    assert said_of_items(placed_parts("text")) == {"image": [], "video": []}
+    assert fields_of_items(placed_parts("text")) == {"image": [], "video": []}
 
 
 def test_a_place_is_the_fields_own_where_there_is_no_part() -> None:
-    assert Said().place("era") == "era" and Said("input[0]").place("era") == "input[0].era"
+    assert (
+        PartFields().place("era") == "era" and PartFields("input[0]").place("era") == "input[0].era"
+    )
 
 
 def test_the_template_sees_no_field_and_the_callers_messages_stay() -> None:
@@ -90,6 +92,6 @@ def test_the_template_sees_no_field_and_the_callers_messages_stay() -> None:
         "content": [{"type": "image_url", "image_url": url(), "own": 1}, "text"],
     }
     assert rest == ["text", tool] and "era" in part
-    assert said_of_items(placed_parts(listed))["image"][0].era == OFF
+    assert fields_of_items(placed_parts(listed))["image"][0].era == OFF
     (*_, stripped) = without_field(listed, ("content", "output"))
     assert stripped == {"output": [{"type": "image_url", "image_url": url(), "own": 1}], "era": OFF}

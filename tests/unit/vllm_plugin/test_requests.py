@@ -6,7 +6,7 @@ import math
 import pytest
 
 from era_vllm.config import EraConfig
-from era_vllm.vllm_plugin.parts import Said
+from era_vllm.vllm_plugin.parts import PartFields
 from era_vllm.vllm_plugin.requests import (
     FieldError,
     ItemRate,
@@ -145,15 +145,15 @@ def test_a_field_by_modality_is_refused_where_it_is_wrong(
     assert len(str(refused.value)) < 300
 
 
-def with_details(*details: object) -> list[Said]:
-    return [Said(detail=detail) for detail in details]
+def with_details(*details: object) -> list[PartFields]:
+    return [PartFields(detail=detail) for detail in details]
 
 
 def test_what_is_nearest_to_an_item_decides() -> None:
     """Its part's field, its detail, the request's field, the server's default."""
     light = {"level": "light"}
-    part, both = Said(era=light), Said(era=light, detail="high")
-    detail, auto, none = Said(detail="high"), Said(detail="auto"), Said()
+    part, both = PartFields(era=light), PartFields(era=light, detail="high")
+    detail, auto, none = PartFields(detail="high"), PartFields(detail="auto"), PartFields()
     for asked, rest in ((None, ItemRate(0.778, "default")), (0.6, ItemRate(0.6, "era"))):
         assert item_rates([part, both, detail, auto, none, None], asked, PLAIN) == [
             *[ItemRate(0.5, "part")] * 2,
@@ -163,7 +163,9 @@ def test_what_is_nearest_to_an_item_decides() -> None:
 
 
 def test_a_part_asks_for_what_the_server_serves() -> None:
-    assert item_rates([Said(era={"pruning_rate": 0.9})], 0.5, PLAIN) == [ItemRate(0.9, "part")]
+    assert item_rates([PartFields(era={"pruning_rate": 0.9})], 0.5, PLAIN) == [
+        ItemRate(0.9, "part")
+    ]
     for wrong, place, said in (
         ({"pruning_rate": 0.9}, ".pruning_rate", "got 0.9, allowed: a number in [0.25, 0.8]"),
         ({"pruning_rate": math.nan}, ".pruning_rate", "got nan"),
@@ -174,7 +176,7 @@ def test_a_part_asks_for_what_the_server_serves() -> None:
     ):
         at = "messages[3].content[14]"
         with pytest.raises(FieldError) as refused:
-            item_rates([Said(), Said(at, wrong)], None, BOUNDED)
+            item_rates([PartFields(), PartFields(at, wrong)], None, BOUNDED)
         assert refused.value.field == f"{at}.era{place}"
         assert str(refused.value).startswith(f"{at}.era{place}: got ")
         assert said in str(refused.value) and len(str(refused.value)) < 300
@@ -211,7 +213,7 @@ def test_details_follow_the_servers_own_levels() -> None:
 def test_an_unknown_detail_is_refused_whatever_the_fields_say(detail: object) -> None:
     for asked, era in ((None, None), (0.5, None), (None, {"level": "off"})):
         with pytest.raises(FieldError, match="^video_url.detail: got .*high, original, low, auto"):
-            item_rates([Said("", era, detail, "video_url.detail")], asked, PLAIN)
+            item_rates([PartFields("", era, detail, "video_url.detail")], asked, PLAIN)
 
 
 def test_a_report_says_level_source_and_tokens() -> None:
