@@ -252,9 +252,9 @@ def _tapped(
     """Return random numbers of each unit's keys, in the form that the family's tower gives."""
     if case.side is None:
         per_unit = [4 * layout.segments[0].n for layout in layouts for _ in range(layout.units)]
-        return [torch.rand(2, patches) for patches in per_unit]
+        return [1 + torch.rand(2, patches) for patches in per_unit]
     side = case.side(config.vision_config)
-    return torch.rand(sum(layout.units for layout in layouts), 2, side * side)
+    return 1 + torch.rand(sum(layout.units for layout in layouts), 2, side * side)
 
 
 def _same(one: Layout, other: Layout) -> bool:
