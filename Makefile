@@ -7,6 +7,9 @@ PYTEST = $(BIN)/python -m pytest
 TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS % 60))' EXIT; set -e;
 # The folders whose tests need no vLLM: `check` runs them, `test` runs them and then the others.
 QUICK := tests/unit tests/contracts
+# Two processes; what shares engines or servers stays in one (tests/conftest.py). Not for engines and
+# servers together yet: two processes that hold 7 GB of engines each leave no memory for servers.
+SHARED = -n 2 --dist loadgroup --no-loadscope-reorder
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
 APART := not gpu and not bench
 
@@ -21,13 +24,13 @@ ifeq ($(shell uname -s),Linux)
 env:  ## make or update the virtual environment (.venv, or $ERA_VENV)
 	@deploy/environment.sh
 
-check:  ## ruff, pyright, import-linter and the tests that start no engine (three minutes)
+check:  ## ruff, pyright, import-linter and the tests that start no engine (two minutes)
 	@$(TIMED) deploy/environment.sh; \
 	$(BIN)/ruff check . ; \
 	$(BIN)/ruff format --check . ; \
 	$(BIN)/pyright --pythonpath $(BIN)/python ; \
 	$(BIN)/lint-imports --no-logo ; \
-	$(PYTEST) $(QUICK) -m "$(APART) and not slow"
+	$(PYTEST) $(SHARED) $(QUICK) -m "$(APART) and not slow"
 
 test:  ## check, then the other tests that a CPU runs in time (some 40 minutes)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \

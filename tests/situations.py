@@ -146,7 +146,8 @@ class Collector:
         if not properties["situation"] or (report.when != "call" and report.passed):
             return
         why = report.longrepr[2] if report.skipped else ""
-        self.results[report.nodeid] = Result(
+        test = report.nodeid.partition("@")[0]  # xdist puts the group behind it
+        self.results[test] = Result(
             properties["situation"][0],
             report.outcome,
             why.removeprefix("Skipped: "),
@@ -156,9 +157,9 @@ class Collector:
             self.machine,
         )
 
-    def pytest_sessionfinish(self) -> None:
-        """Replace the results of the tests that ran."""
-        if self.results:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Replace the results of the tests that ran; a worker's are also its controller's."""
+        if self.results and not hasattr(session.config, "workerinput"):
             RESULTS.parent.mkdir(exist_ok=True)
             whole = {**load(), **self.results}
             rows = {test: asdict(result) for test, result in sorted(whole.items())}

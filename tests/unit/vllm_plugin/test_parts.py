@@ -23,7 +23,7 @@ def url(**more: object) -> dict[str, object]:
     [
         ({"type": "image_url", "image_url": url()}, "image"),
         ({"type": "input_image", "image_url": "data:,"}, "image"),
-        ({"type": "image_pil", "image_pil": object()}, "image"),
+        ({"type": "image_pil", "image_pil": "pixels"}, "image"),
         ({"image_url": "data:,"}, "image"),
         ({"type": "video_url", "video_url": url()}, "video"),
         ({"video_url": "data:,"}, "video"),
