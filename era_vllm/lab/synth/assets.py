@@ -47,6 +47,8 @@ ShapeKind = Literal["circle", "square", "triangle", "star", "cross", "diamond", 
 
 SHAPES: Final[tuple[ShapeKind, ...]] = get_args(ShapeKind)
 FONT_SIZES: Final = range(15, 19)
+SIGN_SIZES: Final = range(10, 13)
+"""Font sizes of small signs."""
 
 # Room that a word takes at each font size, as Pillow 13 measures it. Written down, because other
 # releases differ by a pixel, and every later lot of a picture depends on it.
@@ -233,4 +235,19 @@ def word_mask(text: str, font_size: int) -> Image.Image:
     mask = Image.new("L", (width, height), 0)
     corner = (_WORD_MARGIN - left, height - _WORD_MARGIN - bottom)
     ImageDraw.Draw(mask).text(corner, text, font=font, fill=255)
+    return mask
+
+
+@cache
+def sign_mask(text: str, font_size: int) -> Image.Image:
+    """Draw one word for a small sign, with a margin of 2 pixels, as large as Pillow measures it.
+
+    Args:    text: one of WORDS.   font_size: one of SIGN_SIZES.
+    Returns: an "L" image, 255 inside. Shared: do not draw on it.
+    """
+    font = ImageFont.load_default(font_size)
+    left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
+    margin = _WORD_MARGIN // 2
+    mask = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin), 0)
+    ImageDraw.Draw(mask).text((margin - left, margin - top), text, font=font, fill=255)
     return mask

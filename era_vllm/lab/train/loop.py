@@ -1,0 +1,306 @@
+"""READ FIRST in the trainer: one loop for every architecture.
+
+A step: the recipe says what is learnt (``recipe.py``), an architecture makes a batch and its losses
+(``qwen3_vl.py``), ranks average gradients (``ranks.py``), Muon and AdamW step (``optim.py``). Every
+few minutes: the state is saved (``state.py``), held-out questions are asked, the curve is drawn
+(``curve.py``). A task is a function of the seed and its number, so a training that is gone on with
+sees what it would have seen.
+"""
+
+import multiprocessing
+import os
+import random
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from era_vllm.errors import ConfigError
+from era_vllm.lab.screen import interval_s
+from era_vllm.lab.synth.assets import load_material
+from era_vllm.lab.synth.questions import TaskFamily
+from era_vllm.lab.synth.tasks import Kind, draw_task
+from era_vllm.lab.train.curve import append, draw
+from era_vllm.lab.train.optim import optimizers
+from era_vllm.lab.train.ranks import Ranks
+from era_vllm.lab.train.recipe import Recipe
+from era_vllm.lab.train.state import Average, Progress, load, save
+
+ALLOCATOR: Final = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "30000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "MALLOC_ARENA_MAX": "1",
+}
+"""glibc keeps what it has: a step on a CPU takes half as long."""
+DEV_SEED: Final = 4242
+_DEV: Final[Mapping[Kind, int]] = {"picture": 72, "several": 64, "film": 64}
+_DEV_BATCH: Final = 8
+_LONGEST_STEP_S: Final = 60.0  # what is longer was stopped, and does not count as training
+_AUX: Final = 0.3
+_CLIP: Final = 1.0
+_REPORT: Final = 20  # steps a line of the curve
+Correct = Mapping[TaskFamily, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a training is told; times in minutes."""
+
+    arch: str
+    out: Path
+    minutes: float
+    seed: int = 0
+    ranks: int = 1
+    threads: int = 1
+    lr: float = 2e-3
+    warmup: int = 100
+    cooldown: float = 0.0
+    """The last minutes, in which the learning rate falls to a twentieth."""
+    save_every: float = 5.0
+    dev_every: float = 15.0
+    resume: bool = False
+    weights: Path | None = None
+    device: str = "cpu"
+    bf16: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+def train(settings: Settings) -> None:
+    """Train in processes of their own, one a rank; wait for them.
+
+    Raises: ConfigError: a rank ended with an error, which is above.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    os.environ.update(ALLOCATOR)
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    context = multiprocessing.get_context("spawn")
+    address = f"file://{settings.out.absolute()}/.ranks-{os.getpid()}"
+    ranks = [Ranks(rank, settings.ranks) for rank in range(settings.ranks)]
+    processes = [context.Process(target=run, args=(settings, rank, address)) for rank in ranks]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode for process in processes):
+                break
+            processes[0].join(1.0)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+        Path(address.removeprefix("file://")).unlink(missing_ok=True)
+    if any(process.exitcode for process in processes):
+        raise ConfigError("training: a process ended with an error; it is above")
+
+
+def run(settings: Settings, ranks: Ranks, address: str = "") -> list[float]:
+    """Train as one rank; return the loss of each step.
+
+    Mutates: the folder settings.out.
+    """
+    torch.set_num_threads(settings.threads)
+    ranks.join(address)
+    return _Training(settings, ranks).run()
+
+
+class _Training:
+    def __init__(self, settings: Settings, ranks: Ranks) -> None:
+        from era_vllm.lab.train import qwen3_vl as arch
+
+        self.settings, self.ranks, self.arch = settings, ranks, arch
+        torch.manual_seed(settings.seed)
+        self.model = arch.Trained()
+        if settings.weights is not None:
+            self.model.read(settings.weights)
+        self.model.to(settings.device)
+        self.average = Average(self.model)
+        self.optimizers = optimizers(self.model, ranks, settings.lr)
+        self.progress = Progress(settings.arch, settings.seed)
+        self.fresh = 0  # steps of optimizers that started anew
+        if settings.resume:
+            self.progress = load(
+                settings.out, settings.arch, self.model, self.average, self.optimizers
+            )
+            self.fresh = settings.warmup
+        self.words = arch.words.tokenizer()
+        self.material = load_material(split="train")
+        self.sums: dict[str, list[float]] = defaultdict(list)
+
+    def run(self) -> list[float]:
+        settings, progress = self.settings, self.progress
+        start, losses = progress.minutes, []
+        saved = asked = progress.minutes
+        with self._bar() as bar:
+            while progress.minutes - start < settings.minutes:
+                began = time.monotonic()
+                losses.append(self._step(progress.minutes - start))
+                spent = min(time.monotonic() - began, _LONGEST_STEP_S) / 60
+                minutes = progress.minutes + self._of_first(spent)
+                bar.update(round(minutes - progress.minutes, 4))
+                progress.minutes = minutes
+                if progress.step % _REPORT == 0:
+                    self._report(bar)
+                if minutes - saved >= settings.save_every:
+                    saved = minutes
+                    self._save()
+                if minutes - asked >= settings.dev_every:
+                    asked = minutes
+                    self._dev()
+        self._save()
+        self._dev()
+        return losses
+
+    def _step(self, minutes: float) -> float:
+        settings, progress, ranks = self.settings, self.progress, self.ranks
+        lesson = settings.recipe.lesson(settings.seed, progress.step, progress.seen)
+        first = progress.seen + ranks.rank * lesson.rows
+        tasks = [
+            draw_task(
+                lesson.kind, settings.seed, number, self.material, lesson.tokens, lesson.quotas
+            )
+            for number in range(first, first + lesson.rows)
+        ]
+        lots = random.Random(f"packing {settings.seed} {progress.step} {ranks.rank}")
+        if lesson.with_text:
+            batch = self.arch.batch_of(tasks, self.words, lots)
+        else:
+            batch = self.arch.collate(tasks, ())
+        self._set_rate(minutes)
+        with self._precision():
+            found = self.model.losses(batch.to(settings.device), lesson.with_text)
+        loss = found["tower"] * (_AUX if lesson.with_text else 1.0) + found.get("text", 0.0)
+        loss.backward()
+        self._share_gradients()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.seen += lesson.rows * ranks.count
+        self.fresh += 1
+        self.average.update(progress.step)
+        for name, value in found.items():
+            self.sums[name].append(value.item())
+        if "text" in found:
+            self.sums[f"text_{lesson.kind}"].append(found["text"].item())
+        return float(loss.item())
+
+    def _share_gradients(self) -> None:
+        weights = list(self.model.parameters())
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        gradients: list[Tensor] = [weight.grad for weight in weights]  # type: ignore[misc]
+        for weight, gradient in zip(weights, self.ranks.averaged(gradients), strict=True):
+            weight.grad = gradient
+        nn.utils.clip_grad_norm_(weights, _CLIP)
+
+    def _set_rate(self, minutes: float) -> None:
+        settings = self.settings
+        rate = settings.lr * min(1.0, (self.fresh + 1) / settings.warmup)
+        left = settings.minutes - minutes
+        if left < settings.cooldown:
+            rate *= max(0.05, left / settings.cooldown)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def _precision(self) -> Any:
+        if self.settings.bf16:
+            return torch.autocast(self.settings.device, torch.bfloat16)
+        return nullcontext()
+
+    def _of_first(self, value: float) -> float:
+        """Return rank 0's value: all ranks end after the same step."""
+        own = torch.tensor([value if self.ranks.first else 0.0], dtype=torch.float64)
+        return float(self.ranks.added([own])[0])
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.settings.minutes,
+            desc=f"train {self.settings.arch}",
+            unit="min",
+            mininterval=interval_s(),
+            disable=not self.ranks.first,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} min{postfix}",
+        )
+
+    def _report(self, bar: Any) -> None:
+        means = {name: sum(values) / len(values) for name, values in self.sums.items()}
+        self.sums.clear()
+        if self.ranks.first:
+            progress = self.progress
+            known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
+            append(self.settings.out, {**known, **means})
+            shown = " ".join(f"{name} {value:.2f}" for name, value in means.items())
+            bar.set_postfix_str(f"{progress.seen} tasks, {shown}")
+
+    def _save(self) -> None:
+        if self.ranks.first:
+            save(
+                self.settings.out, self.progress, self.model, self.average, self.optimizers
+            )
+
+    def _dev(self) -> None:
+        """Ask held-out questions with the averaged weights; each rank a share."""
+        self.average.swap()
+        try:
+            correct = accuracy(self.arch, self.model, self.ranks, _DEV, DEV_SEED)
+        finally:
+            self.average.swap()
+        if self.ranks.first:
+            progress = self.progress
+            known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
+            append(self.settings.out, {**known, "dev": correct})
+            draw(self.settings.out)
+
+
+def accuracy(
+    arch: Any, model: Any, ranks: Ranks, counts: Mapping[Kind, int], seed: int
+) -> dict[str, tuple[int, int]]:
+    """Ask held-out questions, all words of an answer at once: exactly right as greedy decoding is.
+
+    Returns: right and asked, by family.
+    """
+    from era_vllm.lab.synth.tasks import TASK_FAMILIES
+
+    tokenizer, material = arch.words.tokenizer(), load_material(split="test")
+    counted = {family: [0, 0] for family in TASK_FAMILIES}
+    device = next(model.parameters()).device
+    for kind, count in counts.items():
+        tasks = [
+            draw_task(kind, seed, number, material)
+            for number in range(ranks.rank, count, ranks.count)
+        ]
+        for start in range(0, len(tasks), _DEV_BATCH):
+            some = tasks[start : start + _DEV_BATCH]
+            _count(arch.batch_of(some, tokenizer, random.Random(0), plain=True).to(device), model, counted)
+    flat = torch.tensor(list(counted.values()))
+    (flat,) = ranks.added([flat])
+    return {
+        family: (right, asked)
+        for family, (right, asked) in zip(counted, flat.tolist(), strict=True)
+        if asked
+    }
+
+
+@torch.no_grad()
+def _count(batch: Any, model: Any, counted: Mapping[TaskFamily, list[int]]) -> None:
+    scores, wanted = model.answer(batch, model.see(batch))
+    hits = (scores.argmax(-1) == wanted).tolist()
+    place = 0
+    for row in batch.rows:
+        for question, (first, end) in zip(row.questions, row.spans, strict=True):
+            right = all(hits[place : place + end - first])
+            place += end - first
+            counted[question.family][0] += right
+            counted[question.family][1] += 1
+

@@ -1,0 +1,145 @@
+"""Pack a task with all its questions into one row of tokens.
+
+    <|im_start|>user filler <pictures> | question 1 ... answer | question 2 ... answer | ...
+
+What stands left of the first bar is shared. A question sees it and itself, no other question, and
+its positions start right behind the pictures, so each is answered as if it were alone. Some rows
+are a chat instead: each turn sees the turns before. Positions are M-RoPE's, as transformers counts
+them; now and then a stretch of them is left out before the question, as if text had stood there.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from era_vllm.lab.synth.filler import draw_filler
+from era_vllm.lab.synth.questions import Question
+from era_vllm.lab.synth.tasks import SIDE_STEP, Task
+from era_vllm.lab.train.words import IMAGE, VIDEO
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NO_TARGET: Final = -100
+_ANSWER_PROMPT: Final = "<|im_end|>\n<|im_start|>assistant\n"
+_NEXT_TURN: Final = "\n<|im_start|>user\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packed task; n tokens."""
+
+    ids: "np.ndarray"
+    """[n]"""
+    positions: "np.ndarray"
+    """[3, n]: time, row, column."""
+    owners: "np.ndarray"
+    """[n]: the question that a token belongs to, from 1; 0: all see it."""
+    targets: "np.ndarray"
+    """[n]: the token that is to follow, where it is learnt."""
+    questions: tuple[Question, ...]
+    spans: tuple[tuple[int, int], ...]
+    """Where each question's answer is told: from, to, as indices of targets."""
+
+
+def pack(
+    task: Task, words: "Tokenizer", lots: random.Random, most: int = 150, plain: bool = False
+) -> Row:
+    """Pack a task.
+
+    Args:    most: tokens of questions and answers together, one question at least.
+             plain: no filler, no chat, no stretch left out: as accuracy is measured.
+    Returns: Row.
+    Mutates: lots.
+    """
+    maker = _Maker(words)
+    maker.add("<|im_start|>user\n" + _filler_before(lots, plain))
+    for index, item in enumerate(task.items):
+        if index and not plain and lots.random() < 0.2:
+            maker.add(draw_filler(lots, lots.randint(1, 8)))
+        rows, columns = (side // SIDE_STEP for side in item.frames[0].size[::-1])
+        outer = bool(item.seconds) and (plain or lots.random() < 0.7)
+        if outer:  # transformers from 5.10 on leaves the template's marks around a video's own
+            maker.add("<|vision_start|>")
+        for moment in range(len(item.scenes)):
+            if item.seconds:
+                maker.add(f"<{item.seconds[moment]:.1f} seconds>")
+            maker.add_picture(VIDEO if item.seconds else IMAGE, rows, columns)
+        if outer:
+            maker.add("<|vision_end|>")
+    chat = not plain and lots.random() < 0.12
+    wordy = not plain and lots.random() < 0.15
+    if not plain and lots.random() < 0.2:
+        maker.position += lots.randint(1, 150)
+    start, place = len(maker.ids), maker.position
+    asked: list[Question] = []
+    spans: list[tuple[int, int]] = []
+    for number, question in enumerate(task.questions, 1):
+        if not chat:
+            maker.position, maker.owner = place, number
+        filler = ""
+        if wordy or (not plain and lots.random() < 0.08):
+            filler = draw_filler(lots, lots.randint(1, 60 if wordy else 10)) + " "
+        turn = _NEXT_TURN if chat and number > 1 else ""
+        prompt = words.encode(turn + filler + _wording(question, lots, plain) + _ANSWER_PROMPT).ids
+        answer = words.encode(question.answer + "<|im_end|>").ids
+        if asked and len(maker.ids) - start + len(prompt) + len(answer) > most:
+            break
+        first = len(maker.ids) + len(prompt) - 1
+        maker.extend([*prompt, *answer])
+        spans.append((first, first + len(answer)))
+        asked.append(question)
+    return maker.row(asked, spans)
+
+
+def _filler_before(lots: random.Random, plain: bool) -> str:
+    if plain or lots.random() < 0.6:
+        return ""
+    return draw_filler(lots, lots.randint(1, 60 if lots.random() < 0.25 else 10))
+
+
+def _wording(question: Question, lots: random.Random, plain: bool) -> str:
+    """Leave the question mark out at times."""
+    return question.text[:-1] if not plain and lots.random() < 0.05 else question.text
+
+
+class _Maker:
+    def __init__(self, words: "Tokenizer") -> None:
+        self._words = words
+        self.ids: list[int] = []
+        self.position = 0
+        self.owner = 0
+        self._owners: list[int] = []
+        self._positions: list[tuple[int, int, int]] = []
+
+    def add(self, text: str) -> None:
+        self.extend(self._words.encode(text).ids)
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self._owners += [self.owner] * len(ids)
+        self._positions += [(self.position + index,) * 3 for index in range(len(ids))]
+        self.position += len(ids)
+
+    def add_picture(self, pad: int, rows: int, columns: int) -> None:
+        self.add("<|vision_start|>")
+        start = self.position
+        self.ids += [pad] * (rows * columns)
+        self._owners += [self.owner] * (rows * columns)
+        self._positions += [
+            (start, start + row, start + column) for row in range(rows) for column in range(columns)
+        ]
+        self.position = start + max(rows, columns)
+        self.add("<|vision_end|>")
+
+    def row(self, asked: Sequence[Question], spans: Sequence[tuple[int, int]]) -> Row:
+        ids = np.array(self.ids, np.int64)
+        targets = np.full(len(ids), NO_TARGET, np.int64)
+        for first, end in spans:
+            targets[first:end] = ids[first + 1 : end + 1]
+        positions = np.array(self._positions, np.int64).T
+        owners = np.array(self._owners, np.int64)
+        return Row(ids, positions, owners, targets, tuple(asked), tuple(spans))
