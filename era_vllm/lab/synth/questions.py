@@ -20,9 +20,7 @@ Family = Literal[
     "exist", "color", "shape", "count", "spatial", "where", "number", "word", "chart"
 ]  # fmt: skip
 
-TaskFamily = (
-    Family | Literal["relation", "reading", "which", "indexed", "motion", "moment"]
-)
+TaskFamily = Family | Literal["relation", "reading", "which", "indexed", "motion", "moment"]
 """The nine, and those of `tasks.py`."""
 
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)

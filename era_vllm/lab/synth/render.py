@@ -61,9 +61,7 @@ def paint(scene: Scene, material: Material) -> Image.Image:
     return picture
 
 
-def _paint_backdrop(
-    backdrop: Backdrop, photo: Image.Image, sides: tuple[int, int]
-) -> Image.Image:
+def _paint_backdrop(backdrop: Backdrop, photo: Image.Image, sides: tuple[int, int]) -> Image.Image:
     corner = (backdrop.left, backdrop.top)
     wide, high = (backdrop.size * side // max(sides) for side in sides)
     opposite = (backdrop.left + wide, backdrop.top + high)

@@ -18,9 +18,9 @@ from era_vllm.lab.synth.assets import Material
 from era_vllm.lab.synth.film import Item, draw_film
 from era_vllm.lab.synth.questions import FAMILIES, Question, TaskFamily, alone, ask_about, plural
 from era_vllm.lab.synth.render import paint
-from era_vllm.lab.synth.scene import Plan, Scene, Shape, draw_scene
+from era_vllm.lab.synth.scene import STANDARD, Plan, Scene, Shape, draw_scene
 
-Kind = Literal["picture", "several", "film"]
+Kind = Literal["picture", "several", "film", "standard"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 ORDINALS: Final = ("first", "second", "third", "fourth")
 SIDE_STEP: Final = 16
@@ -59,7 +59,8 @@ def draw_task(
 ) -> Task:
     """Draw a task. About 2 ms a picture.
 
-    Args:    kind: "picture": one; "several": two or three; "film": a video of 3 or 4 moments.
+    Args:    kind: "picture": one; "several": two or three; "film": a video of 3 or 4 moments;
+                   "standard": one as the shipped LLaVA's, with the first nine families.
              tokens: fewest and most visual tokens (16 x 16 pixels) a picture; None: the kind's.
              quotas: at most so many questions of a family.
     Returns: Task. Its questions may be none, where a picture suits none.
@@ -69,10 +70,15 @@ def draw_task(
     if kind == "film":
         item, questions = draw_film(lots, material, *_sides(lots, sizes))
         return Task(kind, (item,), questions)
-    count = 1 if kind == "picture" else lots.randint(2, 3)
-    scenes = [draw_scene(lots, material, _plan(lots, sizes, count > 1)) for _ in range(count)]
+    count = lots.randint(2, 3) if kind == "several" else 1
+    scenes = [
+        draw_scene(
+            lots, material, STANDARD if kind == "standard" else _plan(lots, sizes, count > 1)
+        )
+        for _ in range(count)
+    ]
     items = tuple(Item((paint(scene, material),), (scene,), ()) for scene in scenes)
-    ask = _about_one if kind == "picture" else _about_several
+    ask = _about_several if kind == "several" else _about_one
     questions = ask(scenes, lots, quotas)
     lots.shuffle(questions)
     return Task(kind, items, tuple(questions))
@@ -82,6 +88,7 @@ SIZES: Final[Mapping[Kind, tuple[int, int]]] = {
     "picture": (36, 110),
     "several": (16, 49),
     "film": (25, 42),
+    "standard": (144, 144),
 }
 """Fewest and most visual tokens of a picture, or of a moment."""
 

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +25,9 @@ from era_vllm.errors import ConfigError
 from era_vllm.lab.screen import interval_s
 from era_vllm.lab.synth.assets import load_material
 from era_vllm.lab.synth.questions import TaskFamily
-from era_vllm.lab.synth.tasks import Kind, draw_task
+from era_vllm.lab.synth.tasks import TASK_FAMILIES, Kind, draw_task
+from era_vllm.lab.train.arch import Architecture, Learner, architecture
+from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.curve import append, draw
 from era_vllm.lab.train.optim import optimizers
 from era_vllm.lab.train.ranks import Ranks
@@ -40,10 +42,8 @@ ALLOCATOR: Final = {
 }
 """glibc keeps what it has: a step on a CPU takes half as long."""
 DEV_SEED: Final = 4242
-_DEV: Final[Mapping[Kind, int]] = {"picture": 72, "several": 64, "film": 64}
 _DEV_BATCH: Final = 8
 _LONGEST_STEP_S: Final = 60.0  # what is longer was stopped, and does not count as training
-_AUX: Final = 0.3
 _CLIP: Final = 1.0
 _REPORT: Final = 20  # steps a line of the curve
 Correct = Mapping[TaskFamily, tuple[int, int]]
@@ -69,7 +69,8 @@ class Settings:
     weights: Path | None = None
     device: str = "cpu"
     bf16: bool = False
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe | None = None
+    """None: the architecture's."""
 
 
 def train(settings: Settings) -> None:
@@ -112,11 +113,11 @@ def run(settings: Settings, ranks: Ranks, address: str = "") -> list[float]:
 
 class _Training:
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
-        from era_vllm.lab.train import qwen3_vl as arch
-
-        self.settings, self.ranks, self.arch = settings, ranks, arch
+        self.settings, self.ranks = settings, ranks
+        self.arch = architecture(settings.arch)
+        self.recipe = settings.recipe or self.arch.recipe
         torch.manual_seed(settings.seed)
-        self.model = arch.Trained()
+        self.model = self.arch.learner()
         if settings.weights is not None:
             self.model.read(settings.weights)
         self.model.to(settings.device)
@@ -129,7 +130,7 @@ class _Training:
                 settings.out, settings.arch, self.model, self.average, self.optimizers
             )
             self.fresh = settings.warmup
-        self.words = arch.words.tokenizer()
+        self.words = self.arch.tokenizer()
         self.material = load_material(split="train")
         self.sums: dict[str, list[float]] = defaultdict(list)
 
@@ -159,7 +160,7 @@ class _Training:
 
     def _step(self, minutes: float) -> float:
         settings, progress, ranks = self.settings, self.progress, self.ranks
-        lesson = settings.recipe.lesson(settings.seed, progress.step, progress.seen)
+        lesson = self.recipe.lesson(settings.seed, progress.step, progress.seen)
         first = progress.seen + ranks.rank * lesson.rows
         tasks = [
             draw_task(
@@ -169,13 +170,13 @@ class _Training:
         ]
         lots = random.Random(f"packing {settings.seed} {progress.step} {ranks.rank}")
         if lesson.with_text:
-            batch = self.arch.batch_of(tasks, self.words, lots)
+            batch = self.arch.asked(tasks, self.words, lots)
         else:
-            batch = self.arch.collate(tasks, ())
+            batch = self.arch.batch(tasks)
         self._set_rate(minutes)
         with self._precision():
-            found = self.model.losses(batch.to(settings.device), lesson.with_text)
-        loss = found["tower"] * (_AUX if lesson.with_text else 1.0) + found.get("text", 0.0)
+            found = self.model.losses(batch.to(settings.device))
+        loss = found["loss"]
         loss.backward()
         self._share_gradients()
         for optimizer in self.optimizers:
@@ -245,15 +246,13 @@ class _Training:
 
     def _save(self) -> None:
         if self.ranks.first:
-            save(
-                self.settings.out, self.progress, self.model, self.average, self.optimizers
-            )
+            save(self.settings.out, self.progress, self.model, self.average, self.optimizers)
 
     def _dev(self) -> None:
         """Ask held-out questions with the averaged weights; each rank a share."""
         self.average.swap()
         try:
-            correct = accuracy(self.arch, self.model, self.ranks, _DEV, DEV_SEED)
+            correct = accuracy(self.arch, self.model, self.ranks, self.arch.dev, DEV_SEED)
         finally:
             self.average.swap()
         if self.ranks.first:
@@ -264,15 +263,13 @@ class _Training:
 
 
 def accuracy(
-    arch: Any, model: Any, ranks: Ranks, counts: Mapping[Kind, int], seed: int
+    arch: Architecture, model: Learner, ranks: Ranks, counts: Mapping[Kind, int], seed: int
 ) -> dict[str, tuple[int, int]]:
     """Ask held-out questions, all words of an answer at once: exactly right as greedy decoding is.
 
     Returns: right and asked, by family.
     """
-    from era_vllm.lab.synth.tasks import TASK_FAMILIES
-
-    tokenizer, material = arch.words.tokenizer(), load_material(split="test")
+    tokenizer, material = arch.tokenizer(), load_material(split="test")
     counted = {family: [0, 0] for family in TASK_FAMILIES}
     device = next(model.parameters()).device
     for kind, count in counts.items():
@@ -282,7 +279,8 @@ def accuracy(
         ]
         for start in range(0, len(tasks), _DEV_BATCH):
             some = tasks[start : start + _DEV_BATCH]
-            _count(arch.batch_of(some, tokenizer, random.Random(0), plain=True).to(device), model, counted)
+            batch = arch.asked(some, tokenizer, random.Random(0), plain=True)
+            _count(batch.to(device), model, counted)
     flat = torch.tensor(list(counted.values()))
     (flat,) = ranks.added([flat])
     return {
@@ -293,7 +291,7 @@ def accuracy(
 
 
 @torch.no_grad()
-def _count(batch: Any, model: Any, counted: Mapping[TaskFamily, list[int]]) -> None:
+def _count(batch: Batch, model: Learner, counted: Mapping[TaskFamily, list[int]]) -> None:
     scores, wanted = model.answer(batch, model.see(batch))
     hits = (scores.argmax(-1) == wanted).tolist()
     place = 0
@@ -303,4 +301,3 @@ def _count(batch: Any, model: Any, counted: Mapping[TaskFamily, list[int]]) -> N
             place += end - first
             counted[question.family][0] += right
             counted[question.family][1] += 1
-

@@ -1,8 +1,8 @@
 """Muon for matrices, its work shared out over ranks; AdamW for the rest.
 
-torch.optim.Muon orthogonalises in bfloat16, which a CPU without AMX does a hundred times slower than
-float32, and every rank would do all of it. Here matrices of one shape go through it together, in
-float32, each rank's share. The update is torch's (`adjust_lr_fn="match_rms_adamw"`).
+torch.optim.Muon orthogonalises in bfloat16, which a CPU without AMX does a hundred times slower
+than float32, and every rank would do all of it. Here matrices of one shape go through it together,
+in float32, each rank's share. The update is torch's (`adjust_lr_fn="match_rms_adamw"`).
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ from era_vllm.lab.train.ranks import Ranks
 _COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 _STEPS: Final = 5
 _NOT_MUON: Final = ("embed", "heads.", "patch_embed", "lm_head")
-_WIDEST: Final = 2 ** 17
+_WIDEST: Final = 2**17
 """Numbers of a matrix that Muon is worth its time for; larger ones (the mergers') are AdamW's."""
 
 

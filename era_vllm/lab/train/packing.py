@@ -1,6 +1,6 @@
 """Pack a task with all its questions into one row of tokens.
 
-    <|im_start|>user filler <pictures> | question 1 ... answer | question 2 ... answer | ...
+    opening filler <pictures> | question 1 ... answer | question 2 ... answer | ...
 
 What stands left of the first bar is shared. A question sees it and itself, no other question, and
 its positions start right behind the pictures, so each is answered as if it were alone. Some rows
@@ -17,15 +17,34 @@ import numpy as np
 
 from era_vllm.lab.synth.filler import draw_filler
 from era_vllm.lab.synth.questions import Question
-from era_vllm.lab.synth.tasks import SIDE_STEP, Task
-from era_vllm.lab.train.words import IMAGE, VIDEO
+from era_vllm.lab.synth.tasks import Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 NO_TARGET: Final = -100
-_ANSWER_PROMPT: Final = "<|im_end|>\n<|im_start|>assistant\n"
-_NEXT_TURN: Final = "\n<|im_start|>user\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a family writes a prompt, and counts positions."""
+
+    opening: str
+    asked: str
+    """Between a question and its answer."""
+    end: str
+    """Of an answer."""
+    next_turn: str
+    marks: tuple[str, str]
+    """Around a picture."""
+    pads: tuple[str, str]
+    """A token of a picture, of a video."""
+    side: int
+    """Pixels of a token."""
+    grid: bool
+    """Whether tokens of a picture stand in rows and columns (M-RoPE), or one behind the other."""
+    filler: bool
+    """Whether the vocabulary has it, and a chat was learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +54,7 @@ class Row:
     ids: "np.ndarray"
     """[n]"""
     positions: "np.ndarray"
-    """[3, n]: time, row, column."""
+    """[3, n]: time, row, column; without a grid all the same."""
     owners: "np.ndarray"
     """[n]: the question that a token belongs to, from 1; 0: all see it."""
     targets: "np.ndarray"
@@ -46,7 +65,12 @@ class Row:
 
 
 def pack(
-    task: Task, words: "Tokenizer", lots: random.Random, most: int = 150, plain: bool = False
+    task: Task,
+    form: Form,
+    words: "Tokenizer",
+    lots: random.Random,
+    most: int = 150,
+    plain: bool = False,
 ) -> Row:
     """Pack a task.
 
@@ -55,23 +79,23 @@ def pack(
     Returns: Row.
     Mutates: lots.
     """
-    maker = _Maker(words)
-    maker.add("<|im_start|>user\n" + _filler_before(lots, plain))
+    maker, bare = _Maker(words, form), plain or not form.filler
+    maker.add(form.opening + _filler_before(lots, bare))
     for index, item in enumerate(task.items):
-        if index and not plain and lots.random() < 0.2:
+        if index and not bare and lots.random() < 0.2:
             maker.add(draw_filler(lots, lots.randint(1, 8)))
-        rows, columns = (side // SIDE_STEP for side in item.frames[0].size[::-1])
+        rows, columns = (side // form.side for side in item.frames[0].size[::-1])
         outer = bool(item.seconds) and (plain or lots.random() < 0.7)
         if outer:  # transformers from 5.10 on leaves the template's marks around a video's own
-            maker.add("<|vision_start|>")
+            maker.add(form.marks[0])
         for moment in range(len(item.scenes)):
             if item.seconds:
                 maker.add(f"<{item.seconds[moment]:.1f} seconds>")
-            maker.add_picture(VIDEO if item.seconds else IMAGE, rows, columns)
+            maker.add_picture(form.pads[bool(item.seconds)], rows, columns)
         if outer:
-            maker.add("<|vision_end|>")
-    chat = not plain and lots.random() < 0.12
-    wordy = not plain and lots.random() < 0.15
+            maker.add(form.marks[1])
+    chat = not bare and lots.random() < 0.12
+    wordy = not bare and lots.random() < 0.15
     if not plain and lots.random() < 0.2:
         maker.position += lots.randint(1, 150)
     start, place = len(maker.ids), maker.position
@@ -81,11 +105,11 @@ def pack(
         if not chat:
             maker.position, maker.owner = place, number
         filler = ""
-        if wordy or (not plain and lots.random() < 0.08):
+        if wordy or (not bare and lots.random() < 0.08):
             filler = draw_filler(lots, lots.randint(1, 60 if wordy else 10)) + " "
-        turn = _NEXT_TURN if chat and number > 1 else ""
-        prompt = words.encode(turn + filler + _wording(question, lots, plain) + _ANSWER_PROMPT).ids
-        answer = words.encode(question.answer + "<|im_end|>").ids
+        turn = form.next_turn if chat and number > 1 else ""
+        prompt = maker.encoded(turn + filler + _wording(question, lots, bare) + form.asked)
+        answer = maker.encoded(question.answer + form.end)
         if asked and len(maker.ids) - start + len(prompt) + len(answer) > most:
             break
         first = len(maker.ids) + len(prompt) - 1
@@ -107,16 +131,19 @@ def _wording(question: Question, lots: random.Random, plain: bool) -> str:
 
 
 class _Maker:
-    def __init__(self, words: "Tokenizer") -> None:
-        self._words = words
+    def __init__(self, words: "Tokenizer", form: Form) -> None:
+        self._words, self._form = words, form
         self.ids: list[int] = []
         self.position = 0
         self.owner = 0
         self._owners: list[int] = []
         self._positions: list[tuple[int, int, int]] = []
 
+    def encoded(self, text: str) -> list[int]:
+        return self._words.encode(text, add_special_tokens=False).ids
+
     def add(self, text: str) -> None:
-        self.extend(self._words.encode(text).ids)
+        self.extend(self.encoded(text))
 
     def extend(self, ids: Sequence[int]) -> None:
         self.ids += ids
@@ -124,16 +151,20 @@ class _Maker:
         self._positions += [(self.position + index,) * 3 for index in range(len(ids))]
         self.position += len(ids)
 
-    def add_picture(self, pad: int, rows: int, columns: int) -> None:
-        self.add("<|vision_start|>")
+    def add_picture(self, pad: str, rows: int, columns: int) -> None:
+        token = self._words.token_to_id(pad)
+        if not self._form.grid:
+            self.extend([token] * (rows * columns))
+            return
+        self.add(self._form.marks[0])
         start = self.position
-        self.ids += [pad] * (rows * columns)
+        self.ids += [token] * (rows * columns)
         self._owners += [self.owner] * (rows * columns)
         self._positions += [
             (start, start + row, start + column) for row in range(rows) for column in range(columns)
         ]
         self.position = start + max(rows, columns)
-        self.add("<|vision_end|>")
+        self.add(self._form.marks[1])
 
     def row(self, asked: Sequence[Question], spans: Sequence[tuple[int, int]]) -> Row:
         ids = np.array(self.ids, np.int64)

@@ -1,26 +1,28 @@
-"""The small Qwen3-VL: its sizes, a batch of tasks, its losses, and the folder it is saved in.
+"""The small Qwen3-VL: its sizes, a batch of tasks, and how it sees and speaks.
 
 The modules are transformers' own, called as they are: the tower with each picture a sequence of its
 own, the language model with a mask and positions of packed rows (``packing.py``). A visual token is
-16 x 16 pixels, 2 x 2 patches of 8. Leaves out the loop (``loop.py``).
+16 x 16 pixels, 2 x 2 patches of 8. Leaves out the loop (``loop.py``) and
+the folder that it is saved in (``export.py``).
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from era_vllm.lab.synth.tasks import Task
+from era_vllm.lab.synth.tasks import SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
+from era_vllm.lab.train.arch import Learner, no_items
+from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.labels import label
-from era_vllm.lab.train.packing import NO_TARGET, Row, pack
+from era_vllm.lab.train.packing import Form, Row, pack
+from era_vllm.lab.train.recipe import Recipe, Stage
 from era_vllm.lab.train.tower import TokenHeads
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ MERGE: Final = 2
 FRAMES: Final = 2
 MEAN = STD = 0.5
 CONTEXT: Final = 4096
-_HIDDEN_PER_SIDE: Final = 12  # of the learnt grid of positions
+_PLACES: Final = 12  # of the learnt grid of positions
 
 TEXT: Final = {
     "vocab_size": words.VOCABULARY_SIZE,
@@ -62,10 +64,22 @@ VISION: Final = {
     "patch_size": PATCH,
     "temporal_patch_size": FRAMES,
     "spatial_merge_size": MERGE,
-    "num_position_embeddings": _HIDDEN_PER_SIDE**2,
+    "num_position_embeddings": _PLACES**2,
     "out_hidden_size": 192,
     "deepstack_visual_indexes": [1, 3],
 }
+FORM: Final = Form(
+    opening="<|im_start|>user\n",
+    asked="<|im_end|>\n<|im_start|>assistant\n",
+    end="<|im_end|>",
+    next_turn="\n<|im_start|>user\n",
+    marks=("<|vision_start|>", "<|vision_end|>"),
+    pads=("<|image_pad|>", "<|video_pad|>"),
+    side=SIDE_STEP,
+    grid=True,
+    filler=True,
+)
+_MIX: Final[Mapping[Kind, float]] = {"picture": 0.55, "several": 0.25, "film": 0.2}
 
 
 def config() -> Qwen3VLConfig:
@@ -81,36 +95,6 @@ def config() -> Qwen3VLConfig:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Tasks as tensors; b rows of n tokens, p patches, v visual tokens."""
-
-    pixels: Tensor
-    """[p, 3 x 2 x 8 x 8]"""
-    grids: Tensor
-    """[items, 3]: moments, rows and columns of patches."""
-    labels: Tensor
-    """[5, v]"""
-    ids: Tensor
-    """[b, n]"""
-    positions: Tensor
-    """[3, b, n]"""
-    mask: Tensor
-    """[b, 1, n, n], added to scores."""
-    targets: Tensor
-    """[b, n]"""
-    rows: tuple[Row, ...]
-
-    def to(self, device: str | torch.device) -> "Batch":
-        """Return it on a device."""
-        moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)
-            if field.name != "rows"
-        }
-        return replace(self, **moved)
-
-
 def patches(frames: Sequence[Any]) -> "np.ndarray":
     """Cut a picture, or the two frames of a moment, as Qwen3-VL's processor does: [p, 384]."""
     both = [np.asarray(frame, np.uint8) for frame in (frames[0], frames[-1])]
@@ -120,54 +104,17 @@ def patches(frames: Sequence[Any]) -> "np.ndarray":
     return cut.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, 3 * FRAMES * PATCH * PATCH)
 
 
-def collate(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
-    """Put tasks and their packed rows into tensors."""
-    pixels: list[np.ndarray] = []
-    grids: list[tuple[int, int, int]] = []
-    labels: list[np.ndarray] = []
-    for task in tasks:
-        for item in task.items:
-            moments = [item.frames[i : i + FRAMES] for i in range(0, len(item.frames), FRAMES)]
-            pixels += [patches(frames) for frames in moments]
-            width, height = item.frames[0].size
-            grids.append((len(moments), height // PATCH, width // PATCH))
-            labels += [label(scene) for scene in item.scenes]
-    longest = max((len(row.ids) for row in rows), default=0)
-    shape = (len(rows), longest)
-    ids = np.full(shape, words.PAD, np.int64)
-    targets = np.full(shape, NO_TARGET, np.int64)
-    owners = np.full(shape, -1, np.int64)
-    positions = np.zeros((3, *shape), np.int64)
-    for index, row in enumerate(rows):
-        end = len(row.ids)
-        ids[index, :end], targets[index, :end] = row.ids, row.targets
-        owners[index, :end], positions[:, index, :end] = row.owners, row.positions
-    owner = torch.from_numpy(owners)
-    seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
-    seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill_(~seen, -1e9)[:, None]
-    return Batch(
-        torch.from_numpy(np.concatenate(pixels)),
-        torch.tensor(grids),
-        torch.from_numpy(np.concatenate(labels, 1)),
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        mask,
-        torch.from_numpy(targets),
-        tuple(rows),
-    )
-
-
-class Trained(nn.Module):
+class Qwen3VLLearner(Learner):
     """The model and the heads of its tower."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model = Qwen3VLForConditionalGeneration(config())
-        self.heads = TokenHeads(VISION["out_hidden_size"], 1 + len(VISION["deepstack_visual_indexes"]))
+        maps = len(VISION["deepstack_visual_indexes"])
+        self.heads = TokenHeads(VISION["out_hidden_size"], 1 + maps)
         with torch.no_grad():
-            visual = self.model.model.visual
-            visual.pos_embed.weight.copy_(_waves(_HIDDEN_PER_SIDE, VISION["hidden_size"]))
+            grid = self.model.model.visual.pos_embed.weight
+            grid.copy_(waves(_PLACES, VISION["hidden_size"]))
 
     def read(self, folder: Path) -> None:
         """Take the weights of an exported folder; the heads stay as they are."""
@@ -178,13 +125,17 @@ class Trained(nn.Module):
         seen = self.model.model.visual(batch.pixels, grid_thw=batch.grids, return_dict=True)
         return [seen.pooler_output, *seen.deepstack_features]
 
-    def answer(self, batch: Batch, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return scores [t, vocabulary] and what is right [t], where something is to be said."""
+    def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
+        """Return the loss of all outputs, and what the main one gets right."""
+        return self.heads(outputs, batch.labels)
+
+    def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
+        """Return the language model's last states."""
         language = self.model.model.language_model
         visual = (batch.ids == words.IMAGE) | (batch.ids == words.VIDEO)
         embeds = language.embed_tokens(batch.ids)
-        embeds = embeds.masked_scatter(visual[..., None], outputs[0])
-        hidden = language(
+        embeds = embeds.masked_scatter(visual[..., None], outputs[0].to(embeds.dtype))
+        return language(
             inputs_embeds=embeds,
             attention_mask=batch.mask,
             position_ids=batch.positions,
@@ -192,31 +143,72 @@ class Trained(nn.Module):
             deepstack_visual_embeds=outputs[1:],
             use_cache=False,
         ).last_hidden_state
-        told = batch.targets != NO_TARGET
-        return self.model.lm_head(hidden[told]), batch.targets[told]
-
-    def losses(self, batch: Batch, with_text: bool) -> dict[str, Tensor]:
-        """Return losses by name (they add up to what is minimised), and shares that are right."""
-        outputs = self.see(batch)
-        tower, right = self.heads(outputs, batch.labels)
-        names = ("kind", "value", "row", "column")
-        found = {"tower": tower, **{name: right[i] for i, name in enumerate(names)}}
-        if with_text:
-            scores, wanted = self.answer(batch, outputs)
-            found["text"] = F.cross_entropy(scores, wanted)
-            found["token"] = (scores.detach().argmax(-1) == wanted).float().mean()
-        return found
 
 
-def batch_of(
-    tasks: Sequence[Task], tokenizer: "Tokenizer", lots: random.Random, plain: bool = False
-) -> Batch:
-    """Pack tasks and put them into tensors; those without a question are left out."""
-    asked = [task for task in tasks if task.questions]
-    return collate(asked, [pack(task, tokenizer, lots, plain=plain) for task in asked])
+class Qwen3VL:
+    """What the loop is given."""
+
+    name = "qwen3_vl"
+    dev: Mapping[Kind, int] = {"picture": 72, "several": 64, "film": 64}
+    recipe = Recipe(
+        tower=30_000,
+        small=70_000,
+        alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 32, "film": 16}, small=True),
+        first=Stage(_MIX, {"picture": 20, "several": 12, "film": 10}, small=True),
+        then=Stage(_MIX, {"picture": 16, "several": 12, "film": 10}),
+    )
+
+    def tokenizer(self) -> "Tokenizer":
+        """Make the tokenizer."""
+        return words.tokenizer()
+
+    def learner(self) -> Learner:
+        """Make new weights."""
+        return Qwen3VLLearner()
+
+    def batch(self, tasks: Sequence[Task]) -> Batch:
+        """Return pictures and videos alone."""
+        return _batch(tasks, ())
+
+    def asked(
+        self, tasks: Sequence[Task], words: "Tokenizer", lots: random.Random, plain: bool = False
+    ) -> Batch:
+        """Return pictures and packed questions; tasks without a question are left out."""
+        some = [task for task in tasks if task.questions]
+        return _batch(some, [pack(task, FORM, words, lots, plain=plain) for task in some])
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the folder."""
+        from era_vllm.lab.train.export import export
+
+        export(model, folder)
 
 
-def _waves(side: int, width: int) -> Tensor:
+ARCH: Final = Qwen3VL()
+
+
+def _batch(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
+    pixels: list[np.ndarray] = []
+    grids: list[tuple[int, int, int]] = []
+    labels: list[np.ndarray] = []
+    for task in tasks:
+        for item in task.items:
+            moments = [item.frames[i : i + FRAMES] for i in range(0, len(item.frames), FRAMES)]
+            pixels += [patches(frames) for frames in moments]
+            width, height = item.frames[0].size
+            grids.append((len(moments), height // PATCH, width // PATCH))
+            labels += [label(scene, FORM.side) for scene in item.scenes]
+    return Batch(
+        pixels=torch.from_numpy(np.concatenate(pixels)),
+        grids=torch.tensor(grids),
+        labels=torch.from_numpy(np.concatenate(labels, 1)),
+        present=no_items(0),
+        rows=tuple(rows),
+        **padded(rows, words.PAD),
+    )
+
+
+def waves(side: int, width: int) -> Tensor:
     """Return sines and cosines of rows and columns, [side^2, width], to start positions from."""
     places = torch.arange(side, dtype=torch.float32)
     rates = torch.exp(-torch.arange(width // 4) / (width // 4) * np.log(100.0))

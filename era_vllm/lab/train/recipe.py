@@ -2,7 +2,7 @@
 
 All rows of a step are of one kind, so that ranks take equally long and little is padded. First the
 tower alone on small pictures, then everything on small pictures, then everything on all sizes.
-Leaves out what a task is (``synth/tasks.py``).
+Leaves out what a task is (``synth/tasks.py``) and each architecture's numbers.
 """
 
 import random
@@ -13,15 +13,13 @@ from typing import Final
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import QUOTAS, Kind
 
-_SMALL: Final = (30, 64)
-_ROWS: Final[Mapping[Kind, int]] = {"picture": 16, "several": 12, "film": 10}
-_SMALL_ROWS: Final[Mapping[Kind, int]] = {"picture": 20, "several": 12, "film": 10}
-_TOWER_ROWS: Final[Mapping[Kind, int]] = {"picture": 32, "several": 12, "film": 16}
+SMALL: Final = (30, 64)
+"""Fewest and most visual tokens of a small picture."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """The tasks of a step."""
+    """The tasks of a step; `rows` a rank."""
 
     kind: Kind
     tokens: tuple[int, int] | None
@@ -31,14 +29,23 @@ class Lesson:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """Numbers of tasks until which the tower learns alone, and until which pictures are small."""
+class Stage:
+    """Kinds of tasks with the share of steps that each has, and the rows of a step."""
 
-    tower: int = 30_000
-    small: int = 70_000
-    mix: Mapping[Kind, float] = field(
-        default_factory=lambda: {"picture": 0.55, "several": 0.25, "film": 0.2}
-    )
+    share: Mapping[Kind, float]
+    rows: Mapping[Kind, int]
+    small: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Stages, and how many tasks the tower learns alone from, and pictures are small until."""
+
+    tower: int
+    small: int
+    alone: Stage
+    first: Stage
+    then: Stage
     quotas: Mapping[TaskFamily, int] = field(default_factory=lambda: QUOTAS)
 
     def lesson(self, seed: int, step: int, seen: int) -> Lesson:
@@ -47,12 +54,9 @@ class Recipe:
         Args:    seen: tasks before it.
         """
         lots = random.Random(f"lesson {seed} {step}")
-        if seen < self.tower:
-            kind: Kind = "film" if lots.random() < 0.12 else "picture"
-            tokens = _SMALL if kind == "picture" else None
-            return Lesson(kind, tokens, _TOWER_ROWS[kind], False, {})
-        (kind,) = lots.choices(tuple(self.mix), tuple(self.mix.values()))
-        small = seen < self.small
-        rows = (_SMALL_ROWS if small else _ROWS)[kind]
-        tokens = _SMALL if small and kind == "picture" else None
-        return Lesson(kind, tokens, rows, True, self.quotas)
+        with_text = seen >= self.tower
+        stage = (self.first if seen < self.small else self.then) if with_text else self.alone
+        (kind,) = lots.choices(tuple(stage.share), tuple(stage.share.values()))
+        tokens = SMALL if stage.small and kind == "picture" else None
+        quotas = self.quotas if with_text else {}
+        return Lesson(kind, tokens, stage.rows[kind], with_text, quotas)

@@ -4,7 +4,6 @@ Heads are thrown away after training. Place stays in the loss to the end: withou
 forgets where things are, and questions about places are never learnt.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,18 +24,19 @@ class TokenHeads(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(outputs))
         self.heads = nn.ModuleList(nn.Linear(width, sum(SIZES)) for _ in range(outputs))
 
-    def forward(self, outputs: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, and how often [4] kind, value (of what has one), row, column are right.
+    def forward(self, outputs: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return the loss, "tower", and how often kind and value (of what has one), row and column
+        are right.
 
         Args:
             outputs: [tokens, width] each, the main one first.
             labels: [5, tokens].
         """
-        total, right = outputs[0].new_zeros(()), torch.zeros(4)
+        total, right = outputs[0].new_zeros(()), {}
         for index, (output, norm, head) in enumerate(
             zip(outputs, self.norms, self.heads, strict=True)
         ):
-            scores = head(norm(output)).split(SIZES, -1)
+            scores = head(norm(output)).float().split(SIZES, -1)
             loss = sum(
                 share * F.cross_entropy(score, label, weight=self._weights(score, background))
                 for score, label, share, background in zip(
@@ -46,7 +46,7 @@ class TokenHeads(nn.Module):
             total = total + (1.0 if index == 0 else _OF_MAPS) * loss
             if index == 0:
                 right = _right([score.detach() for score in scores], labels)
-        return total, right
+        return {"tower": total, **right}
 
     @staticmethod
     def _weights(score: Tensor, background: float) -> Tensor:
@@ -55,8 +55,11 @@ class TokenHeads(nn.Module):
         return weights
 
 
-def _right(scores: list[Tensor], labels: Tensor) -> Tensor:
+def _right(scores: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
     hits = [score.argmax(-1) == label for score, label in zip(scores, labels, strict=True)]
-    kind = hits[0][labels[0] > 0].float().mean()
-    value = hits[2][labels[2] > 0].float().mean()
-    return torch.stack([kind, value, hits[3].float().mean(), hits[4].float().mean()]).nan_to_num()
+    return {
+        "kind": hits[0][labels[0] > 0].float().mean(),
+        "value": hits[2][labels[2] > 0].float().mean().nan_to_num(),
+        "row": hits[3].float().mean(),
+        "column": hits[4].float().mean(),
+    }

@@ -52,15 +52,18 @@ def tokenizer() -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     made = Tokenizer(models.WordLevel(vocabulary(), unk_token=SPECIAL[UNKNOWN]))
-    folded = {"colours?": "color", "colors": "color", "shapes": "shape", "pictures": "picture", "images": "image"}
+    folded = {
+        "colours?": "color",
+        "colors": "color",
+        "shapes": "shape",
+        "pictures": "picture",
+        "images": "image",
+    }
     folded |= {plural(kind): kind for kind in SHAPES}
     made.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
-            *(
-                normalizers.Replace(Regex(rf"\b{word}\b"), other)
-                for word, other in folded.items()
-            ),
+            *(normalizers.Replace(Regex(rf"\b{word}\b"), other) for word, other in folded.items()),
         ]
     )
     made.pre_tokenizer = pre_tokenizers.Sequence(
