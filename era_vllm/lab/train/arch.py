@@ -85,7 +85,12 @@ class Architecture(Protocol):
         ...
 
     def asked(
-        self, tasks: Sequence[Task], words: "Tokenizer", lots: random.Random, plain: bool = False
+        self,
+        tasks: Sequence[Task],
+        words: "Tokenizer",
+        lots: random.Random,
+        wordy: bool = False,
+        plain: bool = False,
     ) -> Batch:
         """Return pictures and packed questions; tasks without a question are left out."""
         ...

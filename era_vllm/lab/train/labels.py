@@ -19,7 +19,8 @@ VALUES: Final = 1 + 10 + 6 + len(WORDS)
 PLACES: Final = 12
 SIZES: Final = (KINDS, HUES, VALUES, PLACES, PLACES)
 """How many classes each row of the labels has."""
-IGNORED: Final = -100
+THINGS: Final = len(SHAPES) * len(COLORS) + 10 + len(WORDS) + len(COLORS)
+"""Shapes in their colours, digits, words, colours of bars."""
 
 
 def label(scene: Scene, step: int) -> "np.ndarray":
@@ -54,6 +55,21 @@ def label(scene: Scene, step: int) -> "np.ndarray":
     return labels.reshape(len(SIZES), -1)
 
 
+def things(scene: Scene) -> "np.ndarray":
+    """Return what a picture shows, [THINGS], int64, 0 or 1: the targets of a class token."""
+    shown = np.zeros(THINGS, np.int64)
+    pairs = len(SHAPES) * len(COLORS)
+    for shape in scene.shapes:
+        shown[SHAPES.index(shape.kind) * len(COLORS) + COLORS.index(shape.color)] = 1
+    for digit in scene.number.digits if scene.number else ():
+        shown[pairs + digit] = 1
+    if scene.word:
+        shown[pairs + 10 + WORDS.index(scene.word.text)] = 1
+    for bar in scene.chart.bars if scene.chart else ():
+        shown[pairs + 10 + len(WORDS) + COLORS.index(bar.color)] = 1
+    return shown
+
+
 def _mark(
     labels: "np.ndarray",
     step: int,
@@ -61,7 +77,7 @@ def _mark(
     kind: int,
     hue: int = 0,
     value: int = 0,
-    least: float = 0.3,
+    least: float = 0.22,
 ) -> None:
     """Mark tokens that a box covers enough of."""
     enough = least * min(step * step, box.width * box.height)

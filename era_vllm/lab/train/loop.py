@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,8 @@ ALLOCATOR: Final = {
 }
 """glibc keeps what it has: a step on a CPU takes half as long."""
 DEV_SEED: Final = 4242
+EXPORT: Final = "export"
+"""The folder in `out` that a model is written to."""
 _DEV_BATCH: Final = 8
 _LONGEST_STEP_S: Final = 60.0  # what is longer was stopped, and does not count as training
 _CLIP: Final = 1.0
@@ -56,6 +58,8 @@ class Settings:
     arch: str
     out: Path
     minutes: float
+    steps: int | None = None
+    """End after so many, if that is sooner."""
     seed: int = 0
     ranks: int = 1
     threads: int = 1
@@ -65,6 +69,8 @@ class Settings:
     """The last minutes, in which the learning rate falls to a twentieth."""
     save_every: float = 5.0
     dev_every: float = 15.0
+    from_text: bool = False
+    """Leave out what the recipe begins with: the tower alone, and small pictures."""
     resume: bool = False
     weights: Path | None = None
     device: str = "cpu"
@@ -116,6 +122,8 @@ class _Training:
         self.settings, self.ranks = settings, ranks
         self.arch = architecture(settings.arch)
         self.recipe = settings.recipe or self.arch.recipe
+        if settings.from_text:
+            self.recipe = replace(self.recipe, tower=0, small=0)
         torch.manual_seed(settings.seed)
         self.model = self.arch.learner()
         if settings.weights is not None:
@@ -124,12 +132,10 @@ class _Training:
         self.average = Average(self.model)
         self.optimizers = optimizers(self.model, ranks, settings.lr)
         self.progress = Progress(settings.arch, settings.seed)
-        self.fresh = 0  # steps of optimizers that started anew
         if settings.resume:
             self.progress = load(
                 settings.out, settings.arch, self.model, self.average, self.optimizers
             )
-            self.fresh = settings.warmup
         self.words = self.arch.tokenizer()
         self.material = load_material(split="train")
         self.sums: dict[str, list[float]] = defaultdict(list)
@@ -139,7 +145,7 @@ class _Training:
         start, losses = progress.minutes, []
         saved = asked = progress.minutes
         with self._bar() as bar:
-            while progress.minutes - start < settings.minutes:
+            while progress.minutes - start < settings.minutes and len(losses) != settings.steps:
                 began = time.monotonic()
                 losses.append(self._step(progress.minutes - start))
                 spent = min(time.monotonic() - began, _LONGEST_STEP_S) / 60
@@ -170,7 +176,7 @@ class _Training:
         ]
         lots = random.Random(f"packing {settings.seed} {progress.step} {ranks.rank}")
         if lesson.with_text:
-            batch = self.arch.asked(tasks, self.words, lots)
+            batch = self.arch.asked(tasks, self.words, lots, lesson.wordy)
         else:
             batch = self.arch.batch(tasks)
         self._set_rate(minutes)
@@ -184,7 +190,6 @@ class _Training:
             optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.seen += lesson.rows * ranks.count
-        self.fresh += 1
         self.average.update(progress.step)
         for name, value in found.items():
             self.sums[name].append(value.item())
@@ -204,7 +209,7 @@ class _Training:
 
     def _set_rate(self, minutes: float) -> None:
         settings = self.settings
-        rate = settings.lr * min(1.0, (self.fresh + 1) / settings.warmup)
+        rate = settings.lr * min(1.0, (self.progress.step + 1) / settings.warmup)
         left = settings.minutes - minutes
         if left < settings.cooldown:
             rate *= max(0.05, left / settings.cooldown)
@@ -246,7 +251,11 @@ class _Training:
 
     def _save(self) -> None:
         if self.ranks.first:
-            save(self.settings.out, self.progress, self.model, self.average, self.optimizers)
+            out = self.settings.out
+            save(out, self.progress, self.model, self.average, self.optimizers)
+            self.average.swap()
+            self.arch.export(self.model.model, out / EXPORT)
+            self.average.swap()
 
     def _dev(self) -> None:
         """Ask held-out questions with the averaged weights; each rank a share."""

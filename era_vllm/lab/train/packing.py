@@ -70,17 +70,19 @@ def pack(
     words: "Tokenizer",
     lots: random.Random,
     most: int = 150,
+    wordy: bool = False,
     plain: bool = False,
 ) -> Row:
     """Pack a task.
 
     Args:    most: tokens of questions and answers together, one question at least.
+             wordy: with long filler before the pictures and before each question.
              plain: no filler, no chat, no stretch left out: as accuracy is measured.
     Returns: Row.
     Mutates: lots.
     """
     maker, bare = _Maker(words, form), plain or not form.filler
-    maker.add(form.opening + _filler_before(lots, bare))
+    maker.add(form.opening + _filler_before(lots, wordy, bare))
     for index, item in enumerate(task.items):
         if index and not bare and lots.random() < 0.2:
             maker.add(draw_filler(lots, lots.randint(1, 8)))
@@ -95,7 +97,6 @@ def pack(
         if outer:
             maker.add(form.marks[1])
     chat = not bare and lots.random() < 0.12
-    wordy = not bare and lots.random() < 0.15
     if not plain and lots.random() < 0.2:
         maker.position += lots.randint(1, 150)
     start, place = len(maker.ids), maker.position
@@ -105,7 +106,7 @@ def pack(
         if not chat:
             maker.position, maker.owner = place, number
         filler = ""
-        if wordy or (not bare and lots.random() < 0.08):
+        if not bare and (wordy or lots.random() < 0.08):
             filler = draw_filler(lots, lots.randint(1, 60 if wordy else 10)) + " "
         turn = form.next_turn if chat and number > 1 else ""
         prompt = maker.encoded(turn + filler + _wording(question, lots, bare) + form.asked)
@@ -119,10 +120,10 @@ def pack(
     return maker.row(asked, spans)
 
 
-def _filler_before(lots: random.Random, plain: bool) -> str:
-    if plain or lots.random() < 0.6:
+def _filler_before(lots: random.Random, wordy: bool, bare: bool) -> str:
+    if bare or (not wordy and lots.random() < 0.7):
         return ""
-    return draw_filler(lots, lots.randint(1, 60 if lots.random() < 0.25 else 10))
+    return draw_filler(lots, lots.randint(1, 60 if wordy else 8))
 
 
 def _wording(question: Question, lots: random.Random, plain: bool) -> str:

@@ -171,11 +171,17 @@ class Qwen3VL:
         return _batch(tasks, ())
 
     def asked(
-        self, tasks: Sequence[Task], words: "Tokenizer", lots: random.Random, plain: bool = False
+        self,
+        tasks: Sequence[Task],
+        words: "Tokenizer",
+        lots: random.Random,
+        wordy: bool = False,
+        plain: bool = False,
     ) -> Batch:
         """Return pictures and packed questions; tasks without a question are left out."""
         some = [task for task in tasks if task.questions]
-        return _batch(some, [pack(task, FORM, words, lots, plain=plain) for task in some])
+        rows = [pack(task, FORM, words, lots, wordy=wordy, plain=plain) for task in some]
+        return _batch(some, rows)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the folder."""

@@ -1,6 +1,7 @@
 """What is learnt when: the kind, number and size of a step's tasks, from what was seen so far.
 
-All rows of a step are of one kind, so that ranks take equally long and little is padded. First the
+All rows of a step are of one kind, of about one size and about equally wordy, so that ranks take
+equally long and little is padded. First the
 tower alone on small pictures, then everything on small pictures, then everything on all sizes.
 Leaves out what a task is (``synth/tasks.py``) and each architecture's numbers.
 """
@@ -11,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from era_vllm.lab.synth.questions import TaskFamily
-from era_vllm.lab.synth.tasks import QUOTAS, Kind
+from era_vllm.lab.synth.tasks import QUOTAS, SIZES, Kind
 
 SMALL: Final = (30, 64)
 """Fewest and most visual tokens of a small picture."""
+_WINDOW: Final = 1.25
+_WORDY: Final = 0.12
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +25,12 @@ class Lesson:
     """The tasks of a step; `rows` a rank."""
 
     kind: Kind
-    tokens: tuple[int, int] | None
+    tokens: tuple[int, int]
     rows: int
     with_text: bool
     quotas: Mapping[TaskFamily, int]
+    wordy: bool
+    """Whether text stands before pictures and questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,9 @@ class Recipe:
         with_text = seen >= self.tower
         stage = (self.first if seen < self.small else self.then) if with_text else self.alone
         (kind,) = lots.choices(tuple(stage.share), tuple(stage.share.values()))
-        tokens = SMALL if stage.small and kind == "picture" else None
+        fewest, most = SMALL if stage.small and kind == "picture" else SIZES[kind]
+        start = lots.uniform(fewest, max(fewest, most / _WINDOW - 2))
+        tokens = (int(start), min(most, int(start * _WINDOW) + 3))
         quotas = self.quotas if with_text else {}
-        return Lesson(kind, tokens, stage.rows[kind], with_text, quotas)
+        wordy = lots.random() < _WORDY
+        return Lesson(kind, tokens, stage.rows[kind], with_text, quotas, wordy)

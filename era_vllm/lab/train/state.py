@@ -90,7 +90,7 @@ def load(
     if not file.is_file():
         raise ConfigError(
             f"--resume: no {FILE} in {str(folder)!r}; name a folder that era-vllm train wrote to, "
-            "or start from weights alone with --weights"
+            "or begin with weights alone (--weights)"
         )
     state = torch.load(file, map_location="cpu", weights_only=True)
     progress = Progress(**state["progress"])
