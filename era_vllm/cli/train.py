@@ -20,7 +20,7 @@ DESCRIPTION: Final = """Train a small model on generated pictures: on two CPU co
 OUT holds state.pt (weights, their average, optimizers, step: what --resume goes on from; the one
 before is kept), curve.jsonl and curve.png (losses, and held-out answers by family), and export, the
 folder that transformers and vLLM load, with averaged weights in bfloat16. All three are written
-anew every few minutes and at the end, so a training may be stopped at any time (Ctrl-C).
+anew every few minutes and at the end. Ctrl-C ends a training after its step, with all saved.
 
 A task is a function of --seed and its number: the same command gives the same losses, and --resume
 goes on where the training was. Ranks share a step, so their number belongs to the command.
@@ -73,12 +73,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         "arch", "out", "minutes", "steps", "seed", "ranks", "threads", "lr", "cooldown", "resume",
         "weights", "from_text", "save_every", "dev_every", "device", "bf16",
     )  # fmt: skip
-    try:
-        train(Settings(**{name: getattr(arguments, name) for name in names}))
-    except KeyboardInterrupt:
-        print(f"\nera-vllm train: stopped; go on with --resume --out {arguments.out}")
-        return 130
-    print(f"curve: {arguments.out / 'curve.png'}; model: {arguments.out / 'export'}")
+    train(Settings(**{name: getattr(arguments, name) for name in names}))
+    print(f"model: {arguments.out / 'export'}; go on with --resume")
     return 0
 
 

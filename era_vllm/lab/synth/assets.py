@@ -6,6 +6,7 @@ are (`scene.py`).
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -170,6 +171,34 @@ def _load_digits(split: Split) -> tuple[tuple[Image.Image, ...], ...]:
         mask = Image.fromarray(pixels).resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC)
         masks[int(label)].append(mask)
     return tuple(tuple(each) for each in masks)
+
+
+def with_bent_digits(material: Material, copies: int = 7) -> Material:
+    """Return material with bent copies of each digit: turned, sheared, larger or smaller.
+
+    There are few hands to learn from. The same material gives the same copies.
+    """
+    lots = random.Random("bent digits")
+    digits = tuple(
+        tuple(
+            each for mask in masks for each in (mask, *(_bent(mask, lots) for _ in range(copies)))
+        )
+        for masks in material.digits
+    )
+    return Material(material.photos, digits)
+
+
+def _bent(mask: Image.Image, lots: random.Random) -> Image.Image:
+    turn, shear, size = lots.uniform(-0.22, 0.22), lots.uniform(-0.2, 0.2), lots.uniform(0.88, 1.2)
+    wide = size * lots.uniform(0.9, 1.1)
+    a, b = wide * math.cos(turn), wide * (math.sin(turn) + shear)
+    d, e = -size * math.sin(turn), size * math.cos(turn)
+    middle = (DIGIT_SIZE - 1) / 2
+    c = middle - a * (middle + lots.uniform(-1, 1)) - b * middle
+    f = middle - d * middle - e * (middle + lots.uniform(-1, 1))
+    return mask.transform(
+        mask.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC
+    )
 
 
 @cache

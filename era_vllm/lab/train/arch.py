@@ -90,7 +90,7 @@ class Architecture(Protocol):
         words: "Tokenizer",
         lots: random.Random,
         wordy: bool = False,
-        plain: bool = False,
+        extra: int | None = None,
     ) -> Batch:
         """Return pictures and packed questions; tasks without a question are left out."""
         ...

@@ -140,11 +140,11 @@ class Llava:
         words: "Tokenizer",
         lots: random.Random,
         wordy: bool = False,
-        plain: bool = False,
+        extra: int | None = None,
     ) -> Batch:
         """Return pictures and packed questions; tasks without a question are left out."""
         some = [task for task in tasks if task.questions]
-        rows = [pack(task, FORM, words, lots, wordy=wordy, plain=plain) for task in some]
+        rows = [pack(task, FORM, words, lots, wordy=wordy, extra=extra) for task in some]
         return _batch(some, rows)
 
     def export(self, model: nn.Module, folder: Path) -> None:

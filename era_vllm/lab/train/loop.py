@@ -10,6 +10,7 @@ sees what it would have seen.
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from era_vllm.errors import ConfigError
 from era_vllm.lab.screen import interval_s
-from era_vllm.lab.synth.assets import load_material
+from era_vllm.lab.synth.assets import load_material, with_bent_digits
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import TASK_FAMILIES, Kind, draw_task
 from era_vllm.lab.train.arch import Architecture, Learner, architecture
@@ -46,6 +47,7 @@ EXPORT: Final = "export"
 """The folder in `out` that a model is written to."""
 _DEV_BATCH: Final = 8
 _LONGEST_STEP_S: Final = 60.0  # what is longer was stopped, and does not count as training
+_STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 _CLIP: Final = 1.0
 _REPORT: Final = 20  # steps a line of the curve
 Correct = Mapping[TaskFamily, tuple[int, int]]
@@ -82,6 +84,8 @@ class Settings:
 def train(settings: Settings) -> None:
     """Train in processes of their own, one a rank; wait for them.
 
+    Ctrl-C or SIGTERM: they end after the step, with everything saved. The second kills them.
+
     Raises: ConfigError: a rank ended with an error, which is above.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -93,16 +97,20 @@ def train(settings: Settings) -> None:
     processes = [context.Process(target=run, args=(settings, rank, address)) for rank in ranks]
     for process in processes:
         process.start()
-    try:
-        while any(process.is_alive() for process in processes):
-            if any(process.exitcode for process in processes):
-                break
-            processes[0].join(1.0)
-    finally:
+    stopping: list[int] = []
+    for number in _STOPPING:
+        signal.signal(number, lambda which, _: stopping.append(which))
+    passed = 0
+    while any(process.is_alive() for process in processes):
+        failed = any(process.exitcode for process in processes)
         for process in processes:
-            process.terminate()
-            process.join()
-        Path(address.removeprefix("file://")).unlink(missing_ok=True)
+            if failed or len(stopping) > 1:
+                process.kill()
+            elif len(stopping) > passed and process.pid:
+                os.kill(process.pid, signal.SIGTERM)
+        passed = len(stopping)
+        time.sleep(0.2)
+    Path(address.removeprefix("file://")).unlink(missing_ok=True)
     if any(process.exitcode for process in processes):
         raise ConfigError("training: a process ended with an error; it is above")
 
@@ -114,7 +122,11 @@ def run(settings: Settings, ranks: Ranks, address: str = "") -> list[float]:
     """
     torch.set_num_threads(settings.threads)
     ranks.join(address)
-    return _Training(settings, ranks).run()
+    training = _Training(settings, ranks)
+    if address:  # a process of its own
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; train() passes it
+        signal.signal(signal.SIGTERM, lambda *_: training.stop())
+    return training.run()
 
 
 class _Training:
@@ -137,7 +149,8 @@ class _Training:
                 settings.out, settings.arch, self.model, self.average, self.optimizers
             )
         self.words = self.arch.tokenizer()
-        self.material = load_material(split="train")
+        self.material = with_bent_digits(load_material(split="train"))
+        self.stopped = False
         self.sums: dict[str, list[float]] = defaultdict(list)
 
     def run(self) -> list[float]:
@@ -149,7 +162,8 @@ class _Training:
                 began = time.monotonic()
                 losses.append(self._step(progress.minutes - start))
                 spent = min(time.monotonic() - began, _LONGEST_STEP_S) / 60
-                minutes = progress.minutes + self._of_first(spent)
+                spent, stopped = self._agreed(spent)
+                minutes = progress.minutes + spent
                 bar.update(round(minutes - progress.minutes, 4))
                 progress.minutes = minutes
                 if progress.step % _REPORT == 0:
@@ -160,9 +174,16 @@ class _Training:
                 if minutes - asked >= settings.dev_every:
                     asked = minutes
                     self._dev()
+                if stopped:
+                    break
         self._save()
-        self._dev()
+        if not self.stopped:
+            self._dev()
         return losses
+
+    def stop(self) -> None:
+        """End after this step."""
+        self.stopped = True
 
     def _step(self, minutes: float) -> float:
         settings, progress, ranks = self.settings, self.progress, self.ranks
@@ -222,10 +243,13 @@ class _Training:
             return torch.autocast(self.settings.device, torch.bfloat16)
         return nullcontext()
 
-    def _of_first(self, value: float) -> float:
-        """Return rank 0's value: all ranks end after the same step."""
-        own = torch.tensor([value if self.ranks.first else 0.0], dtype=torch.float64)
-        return float(self.ranks.added([own])[0])
+    def _agreed(self, spent: float) -> tuple[float, bool]:
+        """Return rank 0's time, and whether any is to stop: all end after the same step."""
+        first = self.ranks.first
+        own = torch.tensor([spent if first else 0.0, float(self.stopped)], dtype=torch.float64)
+        (both,) = self.ranks.added([own])
+        self.stopped = bool(both[1] > 0)
+        return float(both[0]), self.stopped
 
     def _bar(self) -> Any:
         from tqdm import tqdm
@@ -272,10 +296,16 @@ class _Training:
 
 
 def accuracy(
-    arch: Architecture, model: Learner, ranks: Ranks, counts: Mapping[Kind, int], seed: int
+    arch: Architecture,
+    model: Learner,
+    ranks: Ranks,
+    counts: Mapping[Kind, int],
+    seed: int,
+    extra: int = 0,
 ) -> dict[str, tuple[int, int]]:
     """Ask held-out questions, all words of an answer at once: exactly right as greedy decoding is.
 
+    Args:    counts: tasks by kind.   extra: words of filler before pictures and questions.
     Returns: right and asked, by family.
     """
     tokenizer, material = arch.tokenizer(), load_material(split="test")
@@ -288,7 +318,7 @@ def accuracy(
         ]
         for start in range(0, len(tasks), _DEV_BATCH):
             some = tasks[start : start + _DEV_BATCH]
-            batch = arch.asked(some, tokenizer, random.Random(0), plain=True)
+            batch = arch.asked(some, tokenizer, random.Random(start), extra=extra)
             _count(batch.to(device), model, counted)
     flat = torch.tensor(list(counted.values()))
     (flat,) = ranks.added([flat])

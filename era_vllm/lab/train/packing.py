@@ -71,23 +71,25 @@ def pack(
     lots: random.Random,
     most: int = 150,
     wordy: bool = False,
-    plain: bool = False,
+    extra: int | None = None,
 ) -> Row:
     """Pack a task.
 
     Args:    most: tokens of questions and answers together, one question at least.
              wordy: with long filler before the pictures and before each question.
-             plain: no filler, no chat, no stretch left out: as accuracy is measured.
+             extra: as accuracy is measured: so many words of filler before the pictures and before
+                 each question, and no chat, no stretch left out. None: as is learnt.
     Returns: Row.
     Mutates: lots.
     """
-    maker, bare = _Maker(words, form), plain or not form.filler
-    maker.add(form.opening + _filler_before(lots, wordy, bare))
+    maker, bare = _Maker(words, form), extra is not None or not form.filler
+    before = draw_filler(lots, extra) if extra else _filler_before(lots, wordy, bare)
+    maker.add(form.opening + before)
     for index, item in enumerate(task.items):
         if index and not bare and lots.random() < 0.2:
             maker.add(draw_filler(lots, lots.randint(1, 8)))
         rows, columns = (side // form.side for side in item.frames[0].size[::-1])
-        outer = bool(item.seconds) and (plain or lots.random() < 0.7)
+        outer = bool(item.seconds) and (bare or lots.random() < 0.7)
         if outer:  # transformers from 5.10 on leaves the template's marks around a video's own
             maker.add(form.marks[0])
         for moment in range(len(item.scenes)):
@@ -97,7 +99,7 @@ def pack(
         if outer:
             maker.add(form.marks[1])
     chat = not bare and lots.random() < 0.12
-    if not plain and lots.random() < 0.2:
+    if extra is None and lots.random() < 0.2:
         maker.position += lots.randint(1, 150)
     start, place = len(maker.ids), maker.position
     asked: list[Question] = []
@@ -105,7 +107,7 @@ def pack(
     for number, question in enumerate(task.questions, 1):
         if not chat:
             maker.position, maker.owner = place, number
-        filler = ""
+        filler = draw_filler(lots, extra) + " " if extra else ""
         if not bare and (wordy or lots.random() < 0.08):
             filler = draw_filler(lots, lots.randint(1, 60 if wordy else 10)) + " "
         turn = form.next_turn if chat and number > 1 else ""

@@ -155,6 +155,7 @@ class Qwen3VL:
         small=70_000,
         alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 32, "film": 16}, small=True),
         first=Stage(_MIX, {"picture": 20, "several": 12, "film": 10}, small=True),
+        still_alone=0.35,
         then=Stage(_MIX, {"picture": 16, "several": 12, "film": 10}),
     )
 
@@ -176,11 +177,11 @@ class Qwen3VL:
         words: "Tokenizer",
         lots: random.Random,
         wordy: bool = False,
-        plain: bool = False,
+        extra: int | None = None,
     ) -> Batch:
         """Return pictures and packed questions; tasks without a question are left out."""
         some = [task for task in tasks if task.questions]
-        rows = [pack(task, FORM, words, lots, wordy=wordy, plain=plain) for task in some]
+        rows = [pack(task, FORM, words, lots, wordy=wordy, extra=extra) for task in some]
         return _batch(some, rows)
 
     def export(self, model: nn.Module, folder: Path) -> None:

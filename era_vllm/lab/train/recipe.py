@@ -2,7 +2,8 @@
 
 All rows of a step are of one kind, of about one size and about equally wordy, so that ranks take
 equally long and little is padded. First the
-tower alone on small pictures, then everything on small pictures, then everything on all sizes.
+tower alone on small pictures, then everything on small pictures, then everything on all sizes; a
+share of later steps is the tower's alone.
 Leaves out what a task is (``synth/tasks.py``) and each architecture's numbers.
 """
 
@@ -51,6 +52,8 @@ class Recipe:
     alone: Stage
     first: Stage
     then: Stage
+    still_alone: float = 0.0
+    """Share of later steps in which the tower learns alone: thrice as many pictures in the time."""
     quotas: Mapping[TaskFamily, int] = field(default_factory=lambda: QUOTAS)
 
     def lesson(self, seed: int, step: int, seen: int) -> Lesson:
@@ -59,7 +62,7 @@ class Recipe:
         Args:    seen: tasks before it.
         """
         lots = random.Random(f"lesson {seed} {step}")
-        with_text = seen >= self.tower
+        with_text = seen >= self.tower and lots.random() >= self.still_alone
         stage = (self.first if seen < self.small else self.then) if with_text else self.alone
         (kind,) = lots.choices(tuple(stage.share), tuple(stage.share.values()))
         fewest, most = SMALL if stage.small and kind == "picture" else SIZES[kind]

@@ -74,7 +74,7 @@ def test_a_packed_question_is_the_same_as_one_alone(
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     task = draw_task(kind, 3, 1, load_material(split="test"))
-    batch = ARCH.asked([task], ARCH.tokenizer(), random.Random(0), plain=True)
+    batch = ARCH.asked([task], ARCH.tokenizer(), random.Random(0), extra=0)
     with torch.no_grad():
         scores, _ = learner.answer(batch, learner.see(batch))
         (row,), place = batch.rows, 0
@@ -93,7 +93,7 @@ def test_a_question_sees_no_other_question(learner: Learner) -> None:
     task = draw_task("picture", 3, 1, load_material(split="test"))
     one = Task(task.kind, task.items, task.questions[:1])
     batches = [
-        ARCH.asked([each], ARCH.tokenizer(), random.Random(0), plain=True) for each in (task, one)
+        ARCH.asked([each], ARCH.tokenizer(), random.Random(0), extra=0) for each in (task, one)
     ]
     with torch.no_grad():
         (many, _), (alone, _) = (learner.answer(each, learner.see(each)) for each in batches)
