@@ -78,7 +78,8 @@ def pack(
     Args:    most: tokens of questions and answers together, one question at least.
              wordy: with long filler before the pictures and before each question.
              extra: as accuracy is measured: so many words of filler before the pictures and before
-                 each question, and no chat, no stretch left out. None: as is learnt.
+                 each question (and then all of them), no chat, no stretch left out. None: as is
+                 learnt.
     Returns: Row.
     Mutates: lots.
     """
@@ -113,11 +114,12 @@ def pack(
         turn = form.next_turn if chat and number > 1 else ""
         prompt = maker.encoded(turn + filler + _wording(question, lots, bare) + form.asked)
         answer = maker.encoded(question.answer + form.end)
-        if asked and len(maker.ids) - start + len(prompt) + len(answer) > most:
+        if asked and len(maker.ids) - start + len(prompt) + len(answer) > most and not extra:
             break
-        first = len(maker.ids) + len(prompt) - 1
-        maker.extend([*prompt, *answer])
-        spans.append((first, first + len(answer)))
+        maker.extend(prompt)
+        spans.append(maker.tell(answer))
+        if chat:
+            maker.extend(answer[-1:])  # only a later turn sees the end of an answer
         asked.append(question)
     return maker.row(asked, spans)
 
@@ -140,6 +142,7 @@ class _Maker:
         self.position = 0
         self.owner = 0
         self._owners: list[int] = []
+        self._targets: list[int] = []
         self._positions: list[tuple[int, int, int]] = []
 
     def encoded(self, text: str) -> list[int]:
@@ -150,9 +153,17 @@ class _Maker:
 
     def extend(self, ids: Sequence[int]) -> None:
         self.ids += ids
+        self._targets += [NO_TARGET] * len(ids)
         self._owners += [self.owner] * len(ids)
         self._positions += [(self.position + index,) * 3 for index in range(len(ids))]
         self.position += len(ids)
+
+    def tell(self, answer: Sequence[int]) -> tuple[int, int]:
+        """Add an answer but for its last token; return where it is told."""
+        first = len(self.ids) - 1
+        self.extend(answer[:-1])
+        self._targets[first:] = answer
+        return first, first + len(answer)
 
     def add_picture(self, pad: str, rows: int, columns: int) -> None:
         token = self._words.token_to_id(pad)
@@ -162,6 +173,7 @@ class _Maker:
         self.add(self._form.marks[0])
         start = self.position
         self.ids += [token] * (rows * columns)
+        self._targets += [NO_TARGET] * (rows * columns)
         self._owners += [self.owner] * (rows * columns)
         self._positions += [
             (start, start + row, start + column) for row in range(rows) for column in range(columns)
@@ -171,9 +183,7 @@ class _Maker:
 
     def row(self, asked: Sequence[Question], spans: Sequence[tuple[int, int]]) -> Row:
         ids = np.array(self.ids, np.int64)
-        targets = np.full(len(ids), NO_TARGET, np.int64)
-        for first, end in spans:
-            targets[first:end] = ids[first + 1 : end + 1]
+        targets = np.array(self._targets, np.int64)
         positions = np.array(self._positions, np.int64).T
         owners = np.array(self._owners, np.int64)
         return Row(ids, positions, owners, targets, tuple(asked), tuple(spans))

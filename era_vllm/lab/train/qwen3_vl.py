@@ -153,10 +153,10 @@ class Qwen3VL:
     recipe = Recipe(
         tower=30_000,
         small=70_000,
-        alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 32, "film": 16}, small=True),
-        first=Stage(_MIX, {"picture": 20, "several": 12, "film": 10}, small=True),
+        alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 24, "film": 12}, small=True),
+        first=Stage(_MIX, {"picture": 14, "several": 10, "film": 8}, small=True),
         still_alone=0.35,
-        then=Stage(_MIX, {"picture": 16, "several": 12, "film": 10}),
+        then=Stage(_MIX, {"picture": 12, "several": 9, "film": 8}),
     )
 
     def tokenizer(self) -> "Tokenizer":
