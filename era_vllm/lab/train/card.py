@@ -13,7 +13,7 @@ from typing import Final
 
 from era_vllm.lab.accuracy import Score
 from era_vllm.lab.synth.questions import TaskFamily
-from era_vllm.lab.synth.tasks import YES_NO
+from era_vllm.lab.synth.tasks import YES_NO, Kind
 from era_vllm.lab.train.arch import ARCHS, architecture
 from era_vllm.lab.train.loop import accuracy
 from era_vllm.lab.train.ranks import Ranks
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arch = architecture(arguments.arch)
     learner = arch.learner()
     learner.read(arguments.folder)
-    counts = dict.fromkeys(arch.dev, arguments.tasks)
+    counts: dict[Kind, int] = {kind: arguments.tasks for kind in arch.dev}
     print(table(accuracy(arch, learner, Ranks(), counts, arguments.seed, arguments.extra)))
 
 

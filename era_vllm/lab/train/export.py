@@ -15,8 +15,16 @@ from torch import nn
 
 from era_vllm.lab.synth.tasks import SIDE_STEP
 from era_vllm.lab.train import words
-from era_vllm.lab.train.qwen3_vl import CONTEXT, FRAMES, MEAN, MERGE, PATCH, STD
 
+PATCH: Final = 8
+"""Pixels."""
+MERGE: Final = 2
+"""Patches of a token's side."""
+FRAMES: Final = 2
+"""Of a moment; a picture is one twice."""
+MEAN = STD = 0.5
+"""Of pixels from 0 to 1."""
+CONTEXT: Final = 4096
 _AREA: Final = SIDE_STEP * SIDE_STEP
 _PICTURE: Final = (16 * _AREA, 121 * _AREA)
 """Fewest and most pixels of a picture: it was trained on 16 to 110 tokens."""

@@ -302,14 +302,14 @@ def accuracy(
     counts: Mapping[Kind, int],
     seed: int,
     extra: int = 0,
-) -> dict[str, tuple[int, int]]:
+) -> dict[TaskFamily, tuple[int, int]]:
     """Ask held-out questions, all words of an answer at once: exactly right as greedy decoding is.
 
     Args:    counts: tasks by kind.   extra: words of filler before pictures and questions.
     Returns: right and asked, by family.
     """
     tokenizer, material = arch.tokenizer(), load_material(split="test")
-    counted = {family: [0, 0] for family in TASK_FAMILIES}
+    counted: dict[TaskFamily, list[int]] = {family: [0, 0] for family in TASK_FAMILIES}
     device = next(model.parameters()).device
     for kind, count in counts.items():
         tasks = [

@@ -155,7 +155,8 @@ class _Maker:
         self.ids += ids
         self._targets += [NO_TARGET] * len(ids)
         self._owners += [self.owner] * len(ids)
-        self._positions += [(self.position + index,) * 3 for index in range(len(ids))]
+        places = range(self.position, self.position + len(ids))
+        self._positions += [(place, place, place) for place in places]
         self.position += len(ids)
 
     def tell(self, answer: Sequence[int]) -> tuple[int, int]:
@@ -167,6 +168,7 @@ class _Maker:
 
     def add_picture(self, pad: str, rows: int, columns: int) -> None:
         token = self._words.token_to_id(pad)
+        assert token is not None
         if not self._form.grid:
             self.extend([token] * (rows * columns))
             return

@@ -20,6 +20,7 @@ from era_vllm.lab.synth.tasks import SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
 from era_vllm.lab.train.arch import Learner, no_items
 from era_vllm.lab.train.batch import Batch, padded
+from era_vllm.lab.train.export import CONTEXT, FRAMES, MEAN, MERGE, PATCH, STD, export
 from era_vllm.lab.train.labels import label
 from era_vllm.lab.train.packing import Form, Row, pack
 from era_vllm.lab.train.recipe import Recipe, Stage
@@ -28,16 +29,14 @@ from era_vllm.lab.train.tower import TokenHeads
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PATCH: Final = 8
-MERGE: Final = 2
-FRAMES: Final = 2
-MEAN = STD = 0.5
-CONTEXT: Final = 4096
 _PLACES: Final = 12  # of the learnt grid of positions
+_TOWER: Final = 128
+_WIDTH: Final = 192
+_LEVELS: Final = [1, 3]
 
 TEXT: Final = {
     "vocab_size": words.VOCABULARY_SIZE,
-    "hidden_size": 192,
+    "hidden_size": _WIDTH,
     "intermediate_size": 448,
     "num_hidden_layers": 8,
     "num_attention_heads": 4,
@@ -57,7 +56,7 @@ TEXT: Final = {
 }
 VISION: Final = {
     "depth": 6,
-    "hidden_size": 128,
+    "hidden_size": _TOWER,
     "intermediate_size": 512,
     "num_heads": 4,
     "hidden_act": "gelu",
@@ -65,8 +64,8 @@ VISION: Final = {
     "temporal_patch_size": FRAMES,
     "spatial_merge_size": MERGE,
     "num_position_embeddings": _PLACES**2,
-    "out_hidden_size": 192,
-    "deepstack_visual_indexes": [1, 3],
+    "out_hidden_size": _WIDTH,
+    "deepstack_visual_indexes": _LEVELS,
 }
 FORM: Final = Form(
     opening="<|im_start|>user\n",
@@ -110,11 +109,10 @@ class Qwen3VLLearner(Learner):
     def __init__(self) -> None:
         super().__init__()
         self.model = Qwen3VLForConditionalGeneration(config())
-        maps = len(VISION["deepstack_visual_indexes"])
-        self.heads = TokenHeads(VISION["out_hidden_size"], 1 + maps)
+        self.heads = TokenHeads(_WIDTH, 1 + len(_LEVELS))
         with torch.no_grad():
             grid = self.model.model.visual.pos_embed.weight
-            grid.copy_(waves(_PLACES, VISION["hidden_size"]))
+            grid.copy_(waves(_PLACES, _TOWER))
 
     def read(self, folder: Path) -> None:
         """Take the weights of an exported folder; the heads stay as they are."""
@@ -186,8 +184,6 @@ class Qwen3VL:
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the folder."""
-        from era_vllm.lab.train.export import export
-
         export(model, folder)
 
 

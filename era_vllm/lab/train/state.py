@@ -42,7 +42,8 @@ class Average:
     def update(self, steps: int) -> None:
         """Take in the weights as they are after so many steps."""
         decay = min(self._decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(self.weights, self._live, 1 - decay)
+        for weight, live in zip(self.weights, self._live, strict=True):
+            weight.lerp_(live, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
