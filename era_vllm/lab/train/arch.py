@@ -41,7 +41,7 @@ class Learner(nn.Module, ABC):
 
     @abstractmethod
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the language model's last states, [b, n, d]."""
+        """Return the language model's last states where something is to be said, [t, d]."""
 
     @abstractmethod
     def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ class Learner(nn.Module, ABC):
     def answer(self, batch: Batch, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return scores [t, vocabulary] and what is right [t], where something is to be said."""
         told = batch.targets != NO_TARGET
-        return self.model.lm_head(self.speak(batch, outputs)[told]), batch.targets[told]
+        return self.model.lm_head(self.speak(batch, outputs)), batch.targets[told]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss", what is minimised, its parts, and shares that are right, by name."""

@@ -18,12 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.synth.questions import FAMILIES, TaskFamily
 from era_vllm.lab.synth.tasks import Kind, Task
 from era_vllm.lab.train.arch import Learner, no_items
 from era_vllm.lab.train.batch import Batch, padded
+from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.labels import THINGS, label, things
 from era_vllm.lab.train.packing import Form, Row, pack
 from era_vllm.lab.train.recipe import Recipe, Stage
@@ -93,17 +95,12 @@ class LlavaLearner(Learner):
         return {**found, "tower": found["tower"] + _OF_CLASS * of_class, "class": of_class}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the language model's last states."""
+        """Return the language model's last states where something is to be said."""
         language = self.model.model.language_model
         embeds = language.embed_tokens(batch.ids)
         projected = self.model.model.multi_modal_projector(outputs[0]).to(embeds.dtype)
         embeds = embeds.masked_scatter((batch.ids == _IMAGE)[..., None], projected)
-        return language(
-            inputs_embeds=embeds,
-            attention_mask=batch.mask,
-            position_ids=batch.positions[0],
-            use_cache=False,
-        ).last_hidden_state
+        return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
 
 
 class Llava:

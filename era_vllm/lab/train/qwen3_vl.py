@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from era_vllm.lab.synth.tasks import SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
 from era_vllm.lab.train.arch import Learner, no_items
 from era_vllm.lab.train.batch import Batch, padded
+from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.export import CONTEXT, FRAMES, MEAN, MERGE, PATCH, STD, export
 from era_vllm.lab.train.labels import label
 from era_vllm.lab.train.packing import Form, Row, pack
@@ -128,19 +130,13 @@ class Qwen3VLLearner(Learner):
         return self.heads(outputs, batch.labels)
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the language model's last states."""
+        """Return the language model's last states where something is to be said."""
         language = self.model.model.language_model
-        visual = (batch.ids == words.IMAGE) | (batch.ids == words.VIDEO)
+        visual = ((batch.ids == words.IMAGE) | (batch.ids == words.VIDEO))[..., None]
         embeds = language.embed_tokens(batch.ids)
-        embeds = embeds.masked_scatter(visual[..., None], outputs[0].to(embeds.dtype))
-        return language(
-            inputs_embeds=embeds,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            visual_pos_masks=visual,
-            deepstack_visual_embeds=outputs[1:],
-            use_cache=False,
-        ).last_hidden_state
+        embeds = embeds.masked_scatter(visual, outputs[0].to(embeds.dtype))
+        maps = [(visual, level) for level in outputs[1:]]
+        return last_states(language, embeds, batch, batch.positions, apply_rotary_pos_emb, maps)
 
 
 class Qwen3VL:
