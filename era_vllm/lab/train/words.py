@@ -73,8 +73,13 @@ def tokenizer() -> "Tokenizer":
             pre_tokenizers.Digits(individual_digits=True),
         ]
     )
-    made.decoder = decoders.Sequence(
-        [decoders.Replace(Regex("^"), " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(  # words joined with blanks; a streamed answer has none first
+        [
+            decoders.Replace(Regex("^"), " "),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+            decoders.Replace(Regex("\\bassistant$"), "assistant "),
+        ]
     )
     made.add_special_tokens(list(SPECIAL))
     return made

@@ -168,6 +168,10 @@ def test_answers_decode_as_they_are_compared() -> None:
     for answer in ("top left", "7 0", "red"):
         ids = words.encode(answer + "<|im_end|>").ids
         assert words.decode(ids, skip_special_tokens=True) == answer
+    prompt = words.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n").ids
+    before = words.decode(prompt, skip_special_tokens=True)
+    whole = words.decode([*prompt, *words.encode("top left").ids], skip_special_tokens=True)
+    assert whole == before + "top left"  # as an engine streams it
 
 
 def test_filler_is_about_as_long_as_asked() -> None:
