@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from era_vllm.lab.synth.tasks import SIDE_STEP, Kind, Task
+from era_vllm.lab.synth.questions import TaskFamily
+from era_vllm.lab.synth.tasks import QUOTAS, SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
 from era_vllm.lab.train.arch import Learner, no_items
 from era_vllm.lab.train.batch import Batch, padded
@@ -80,7 +81,11 @@ FORM: Final = Form(
     grid=True,
     filler=True,
 )
-_MIX: Final[Mapping[Kind, float]] = {"picture": 0.55, "several": 0.25, "film": 0.2}
+_MIX: Final[Mapping[Kind, float]] = {"picture": 0.5, "several": 0.22, "film": 0.28}
+_QUOTAS: Final[Mapping[TaskFamily, int]] = {
+    **QUOTAS, "color": 2, "where": 1, "chart": 1, "relation": 4
+}  # fmt: skip
+"""Of learning: what is learnt first is asked less, what comes late more."""
 
 
 def config() -> Qwen3VLConfig:
@@ -150,6 +155,7 @@ class Qwen3VL:
         alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 24, "film": 12}, small=True),
         first=Stage(_MIX, {"picture": 14, "several": 10, "film": 8}, small=True),
         still_alone=0.35,
+        quotas=_QUOTAS,
         then=Stage(_MIX, {"picture": 12, "several": 9, "film": 8}),
     )
 
