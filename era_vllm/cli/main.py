@@ -20,6 +20,7 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm demo                          two servers, a dozen pictures, both answers
   era-vllm accuracy                      right answers of the engine, policies against rates
   era-vllm bench serve                   time against stock vLLM, and where it goes
+  era-vllm train --arch qwen3_vl --out run      train a small model (hours)
 """
 COMMANDS: Final = {
     "serve": "run the OpenAI server with pruning on",
@@ -28,6 +29,7 @@ COMMANDS: Final = {
     "demo": "show answers with and without pruning, and the speed",
     "accuracy": "measure accuracy under pruning in the engine",
     "bench": "measure what pruning costs and saves",
+    "train": "train a small model on generated pictures",
 }
 """A module of this folder each (``DESCRIPTION``, ``add_options``, ``run``), and what it does."""
 

@@ -1,8 +1,8 @@
-"""What proves accuracy: a picture generator, a small model trained on it, and a scorer.
+"""What proves accuracy: a picture generator, small models trained on it, and a scorer.
 
 Reading order: `synth/dataset.py` (pictures with questions and right answers), `asking.py` (what a
-model answers), `accuracy.py` (how often it is right), `checkpoint/` (the model), `samples/` (a
-dozen pictures).
+model answers), `accuracy.py` (how often it is right), `checkpoint/` (the model), `train/loop.py`
+(the trainer), `samples/` (a dozen pictures).
 Nothing here imports vllm, and importing this package imports nothing but the standard library.
 """
 
@@ -11,3 +11,5 @@ from typing import Final
 
 CHECKPOINT: Final = Path(__file__).parent / "checkpoint"
 """The folder of the shipped checkpoint, as `from_pretrained` and `vllm serve` take it."""
+CHECKPOINT_QWEN3_VL: Final = Path(__file__).parent / "checkpoint_qwen3_vl"
+"""The folder of a small Qwen3-VL: several pictures, videos."""

@@ -6,6 +6,7 @@ are (`scene.py`).
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ ShapeKind = Literal["circle", "square", "triangle", "star", "cross", "diamond", 
 
 SHAPES: Final[tuple[ShapeKind, ...]] = get_args(ShapeKind)
 FONT_SIZES: Final = range(15, 19)
+SIGN_SIZES: Final = range(10, 13)
+"""Font sizes of small signs."""
 
 # Room that a word takes at each font size, as Pillow 13 measures it. Written down, because other
 # releases differ by a pixel, and every later lot of a picture depends on it.
@@ -170,6 +173,34 @@ def _load_digits(split: Split) -> tuple[tuple[Image.Image, ...], ...]:
     return tuple(tuple(each) for each in masks)
 
 
+def with_bent_digits(material: Material, copies: int = 7) -> Material:
+    """Return material with bent copies of each digit: turned, sheared, larger or smaller.
+
+    There are few hands to learn from. The same material gives the same copies.
+    """
+    lots = random.Random("bent digits")
+    digits = tuple(
+        tuple(
+            each for mask in masks for each in (mask, *(_bent(mask, lots) for _ in range(copies)))
+        )
+        for masks in material.digits
+    )
+    return Material(material.photos, digits)
+
+
+def _bent(mask: Image.Image, lots: random.Random) -> Image.Image:
+    turn, shear, size = lots.uniform(-0.22, 0.22), lots.uniform(-0.2, 0.2), lots.uniform(0.88, 1.2)
+    wide = size * lots.uniform(0.9, 1.1)
+    a, b = wide * math.cos(turn), wide * (math.sin(turn) + shear)
+    d, e = -size * math.sin(turn), size * math.cos(turn)
+    middle = (DIGIT_SIZE - 1) / 2
+    c = middle - a * (middle + lots.uniform(-1, 1)) - b * middle
+    f = middle - d * middle - e * (middle + lots.uniform(-1, 1))
+    return mask.transform(
+        mask.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BICUBIC
+    )
+
+
 @cache
 def shape_mask(kind: ShapeKind, size: int, turn: int) -> Image.Image:
     """Draw one shape as an antialiased mask.
@@ -233,4 +264,19 @@ def word_mask(text: str, font_size: int) -> Image.Image:
     mask = Image.new("L", (width, height), 0)
     corner = (_WORD_MARGIN - left, height - _WORD_MARGIN - bottom)
     ImageDraw.Draw(mask).text(corner, text, font=font, fill=255)
+    return mask
+
+
+@cache
+def sign_mask(text: str, font_size: int) -> Image.Image:
+    """Draw one word for a small sign, with a margin of 2 pixels, as large as Pillow measures it.
+
+    Args:    text: one of WORDS.   font_size: one of SIGN_SIZES.
+    Returns: an "L" image, 255 inside. Shared: do not draw on it.
+    """
+    font = ImageFont.load_default(font_size)
+    left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
+    margin = _WORD_MARGIN // 2
+    mask = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin), 0)
+    ImageDraw.Draw(mask).text((margin - left, margin - top), text, font=font, fill=255)
     return mask

@@ -14,11 +14,14 @@ from typing import Final, Literal, get_args
 
 from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.lab.synth.assets import SHAPES
-from era_vllm.lab.synth.scene import COLORS, PICTURE_SIZE, Scene, Shape
+from era_vllm.lab.synth.scene import COLORS, Scene, Shape
 
 Family = Literal[
     "exist", "color", "shape", "count", "spatial", "where", "number", "word", "chart"
 ]  # fmt: skip
+
+TaskFamily = Family | Literal["relation", "reading", "which", "indexed", "motion", "moment"]
+"""The nine, and those of `tasks.py`."""
 
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
 LEARNED_FAMILIES: Final[tuple[Family, ...]] = (
@@ -27,14 +30,14 @@ LEARNED_FAMILIES: Final[tuple[Family, ...]] = (
 """Those that the shipped checkpoint answers; it guesses at `spatial` and is weak at `where`."""
 
 _MIN_OFFSET: Final = 14  # pixels between two centres before one is "left of" the other: one patch
-_BORDER: Final = 0.08 * PICTURE_SIZE / 3  # pixels from a third's edge where `where` is not asked
+_BORDER: Final = 0.08  # thirds from a third's edge where `where` is not asked
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """A question with its right answer, in lower case."""
 
-    family: Family
+    family: TaskFamily
     text: str
     answer: str
 
@@ -76,7 +79,7 @@ def ask_about(
     return tuple(questions.values())
 
 
-def _alone(scene: Scene, *parts: Literal["kind", "color"]) -> list[Shape]:
+def alone(scene: Scene, *parts: Literal["kind", "color"]) -> list[Shape]:
     """Return the shapes that can be named by these parts without ambiguity."""
     named = attrgetter(*parts)
     counts = Counter(map(named, scene.shapes))
@@ -115,17 +118,17 @@ def _count(scene: Scene, lots: random.Random) -> _Drawn:
 
 
 def _color(scene: Scene, lots: random.Random) -> _Drawn:
-    shape = lots.choice(_alone(scene, "kind"))
+    shape = lots.choice(alone(scene, "kind"))
     return f"what color is the {shape.kind}?", shape.color
 
 
 def _shape(scene: Scene, lots: random.Random) -> _Drawn:
-    shape = lots.choice(_alone(scene, "color"))
+    shape = lots.choice(alone(scene, "color"))
     return f"what shape is {shape.color}?", shape.kind
 
 
 def _spatial(scene: Scene, lots: random.Random) -> _Drawn:
-    one, other = lots.sample(_alone(scene, "kind", "color"), 2)
+    one, other = lots.sample(alone(scene, "kind", "color"), 2)
     sideways = lots.random() < 0.5
     axis = 0 if sideways else 1
     offset = one.center[axis] - other.center[axis]
@@ -139,13 +142,14 @@ def _spatial(scene: Scene, lots: random.Random) -> _Drawn:
 
 
 def _where(scene: Scene, lots: random.Random) -> _Drawn:
-    shape = lots.choice(_alone(scene, "kind", "color"))
-    third = PICTURE_SIZE / 3
-    edges = [abs(place - edge) for place in shape.center for edge in (third, 2 * third)]
-    if min(edges) < _BORDER:
-        return None
-    column = ("left", "center", "right")[int(shape.center[0] // third)]
-    row = ("top", "middle", "bottom")[int(shape.center[1] // third)]
+    shape = lots.choice(alone(scene, "kind", "color"))
+    sides = (scene.width, scene.height)
+    thirds = [place // (side / 3) for place, side in zip(shape.center, sides, strict=True)]
+    for place, side in zip(shape.center, sides, strict=True):
+        if min(abs(place - side / 3), abs(place - 2 * (side / 3))) < _BORDER * side / 3:
+            return None
+    column = ("left", "center", "right")[int(thirds[0])]
+    row = ("top", "middle", "bottom")[int(thirds[1])]
     return f"where is the {shape.color} {shape.kind}?", f"{row} {column}"
 
 
@@ -172,11 +176,11 @@ def _chart(scene: Scene, lots: random.Random) -> _Drawn:
 
 _FAMILIES: Final[dict[Family, tuple[Callable[[Scene], int], Callable[..., _Drawn]]]] = {
     "exist": (lambda scene: 1, _exist),
-    "color": (lambda scene: 2 if _alone(scene, "kind") else 0, _color),
-    "shape": (lambda scene: 1 if _alone(scene, "color") else 0, _shape),
+    "color": (lambda scene: 2 if alone(scene, "kind") else 0, _color),
+    "shape": (lambda scene: 1 if alone(scene, "color") else 0, _shape),
     "count": (lambda scene: 2, _count),
-    "spatial": (lambda scene: 2 if len(_alone(scene, "kind", "color")) > 1 else 0, _spatial),
-    "where": (lambda scene: 1 if _alone(scene, "kind", "color") else 0, _where),
+    "spatial": (lambda scene: 2 if len(alone(scene, "kind", "color")) > 1 else 0, _spatial),
+    "where": (lambda scene: 1 if alone(scene, "kind", "color") else 0, _where),
     "number": (lambda scene: 2 if scene.number else 0, _number),
     "word": (lambda scene: 2 if scene.word else 0, _word),
     "chart": (lambda scene: 3 if scene.chart else 0, _chart),

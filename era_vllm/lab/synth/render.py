@@ -10,10 +10,9 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-from era_vllm.lab.synth.assets import DIGIT_SIZE, Material, shape_mask, word_mask
+from era_vllm.lab.synth.assets import DIGIT_SIZE, Material, shape_mask, sign_mask, word_mask
 from era_vllm.lab.synth.scene import (
     MAX_VALUE,
-    PICTURE_SIZE,
     Backdrop,
     Chart,
     Color,
@@ -21,6 +20,7 @@ from era_vllm.lab.synth.scene import (
     Rgb,
     Scene,
     Shape,
+    Sign,
     Word,
 )
 
@@ -36,6 +36,7 @@ _RGB: Final[dict[Color, Rgb]] = {
 _UNIT: Final = 7  # pixels of bar height for a value of one
 _BAR: Final = 11  # pixels of bar width
 _LIGHT_PLATE, _DARK_PLATE = (240, 240, 240), (25, 25, 40)
+_DARK_PAPERS: Final[frozenset[Color]] = frozenset({"red", "green", "blue", "purple", "black"})
 _LIGHT_INK, _DARK_INK = (245, 245, 230), (20, 20, 60)
 
 
@@ -43,25 +44,29 @@ def paint(scene: Scene, material: Material) -> Image.Image:
     """Turn a scene into pixels.
 
     Args:    material: the one that the scene was drawn with.
-    Returns: RGB image, 168 x 168.
+    Returns: RGB image of the size of the scene.
     """
-    picture = _paint_backdrop(scene.backdrop, material.photos[scene.backdrop.photo])
+    photo = material.photos[scene.backdrop.photo]
+    picture = _paint_backdrop(scene.backdrop, photo, (scene.width, scene.height))
     if scene.chart is not None:
         _paint_chart(picture, scene.chart)
     if scene.number is not None:
         _paint_number(picture, scene.number, material)
     if scene.word is not None:
         _paint_word(picture, scene.word)
+    for sign in scene.signs:
+        _paint_sign(picture, sign)
     for shape in scene.shapes:
-        _paint_shape(picture, shape)
+        paint_shape(picture, shape)
     return picture
 
 
-def _paint_backdrop(backdrop: Backdrop, photo: Image.Image) -> Image.Image:
+def _paint_backdrop(backdrop: Backdrop, photo: Image.Image, sides: tuple[int, int]) -> Image.Image:
     corner = (backdrop.left, backdrop.top)
-    opposite = (backdrop.left + backdrop.size, backdrop.top + backdrop.size)
+    wide, high = (backdrop.size * side // max(sides) for side in sides)
+    opposite = (backdrop.left + wide, backdrop.top + high)
     picture = photo.crop((*corner, *opposite))
-    picture = picture.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR)
+    picture = picture.resize(sides, Image.Resampling.BILINEAR)
     if backdrop.mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(picture, np.float64) * backdrop.gain + np.array(backdrop.tint)
@@ -97,6 +102,17 @@ def _paint_word(picture: Image.Image, word: Word) -> None:
     picture.paste(word.ink, (box.left, box.top), word_mask(word.text, word.font_size))
 
 
-def _paint_shape(picture: Image.Image, shape: Shape) -> None:
+def _paint_sign(picture: Image.Image, sign: Sign) -> None:
+    box, paper = sign.box, _RGB[sign.color]
+    picture.paste(paper, (box.left, box.top, box.left + box.width, box.top + box.height))
+    ink = _LIGHT_INK if sign.color in _DARK_PAPERS else _DARK_INK
+    picture.paste(ink, (box.left, box.top), sign_mask(sign.text, sign.font_size))
+
+
+def paint_shape(picture: Image.Image, shape: Shape) -> None:
+    """Paint one shape.
+
+    Mutates: picture.
+    """
     mask = shape_mask(shape.kind, shape.box.width, shape.turn)
     picture.paste(_RGB[shape.color], (shape.box.left, shape.box.top), mask)

@@ -6,6 +6,7 @@ everything about a picture: `render.paint` turns it into pixels without drawing 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -13,10 +14,12 @@ from era_vllm.lab.synth.assets import (
     DIGIT_SIZE,
     FONT_SIZES,
     SHAPES,
+    SIGN_SIZES,
     TURNS,
     WORDS,
     Material,
     ShapeKind,
+    sign_mask,
     word_mask,
 )
 
@@ -27,7 +30,6 @@ COLORS: Final[tuple[Color, ...]] = get_args(Color)
 PICTURE_SIZE: Final = 168
 MAX_VALUE: Final = 6  # of a bar
 
-_CHART_CHANCE, _NUMBER_CHANCE, _WORD_CHANCE = 0.6, 0.75, 0.65
 _SHAPE_SIZES: Final = range(15, 27)
 _CHART_PAPERS: Final[tuple[Rgb, ...]] = ((235, 235, 235), (205, 215, 225), (240, 230, 205))
 _SIGN_COLORS: Final[tuple[Rgb, ...]] = ((200, 30, 30), (20, 90, 40), (20, 40, 130), (30, 30, 30))
@@ -35,6 +37,25 @@ _SIGN_WHITE: Final[Rgb] = (250, 250, 250)
 _SIGN_CREAM: Final[Rgb] = (245, 240, 225)
 _GAP: Final = 2  # pixels at least between two objects
 _TRIES: Final = 40  # to find room for one object
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What lots are drawn for: the sides of a picture, and how likely or how many of each thing.
+
+    The defaults are the shipped LLaVA's pictures. `signs` and `shapes`: fewest and most.
+    """
+
+    width: int = PICTURE_SIZE
+    height: int = PICTURE_SIZE
+    chart: float = 0.6
+    number: float = 0.75
+    word: float = 0.65
+    signs: tuple[int, int] = (0, 0)
+    shapes: tuple[int, int] = (2, 7)
+
+
+STANDARD: Final = Plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,49 +144,85 @@ class Word:
 
 
 @dataclass(frozen=True, slots=True)
+class Sign:
+    """A small sign with one printed word, named by the colour of its paper."""
+
+    text: str
+    font_size: int
+    color: Color
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
 class Scene:
-    """All that is on one picture; no two objects overlap."""
+    """All that is on one picture; no two objects overlap. Sides in pixels."""
 
     backdrop: Backdrop
     chart: Chart | None
     number: Number | None
     word: Word | None
     shapes: tuple[Shape, ...]
+    signs: tuple[Sign, ...] = ()
+    width: int = PICTURE_SIZE
+    height: int = PICTURE_SIZE
 
 
-def draw_scene(lots: random.Random, material: Material) -> Scene:
+class Room:
+    """A picture's room, and what of it is taken."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._taken: list[Box] = []
+
+    def find(self, lots: random.Random, width: int, height: int) -> Box | None:
+        """Take room for one object; None: none was found."""
+        most_left, most_top = self._plan.width - width - 1, self._plan.height - height - 1
+        if min(most_left, most_top) < 1:
+            return None
+        for _ in range(_TRIES):
+            box = Box(lots.randint(1, most_left), lots.randint(1, most_top), width, height)
+            if all(box.clears(other) for other in self._taken):
+                self._taken.append(box)
+                return box
+        return None
+
+
+def draw_scene(
+    lots: random.Random,
+    material: Material,
+    plan: Plan = STANDARD,
+    room: Room | None = None,
+    kinds: Sequence[ShapeKind] = SHAPES,
+    colors: Sequence[Color] = COLORS,
+) -> Scene:
     """Draw lots for one picture.
 
     Large things come first, because what finds no room in 40 tries is left out.
 
+    Args:    room: of a picture with something on it already; None: an empty one.
+             kinds, colors: of its shapes.
+
     Returns: Scene. Its shapes may be none at all, if the rest fills the picture.
     Mutates: lots.
     """
-    taken: list[Box] = []
+    taken = Room(plan) if room is None else room
     return Scene(
-        backdrop=_draw_backdrop(lots, material),
-        chart=_draw_chart(lots, taken) if lots.random() < _CHART_CHANCE else None,
-        number=_draw_number(lots, taken, material) if lots.random() < _NUMBER_CHANCE else None,
-        word=_draw_word(lots, taken) if lots.random() < _WORD_CHANCE else None,
-        shapes=_draw_shapes(lots, taken),
+        backdrop=_draw_backdrop(lots, material, plan),
+        chart=_draw_chart(lots, taken) if lots.random() < plan.chart else None,
+        number=_draw_number(lots, taken, material) if lots.random() < plan.number else None,
+        word=_draw_word(lots, taken) if lots.random() < plan.word else None,
+        signs=_draw_signs(lots, taken, plan.signs) if plan.signs[1] else (),
+        shapes=_draw_shapes(lots, taken, plan.shapes, kinds, colors),
+        width=plan.width,
+        height=plan.height,
     )
 
 
-def _find_room(lots: random.Random, taken: list[Box], width: int, height: int) -> Box | None:
-    for _ in range(_TRIES):
-        left = lots.randint(1, PICTURE_SIZE - width - 1)
-        top = lots.randint(1, PICTURE_SIZE - height - 1)
-        box = Box(left, top, width, height)
-        if all(box.clears(other) for other in taken):
-            taken.append(box)
-            return box
-    return None
-
-
-def _draw_backdrop(lots: random.Random, material: Material) -> Backdrop:
+def _draw_backdrop(lots: random.Random, material: Material, plan: Plan) -> Backdrop:
     photo = lots.choice(tuple(material.photos))
     width, height = material.photos[photo].size
-    size = min(int(PICTURE_SIZE * lots.uniform(0.6, 2.2)), width, height)
+    longest = max(plan.width, plan.height)
+    size = min(int(longest * lots.uniform(0.6, 2.2)), width, height)
     left, top = lots.randint(0, width - size), lots.randint(0, height - size)
     mirrored = lots.random() < 0.5
     gain = lots.uniform(0.35, 0.8)
@@ -175,9 +232,9 @@ def _draw_backdrop(lots: random.Random, material: Material) -> Backdrop:
     return Backdrop(photo, left, top, size, mirrored, gain, tint)
 
 
-def _draw_chart(lots: random.Random, taken: list[Box]) -> Chart | None:
+def _draw_chart(lots: random.Random, taken: Room) -> Chart | None:
     count = lots.randint(3, 4)
-    box = _find_room(lots, taken, width=14 * count + 6, height=46)
+    box = taken.find(lots, width=14 * count + 6, height=46)
     if box is None:
         return None
     paper = lots.choice(_CHART_PAPERS)
@@ -186,9 +243,9 @@ def _draw_chart(lots: random.Random, taken: list[Box]) -> Chart | None:
     return Chart(bars, paper, box)
 
 
-def _draw_number(lots: random.Random, taken: list[Box], material: Material) -> Number | None:
+def _draw_number(lots: random.Random, taken: Room, material: Material) -> Number | None:
     count = lots.randint(1, 3)
-    box = _find_room(lots, taken, width=(DIGIT_SIZE - 1) * count + 5, height=DIGIT_SIZE + 4)
+    box = taken.find(lots, width=(DIGIT_SIZE - 1) * count + 5, height=DIGIT_SIZE + 4)
     if box is None:
         return None
     digits = tuple(lots.randint(0, 9) for _ in range(count))
@@ -196,10 +253,10 @@ def _draw_number(lots: random.Random, taken: list[Box], material: Material) -> N
     return Number(digits, hands, lots.random() < 0.5, box)
 
 
-def _draw_word(lots: random.Random, taken: list[Box]) -> Word | None:
+def _draw_word(lots: random.Random, taken: Room) -> Word | None:
     text, font_size = lots.choice(WORDS), lots.choice(FONT_SIZES)
     mask = word_mask(text, font_size)
-    box = _find_room(lots, taken, mask.width, mask.height)
+    box = taken.find(lots, mask.width, mask.height)
     if box is None:
         return None
     color = lots.choice(_SIGN_COLORS)
@@ -207,12 +264,31 @@ def _draw_word(lots: random.Random, taken: list[Box]) -> Word | None:
     return Word(text, font_size, ink, paper, box)
 
 
-def _draw_shapes(lots: random.Random, taken: list[Box]) -> tuple[Shape, ...]:
-    kinds = lots.sample(SHAPES, lots.randint(2, 5))  # few kinds, so that counts go past one
+def _draw_signs(lots: random.Random, taken: Room, counts: tuple[int, int]) -> tuple[Sign, ...]:
+    count = lots.randint(*counts)
+    signs: list[Sign] = []
+    for text, color in zip(lots.sample(WORDS, count), lots.sample(COLORS, count), strict=True):
+        font_size = lots.choice(SIGN_SIZES)
+        mask = sign_mask(text, font_size)
+        box = taken.find(lots, mask.width, mask.height)
+        if box is not None:
+            signs.append(Sign(text, font_size, color, box))
+    return tuple(signs)
+
+
+def _draw_shapes(
+    lots: random.Random,
+    taken: Room,
+    counts: tuple[int, int],
+    kinds: Sequence[ShapeKind],
+    colors: Sequence[Color],
+) -> tuple[Shape, ...]:
+    most = min(5, len(kinds))
+    few = lots.sample(kinds, lots.randint(2, most))  # few kinds, so that counts go past one
     shapes: list[Shape] = []
-    for _ in range(lots.randint(2, 7)):
-        kind, color, size = lots.choice(kinds), lots.choice(COLORS), lots.choice(_SHAPE_SIZES)
-        box = _find_room(lots, taken, size, size)
+    for _ in range(lots.randint(*counts)):
+        kind, color, size = lots.choice(few), lots.choice(colors), lots.choice(_SHAPE_SIZES)
+        box = taken.find(lots, size, size)
         if box is not None:
             shapes.append(Shape(kind, color, lots.randrange(TURNS), box))
     return tuple(shapes)

@@ -1,0 +1,110 @@
+"""``era-vllm train``: train one of the small models on generated pictures, and export it.
+
+Leaves out the loop (``lab/train/loop.py``).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from era_vllm.cli.preflight import check_folder
+from era_vllm.errors import ConfigError
+
+DESCRIPTION: Final = """Train a small model on generated pictures: on two CPU cores, or on a GPU.
+
+  era-vllm train --arch qwen3_vl --out run --minutes 120 --ranks 2     begin (two cores)
+  era-vllm train --arch qwen3_vl --out run --minutes 60 --ranks 2 --resume   go on
+  era-vllm train --arch qwen3_vl --out run --minutes 30 --resume --cooldown 30    end well
+  era-vllm train --arch qwen3_vl --out new --minutes 30 --weights run/export    from weights alone
+
+OUT holds state.pt (weights, their average, optimizers, step: what --resume goes on from; the one
+before is kept), curve.jsonl and curve.png (losses, and held-out answers by family), and export, the
+folder that transformers and vLLM load, with averaged weights in bfloat16. All three are written
+anew every few minutes and at the end. Ctrl-C ends a training after its step, with all saved.
+
+A task is a function of --seed and its number: the same command gives the same losses, and --resume
+goes on where the training was. Ranks share a step, so their number belongs to the command.
+"""
+_ARCHS: Final = ("qwen3_vl", "llava")
+_DEVICES: Final = ("cpu", "cuda")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    add = parser.add_argument
+    text = "qwen3_vl: several pictures, video; llava: the shipped model's (one picture)"
+    add("--arch", choices=_ARCHS, required=True, help=text)
+    add("--out", type=Path, required=True, metavar="DIR", help="made if it is not there")
+    text = "of training, from now on (default 60); pauses do not count"
+    add("--minutes", type=float, default=60.0, metavar="M", help=text)
+    add("--steps", type=int, metavar="N", help="end after N steps, if that is sooner")
+    add("--seed", type=int, default=0, help="of weights and pictures (default 0)")
+    text = "processes that train one model together (default 1); one a core is fastest on a CPU"
+    add("--ranks", type=int, default=1, metavar="N", help=text)
+    add("--threads", type=int, default=1, metavar="N", help="of a rank (default 1)")
+    add("--lr", type=float, default=2e-3, help="learning rate (default 0.002)")
+    text = "let the learning rate fall to a twentieth over the last M minutes (default 0)"
+    add("--cooldown", type=float, default=0.0, metavar="M", help=text)
+    add("--resume", action="store_true", help="go on with the training in OUT")
+    text = "begin with the weights of an exported folder; optimizers, counts and heads are new"
+    add("--weights", type=Path, metavar="DIR", help=text)
+    text = "leave out tasks that the tower learns alone from, and small pictures"
+    add("--from-text", action="store_true", help=text)
+    add("--save-every", type=float, default=5.0, metavar="M", help="minutes (default 5)")
+    text = "ask held-out questions every M minutes (default 15)"
+    add("--dev-every", type=float, default=15.0, metavar="M", help=text)
+    add("--device", choices=_DEVICES, default="cpu", help="default cpu; cuda takes one rank")
+    text = "bfloat16 matrix products (a GPU, or a CPU with AMX; elsewhere much slower)"
+    add("--bf16", action="store_true", help=text)
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Train until the time is over."""
+    del rest
+    _check(arguments)
+    check_folder(
+        arguments.out,
+        f"--out: the folder {str(arguments.out)!r} cannot be written to",
+        "name another",
+    )
+    from era_vllm.lab.train.loop import Settings, train
+
+    names = (
+        "arch", "out", "minutes", "steps", "seed", "ranks", "threads", "lr", "cooldown", "resume",
+        "weights", "from_text", "save_every", "dev_every", "device", "bf16",
+    )  # fmt: skip
+    train(Settings(**{name: getattr(arguments, name) for name in names}))
+    print(f"model: {arguments.out / 'export'}; go on with --resume")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    least = {
+        "minutes": 0.0, "ranks": 1, "threads": 1, "cooldown": 0.0, "save_every": 0.1,
+        "dev_every": 0.1, "steps": 1,
+    }  # fmt: skip
+    for name, lowest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < lowest:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: got {value:g}, allowed: {lowest:g} or more")
+    if not 0 < arguments.lr <= 0.1:
+        raise ConfigError(f"--lr: got {arguments.lr:g}, allowed: above 0, at most 0.1")
+    if arguments.resume and arguments.weights:
+        raise ConfigError("--resume and --weights: choose one; --resume has weights of its own")
+    if arguments.weights and not (arguments.weights / "config.json").is_file():
+        raise ConfigError(
+            f"--weights: no config.json in {str(arguments.weights)!r}; name an exported folder"
+        )
+    if (arguments.out / "state.pt").exists() and not arguments.resume:
+        raise ConfigError(
+            f"--out: {str(arguments.out)!r} holds a training; go on with it (--resume) or name "
+            "another folder"
+        )
+    if arguments.resume and not (arguments.out / "state.pt").exists():
+        raise ConfigError(
+            f"--resume: no state.pt in {str(arguments.out)!r}; name a folder that era-vllm train "
+            "wrote to, or begin with weights alone (--weights)"
+        )
+    if arguments.device == "cuda" and arguments.ranks > 1:
+        raise ConfigError(f"--ranks: got {arguments.ranks}, allowed with --device cuda: 1")

@@ -1,0 +1,1 @@
+"""The trainer of the small models. Read ``loop.py`` first, then ``qwen3_vl.py``."""

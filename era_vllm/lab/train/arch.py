@@ -1,0 +1,115 @@
+"""What a file of an architecture gives the loop. Adding one is a file with `ARCH`."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from era_vllm.errors import ConfigError, unknown_name
+from era_vllm.lab.synth.tasks import Kind, Task
+from era_vllm.lab.train.batch import Batch
+from era_vllm.lab.train.packing import NO_TARGET
+from era_vllm.lab.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ARCHS: Final = ("qwen3_vl", "llava")
+_OF_TOWER: Final = 0.3
+"""Weight of the tower's losses beside the answers'."""
+
+
+class Learner(nn.Module, ABC):
+    """A model, and heads of its tower that are thrown away after training."""
+
+    model: Any
+    """transformers' own."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> None:
+        """Take the weights of an exported folder; the heads stay as they are."""
+
+    @abstractmethod
+    def see(self, batch: Batch) -> list[Tensor]:
+        """Return the tower's outputs; the first is what the language model reads."""
+
+    @abstractmethod
+    def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
+        """Return the language model's last states where something is to be said, [t, d]."""
+
+    @abstractmethod
+    def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
+        """Return "tower", a loss, and shares that are right by name."""
+
+    def answer(self, batch: Batch, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return scores [t, vocabulary] and what is right [t], where something is to be said."""
+        told = batch.targets != NO_TARGET
+        return self.model.lm_head(self.speak(batch, outputs)), batch.targets[told]
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return "loss", what is minimised, its parts, and shares that are right, by name."""
+        outputs = self.see(batch)
+        found = self.tower_loss(batch, outputs)
+        if not batch.rows:
+            return {"loss": found["tower"], **found}
+        scores, wanted = self.answer(batch, outputs)
+        text = F.cross_entropy(scores.float(), wanted)
+        token = (scores.detach().argmax(-1) == wanted).float().mean()
+        return {"loss": text + _OF_TOWER * found["tower"], "text": text, "token": token, **found}
+
+
+class Architecture(Protocol):
+    """A file's `ARCH`."""
+
+    name: str
+    recipe: Recipe
+    dev: Mapping[Kind, int]
+    """Held-out tasks by kind."""
+
+    def tokenizer(self) -> "Tokenizer":
+        """Make the tokenizer."""
+        ...
+
+    def learner(self) -> Learner:
+        """Make new weights."""
+        ...
+
+    def batch(self, tasks: Sequence[Task]) -> Batch:
+        """Return pictures alone."""
+        ...
+
+    def asked(
+        self,
+        tasks: Sequence[Task],
+        words: "Tokenizer",
+        lots: random.Random,
+        wordy: bool = False,
+        extra: int | None = None,
+    ) -> Batch:
+        """Return pictures and packed questions; tasks without a question are left out."""
+        ...
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the folder that transformers and vLLM load."""
+        ...
+
+
+def architecture(name: str) -> Architecture:
+    """Return the architecture of a name.
+
+    Raises: ConfigError: there is none.
+    """
+    if name not in ARCHS:
+        raise ConfigError(unknown_name("architecture", name, ARCHS))
+    return import_module(f"era_vllm.lab.train.{name}").ARCH
+
+
+def no_items(*shape: int) -> Tensor:
+    """Return what stands for a field that an architecture has no use for."""
+    return torch.zeros(0, *shape, dtype=torch.int64)

@@ -1,0 +1,79 @@
+"""A language model's layers over packed rows, the last one only where something is to be said.
+
+transformers' own layers are called as they are; of the last one, queries, the MLP and the norm are
+worked out for a tenth of the tokens. The rest of that layer would be thrown away.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from era_vllm.lab.train.batch import Batch
+from era_vllm.lab.train.packing import NO_TARGET
+
+Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""transformers' apply_rotary_pos_emb of the family."""
+
+
+def last_states(
+    language: Any,
+    embeds: Tensor,
+    batch: Batch,
+    positions: Tensor,
+    rotate: Rotate,
+    maps: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:
+    """Return the last states where a token is to follow, [t, d], row by row.
+
+    Args:    embeds: [b, n, d].   positions: as the family's rotary embedding takes them.
+             maps: DeepStack's, one for each of the first layers: [b, n, 1], where; [v, d], what.
+    """
+    turned = language.rotary_emb(embeds, position_ids=positions)
+    *layers, last = language.layers
+    hidden = embeds
+    for index, layer in enumerate(layers):
+        hidden = layer(hidden, attention_mask=batch.mask, position_embeddings=turned)
+        if index < len(maps):
+            where, what = maps[index]
+            hidden = hidden + torch.zeros_like(hidden).masked_scatter(where, what.to(hidden.dtype))
+    told = batch.targets != NO_TARGET
+    return language.norm(_last(last, hidden, batch.mask, turned, told, rotate))
+
+
+def _last(
+    layer: Any,
+    hidden: Tensor,
+    mask: Tensor,
+    turned: tuple[Tensor, Tensor],
+    told: Tensor,
+    rotate: Rotate,
+) -> Tensor:
+    """Return the states of one layer for the tokens told [b, n] alone, [t, d]."""
+    attention, (rows, width) = layer.self_attn, (hidden.shape[0], hidden.shape[-1])
+    most = int(told.sum(1).max())
+    chosen = told.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]  # [b, m]
+    real = told.gather(1, chosen)
+    normed = layer.input_layernorm(hidden)
+    wide = chosen[..., None].expand(-1, -1, width)
+
+    def heads(projected: Tensor, norm: Any) -> Tensor:
+        split = projected.view(rows, projected.shape[1], -1, attention.head_dim)
+        return (split if norm is None else norm(split)).transpose(1, 2)
+
+    query = heads(attention.q_proj(normed.gather(1, wide)), getattr(attention, "q_norm", None))
+    key = heads(attention.k_proj(normed), getattr(attention, "k_norm", None))
+    value = heads(attention.v_proj(normed), None)
+    cos, sin = (each.expand(rows, -1, -1) for each in turned)
+    places = chosen[..., None].expand(-1, -1, cos.shape[-1])
+    query, _ = rotate(query, query, cos.gather(1, places), sin.gather(1, places))
+    key, _ = rotate(key, key, cos, sin)
+    seen = mask.gather(2, chosen[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, seen.to(query.dtype), scale=attention.scaling, enable_gqa=True
+    )
+    mixed = mixed.transpose(1, 2).reshape(rows, most, -1)
+    states = (hidden.gather(1, wide) + attention.o_proj(mixed))[real]
+    return states + layer.mlp(layer.post_attention_layernorm(states))

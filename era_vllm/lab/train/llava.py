@@ -1,0 +1,183 @@
+"""The shipped LLaVA-1.5: its sizes, a batch of pictures, and how it sees and speaks.
+
+The config, tokenizer and processor are the shipped checkpoint's; only weights are new. Pictures are
+the first generator's (168 x 168 pixels, patches of 14, nine families); a prompt is one picture and
+one question, and positions are moved about, so that a language model does not learn them by heart.
+Leaves out the loop (``loop.py``).
+"""
+
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from era_vllm.lab import CHECKPOINT
+from era_vllm.lab.synth.questions import FAMILIES, TaskFamily
+from era_vllm.lab.synth.tasks import Kind, Task
+from era_vllm.lab.train.arch import Learner, no_items
+from era_vllm.lab.train.batch import Batch, padded
+from era_vllm.lab.train.decoder import last_states
+from era_vllm.lab.train.labels import THINGS, label, things
+from era_vllm.lab.train.packing import Form, Row, pack
+from era_vllm.lab.train.recipe import Recipe, Stage
+from era_vllm.lab.train.tower import TokenHeads
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FORM: Final = Form(
+    opening="<s> USER :",
+    asked=" ASSISTANT :",
+    end="</s>",
+    next_turn="",
+    marks=("", ""),
+    pads=("<image>", ""),
+    side=14,
+    grid=False,
+    filler=False,
+)
+_MEAN, _STD = 0.45, 0.25
+_PAD, _IMAGE = 0, 4
+_OF_CLASS: Final = 10.0
+"""Weight of what the class token says: most of its classes are absent from most pictures."""
+_QUOTAS: Final[Mapping[TaskFamily, int]] = {
+    **dict.fromkeys(FAMILIES, 1), "exist": 2, "count": 2, "spatial": 2, "where": 2, "chart": 2
+}  # fmt: skip
+_NAMES: Final = (
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.language_model.", "language_model.model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+)
+"""transformers' names of weights, and those that vLLM reads too."""
+
+
+class LlavaLearner(Learner):
+    """The model, heads of its patches, and one of its class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = LlavaConfig.from_pretrained(CHECKPOINT)
+        self.model = LlavaForConditionalGeneration(config)
+        width = config.vision_config.hidden_size
+        self.heads = TokenHeads(width, 1)
+        self.class_heads = nn.Linear(width, THINGS)
+
+    def read(self, folder: Path) -> None:
+        """Take the weights of an exported folder; the heads stay as they are."""
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+    def see(self, batch: Batch) -> list[Tensor]:
+        """Return patches of the last layer but one [v, width], and class tokens [b, width]."""
+        tower = self.model.model.vision_tower
+        tower = getattr(tower, "vision_model", tower)
+        hidden = tower.pre_layrnorm(tower.embeddings(batch.pixels))
+        *layers, last = tower.encoder.layers
+        for layer in layers:
+            hidden = layer(hidden, attention_mask=None)
+        of_class = tower.post_layernorm(last(hidden, attention_mask=None)[:, 0])
+        return [hidden[:, 1:].flatten(0, 1), of_class]
+
+    def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
+        """Return the loss of patches and class token, and what patches get right."""
+        found = self.heads(outputs[:1], batch.labels)
+        present = batch.present.float()
+        of_class = F.binary_cross_entropy_with_logits(self.class_heads(outputs[1]).float(), present)
+        return {**found, "tower": found["tower"] + _OF_CLASS * of_class, "class": of_class}
+
+    def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
+        """Return the language model's last states where something is to be said."""
+        language = self.model.model.language_model
+        embeds = language.embed_tokens(batch.ids)
+        projected = self.model.model.multi_modal_projector(outputs[0]).to(embeds.dtype)
+        embeds = embeds.masked_scatter((batch.ids == _IMAGE)[..., None], projected)
+        return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
+
+
+class Llava:
+    """What the loop is given."""
+
+    name = "llava"
+    dev: Mapping[Kind, int] = {"standard": 160}
+    recipe = Recipe(
+        tower=20_000,
+        small=20_000,
+        alone=Stage({"standard": 1.0}, {"standard": 24}),
+        first=Stage({"standard": 1.0}, {"standard": 16}),
+        then=Stage({"standard": 1.0}, {"standard": 16}),
+        quotas=_QUOTAS,
+    )
+
+    def tokenizer(self) -> "Tokenizer":
+        """Load the shipped checkpoint's."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+
+    def learner(self) -> Learner:
+        """Make new weights."""
+        return LlavaLearner()
+
+    def batch(self, tasks: Sequence[Task]) -> Batch:
+        """Return pictures alone."""
+        return _batch(tasks, ())
+
+    def asked(
+        self,
+        tasks: Sequence[Task],
+        words: "Tokenizer",
+        lots: random.Random,
+        wordy: bool = False,
+        extra: int | None = None,
+    ) -> Batch:
+        """Return pictures and packed questions; tasks without a question are left out."""
+        some = [task for task in tasks if task.questions]
+        rows = [pack(task, FORM, words, lots, wordy=wordy, extra=extra) for task in some]
+        return _batch(some, rows)
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the weights beside copies of the shipped checkpoint's other files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in CHECKPOINT.iterdir():
+            if file.suffix in {".json", ".jinja"}:
+                shutil.copyfile(file, folder / file.name)
+        weights = {
+            shared_name(name): weight.detach().to("cpu", torch.bfloat16).contiguous()
+            for name, weight in model.state_dict().items()
+        }
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+ARCH: Final = Llava()
+
+
+def shared_name(name: str) -> str:
+    """Return the name of a weight that transformers accepts and vLLM reads."""
+    for own, shared in _NAMES:
+        if name.startswith(own):
+            return shared + name.removeprefix(own)
+    return name
+
+
+def _batch(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
+    scenes = [task.items[0].scenes[0] for task in tasks]
+    frames = [np.asarray(task.items[0].frames[0], np.float32) for task in tasks]
+    pixels = (np.stack(frames) / 255 - _MEAN) / _STD
+    labels = np.concatenate([label(scene, FORM.side) for scene in scenes], 1)
+    return Batch(
+        pixels=torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy()),
+        grids=no_items(3),
+        labels=torch.from_numpy(labels),
+        present=torch.from_numpy(np.stack([things(scene) for scene in scenes])),
+        rows=tuple(rows),
+        **padded(rows, _PAD),
+    )

@@ -1,0 +1,224 @@
+"""The small Qwen3-VL: its sizes, a batch of tasks, and how it sees and speaks.
+
+The modules are transformers' own, called as they are: the tower with each picture a sequence of its
+own, the language model with a mask and positions of packed rows (``packing.py``). A visual token is
+16 x 16 pixels, 2 x 2 patches of 8. Leaves out the loop (``loop.py``) and
+the folder that it is saved in (``export.py``).
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
+
+from era_vllm.lab.synth.questions import TaskFamily
+from era_vllm.lab.synth.tasks import QUOTAS, SIDE_STEP, Kind, Task
+from era_vllm.lab.train import words
+from era_vllm.lab.train.arch import Learner, no_items
+from era_vllm.lab.train.batch import Batch, padded
+from era_vllm.lab.train.decoder import last_states
+from era_vllm.lab.train.export import CONTEXT, FRAMES, MEAN, MERGE, PATCH, STD, export
+from era_vllm.lab.train.labels import label
+from era_vllm.lab.train.packing import Form, Row, pack
+from era_vllm.lab.train.recipe import Recipe, Stage
+from era_vllm.lab.train.tower import TokenHeads
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_PLACES: Final = 12  # of the learnt grid of positions
+_TOWER: Final = 128
+_WIDTH: Final = 192
+_LEVELS: Final = [1, 3]
+
+TEXT: Final = {
+    "vocab_size": words.VOCABULARY_SIZE,
+    "hidden_size": _WIDTH,
+    "intermediate_size": 448,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+    "pad_token_id": words.PAD,
+    "bos_token_id": words.TURN,
+    "eos_token_id": words.END,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [12, 10, 10],
+        "mrope_interleaved": True,
+    },
+}
+VISION: Final = {
+    "depth": 6,
+    "hidden_size": _TOWER,
+    "intermediate_size": 512,
+    "num_heads": 4,
+    "hidden_act": "gelu",
+    "patch_size": PATCH,
+    "temporal_patch_size": FRAMES,
+    "spatial_merge_size": MERGE,
+    "num_position_embeddings": _PLACES**2,
+    "out_hidden_size": _WIDTH,
+    "deepstack_visual_indexes": _LEVELS,
+}
+FORM: Final = Form(
+    opening="<|im_start|>user\n",
+    asked="<|im_end|>\n<|im_start|>assistant\n",
+    end="<|im_end|>",
+    next_turn="\n<|im_start|>user\n",
+    marks=("<|vision_start|>", "<|vision_end|>"),
+    pads=("<|image_pad|>", "<|video_pad|>"),
+    side=SIDE_STEP,
+    grid=True,
+    filler=True,
+)
+_MIX: Final[Mapping[Kind, float]] = {"picture": 0.5, "several": 0.22, "film": 0.28}
+_QUOTAS: Final[Mapping[TaskFamily, int]] = {
+    **QUOTAS, "color": 2, "where": 1, "chart": 1, "relation": 4
+}  # fmt: skip
+"""Of learning: what is learnt first is asked less, what comes late more."""
+
+
+def config() -> Qwen3VLConfig:
+    """Return the config."""
+    return Qwen3VLConfig(
+        text_config=TEXT,
+        vision_config=VISION,
+        image_token_id=words.IMAGE,
+        video_token_id=words.VIDEO,
+        vision_start_token_id=words.VISION_START,
+        vision_end_token_id=words.VISION_END,
+        tie_word_embeddings=True,
+    )
+
+
+def patches(frames: Sequence[Any]) -> "np.ndarray":
+    """Cut a picture, or the two frames of a moment, as Qwen3-VL's processor does: [p, 384]."""
+    both = [np.asarray(frame, np.uint8) for frame in (frames[0], frames[-1])]
+    pixels = np.stack(both).astype(np.float32) / (255 * STD) - MEAN / STD  # [2, h, w, 3]
+    rows, columns = (side // (PATCH * MERGE) for side in pixels.shape[1:3])
+    cut = pixels.reshape(FRAMES, rows, MERGE, PATCH, columns, MERGE, PATCH, 3)
+    return cut.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, 3 * FRAMES * PATCH * PATCH)
+
+
+class Qwen3VLLearner(Learner):
+    """The model and the heads of its tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Qwen3VLForConditionalGeneration(config())
+        self.heads = TokenHeads(_WIDTH, 1 + len(_LEVELS))
+        with torch.no_grad():
+            grid = self.model.model.visual.pos_embed.weight
+            grid.copy_(waves(_PLACES, _TOWER))
+
+    def read(self, folder: Path) -> None:
+        """Take the weights of an exported folder; the heads stay as they are."""
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+    def see(self, batch: Batch) -> list[Tensor]:
+        """Return the tower's outputs, [v, width] each: the main one, then DeepStack's."""
+        seen = self.model.model.visual(batch.pixels, grid_thw=batch.grids, return_dict=True)
+        return [seen.pooler_output, *seen.deepstack_features]
+
+    def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
+        """Return the loss of all outputs, and what the main one gets right."""
+        return self.heads(outputs, batch.labels)
+
+    def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
+        """Return the language model's last states where something is to be said."""
+        language = self.model.model.language_model
+        visual = ((batch.ids == words.IMAGE) | (batch.ids == words.VIDEO))[..., None]
+        embeds = language.embed_tokens(batch.ids)
+        embeds = embeds.masked_scatter(visual, outputs[0].to(embeds.dtype))
+        maps = [(visual, level) for level in outputs[1:]]
+        return last_states(language, embeds, batch, batch.positions, apply_rotary_pos_emb, maps)
+
+
+class Qwen3VL:
+    """What the loop is given."""
+
+    name = "qwen3_vl"
+    dev: Mapping[Kind, int] = {"picture": 72, "several": 64, "film": 64}
+    recipe = Recipe(
+        tower=30_000,
+        small=70_000,
+        alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 24, "film": 12}, small=True),
+        first=Stage(_MIX, {"picture": 14, "several": 10, "film": 8}, small=True),
+        still_alone=0.35,
+        quotas=_QUOTAS,
+        then=Stage(_MIX, {"picture": 12, "several": 9, "film": 8}),
+    )
+
+    def tokenizer(self) -> "Tokenizer":
+        """Make the tokenizer."""
+        return words.tokenizer()
+
+    def learner(self) -> Learner:
+        """Make new weights."""
+        return Qwen3VLLearner()
+
+    def batch(self, tasks: Sequence[Task]) -> Batch:
+        """Return pictures and videos alone."""
+        return _batch(tasks, ())
+
+    def asked(
+        self,
+        tasks: Sequence[Task],
+        words: "Tokenizer",
+        lots: random.Random,
+        wordy: bool = False,
+        extra: int | None = None,
+    ) -> Batch:
+        """Return pictures and packed questions; tasks without a question are left out."""
+        some = [task for task in tasks if task.questions]
+        rows = [pack(task, FORM, words, lots, wordy=wordy, extra=extra) for task in some]
+        return _batch(some, rows)
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the folder."""
+        export(model, folder)
+
+
+ARCH: Final = Qwen3VL()
+
+
+def _batch(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
+    pixels: list[np.ndarray] = []
+    grids: list[tuple[int, int, int]] = []
+    labels: list[np.ndarray] = []
+    for task in tasks:
+        for item in task.items:
+            moments = [item.frames[i : i + FRAMES] for i in range(0, len(item.frames), FRAMES)]
+            pixels += [patches(frames) for frames in moments]
+            width, height = item.frames[0].size
+            grids.append((len(moments), height // PATCH, width // PATCH))
+            labels += [label(scene, FORM.side) for scene in item.scenes]
+    return Batch(
+        pixels=torch.from_numpy(np.concatenate(pixels)),
+        grids=torch.tensor(grids),
+        labels=torch.from_numpy(np.concatenate(labels, 1)),
+        present=no_items(0),
+        rows=tuple(rows),
+        **padded(rows, words.PAD),
+    )
+
+
+def waves(side: int, width: int) -> Tensor:
+    """Return sines and cosines of rows and columns, [side^2, width], to start positions from."""
+    places = torch.arange(side, dtype=torch.float32)
+    rates = torch.exp(-torch.arange(width // 4) / (width // 4) * np.log(100.0))
+    angles = places[:, None] * rates
+    axis = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]
+    rows = axis[:, None].expand(side, side, -1)
+    columns = axis[None].expand(side, side, -1)
+    return 0.1 * torch.cat([rows, columns], -1).reshape(side * side, width)
