@@ -7,9 +7,8 @@ PYTEST = $(BIN)/python -m pytest
 TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS % 60))' EXIT; set -e;
 # The folders whose tests need no vLLM: `check` runs them, `test` runs them and then the others.
 QUICK := tests/unit tests/contracts
-# Two processes; what shares engines or servers stays in one (tests/conftest.py). Not for engines and
-# servers together yet: two processes that hold 7 GB of engines each leave no memory for servers.
-SHARED = -n 2 --dist loadgroup --no-loadscope-reorder
+# Two processes, a file in one of them. Not where engines live in the tests' process: 7 GB each.
+SHARED = -n 2 --dist loadfile
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
 APART := not gpu and not bench
 

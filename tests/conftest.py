@@ -1,4 +1,4 @@
-"""Shape and type checks over the torch-only core, deterministic hypothesis, one thread a worker.
+"""Shape and type checks over the torch-only core, deterministic hypothesis, one thread.
 
 The import hook has to be installed before anything imports those modules, so it stands first.
 ``config`` is left out (it refuses wrong types itself, with its own error), and so is the registry
@@ -25,7 +25,6 @@ if early := sorted(set(CHECKED) & set(sys.modules)):
     raise RuntimeError(f"imported before their type checks were installed: {', '.join(early)}")
 install_import_hook(CHECKED, "beartype.beartype")
 
-import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -36,31 +35,3 @@ settings.register_profile("long", settings.get_profile("default"), max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.set_num_threads(1)
-
-FIRST = ("engine", "families")
-"""Groups of tests that hold engines in their own process: begun first, one a worker."""
-OF_FAMILIES = ("test_tiled", "test_qwen", "test_onevision", "test_segments")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Collect what marked tests measure."""
-    from tests import situations  # after the hook: it imports from the package
-
-    situations.collect(config)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for ``pytest -n 2 --dist loadgroup``: what shares engines or servers."""
-    groups = {item: _group(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: groups[item] not in FIRST)
-
-
-def _group(item: pytest.Item) -> str:
-    fixtures = getattr(item, "fixturenames", ())
-    if "engine" in fixtures:
-        return FIRST[item.path.stem in OF_FAMILIES]
-    if "servers" in fixtures and item.path.stem != "test_drain":  # which has servers of its own
-        return "servers"
-    return item.path.stem

@@ -146,8 +146,7 @@ class Collector:
         if not properties["situation"] or (report.when != "call" and report.passed):
             return
         why = report.longrepr[2] if report.skipped else ""
-        test = report.nodeid.partition("@")[0]  # xdist puts the group behind it
-        self.results[test] = Result(
+        self.results[report.nodeid] = Result(
             properties["situation"][0],
             report.outcome,
             why.removeprefix("Skipped: "),
@@ -157,9 +156,9 @@ class Collector:
             self.machine,
         )
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Replace the results of the tests that ran; a worker's are also its controller's."""
-        if self.results and not hasattr(session.config, "workerinput"):
+    def pytest_sessionfinish(self) -> None:
+        """Replace the results of the tests that ran."""
+        if self.results:
             RESULTS.parent.mkdir(exist_ok=True)
             whole = {**load(), **self.results}
             rows = {test: asdict(result) for test, result in sorted(whole.items())}

@@ -4,11 +4,13 @@ Leaves out the loop (``lab/train/loop.py``).
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Final
 
 from era_vllm.cli.preflight import check_folder
 from era_vllm.errors import ConfigError
+from era_vllm.lab.train import ARCHS
 
 DESCRIPTION: Final = """Train a small model on generated pictures: on two CPU cores, or on a GPU.
 
@@ -25,7 +27,6 @@ anew every few minutes and at the end. Ctrl-C ends a training after its step, wi
 A task is a function of --seed and its number: the same command gives the same losses, and --resume
 goes on where the training was. Ranks share a step, so their number belongs to the command.
 """
-_ARCHS: Final = ("qwen3_vl", "llava")
 _DEVICES: Final = ("cpu", "cuda")
 
 
@@ -33,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     add = parser.add_argument
     text = "qwen3_vl: several pictures, video; llava: the shipped model's (one picture)"
-    add("--arch", choices=_ARCHS, required=True, help=text)
+    add("--arch", choices=ARCHS, required=True, help=text)
     add("--out", type=Path, required=True, metavar="DIR", help="made if it is not there")
     text = "of training, from now on (default 60); pauses do not count"
     add("--minutes", type=float, default=60.0, metavar="M", help=text)
@@ -92,10 +93,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--lr: got {arguments.lr:g}, allowed: above 0, at most 0.1")
     if arguments.resume and arguments.weights:
         raise ConfigError("--resume and --weights: choose one; --resume has weights of its own")
-    if arguments.weights and not (arguments.weights / "config.json").is_file():
-        raise ConfigError(
-            f"--weights: no config.json in {str(arguments.weights)!r}; name an exported folder"
-        )
+    if arguments.weights:
+        _check_weights(arguments.weights, arguments.arch)
     if (arguments.out / "state.pt").exists() and not arguments.resume:
         raise ConfigError(
             f"--out: {str(arguments.out)!r} holds a training; go on with it (--resume) or name "
@@ -108,3 +107,17 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.device == "cuda" and arguments.ranks > 1:
         raise ConfigError(f"--ranks: got {arguments.ranks}, allowed with --device cuda: 1")
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device: got cuda, allowed here: cpu (torch finds no GPU)")
+
+
+def _check_weights(folder: Path, arch: str) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"--weights: no config.json in {str(folder)!r}; name an exported folder")
+    found = json.loads(config.read_text()).get("model_type")
+    if found != arch:
+        raise ConfigError(f"--weights: {str(folder)!r} is of --arch {found}, got {arch}")

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.lab.synth.tasks import Kind, Task
+from era_vllm.lab.train import ARCHS
 from era_vllm.lab.train.batch import Batch
-from era_vllm.lab.train.packing import NO_TARGET
+from era_vllm.lab.train.packing import NO_TARGET, Form, Row, pack
 from era_vllm.lab.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ARCHS: Final = ("qwen3_vl", "llava")
 _OF_TOWER: Final = 0.3
 """Weight of the tower's losses beside the answers'."""
 
@@ -64,25 +64,31 @@ class Learner(nn.Module, ABC):
         return {"loss": text + _OF_TOWER * found["tower"], "text": text, "token": token, **found}
 
 
-class Architecture(Protocol):
+class Architecture(ABC):
     """A file's `ARCH`."""
 
     name: str
     recipe: Recipe
     dev: Mapping[Kind, int]
     """Held-out tasks by kind."""
+    form: Form
+    """How it writes a prompt."""
 
+    @abstractmethod
     def tokenizer(self) -> "Tokenizer":
         """Make the tokenizer."""
-        ...
 
+    @abstractmethod
     def learner(self) -> Learner:
         """Make new weights."""
-        ...
 
-    def batch(self, tasks: Sequence[Task]) -> Batch:
-        """Return pictures alone."""
-        ...
+    @abstractmethod
+    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+        """Return pictures, alone or with a packed row for each task."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the folder that transformers and vLLM load."""
 
     def asked(
         self,
@@ -93,11 +99,9 @@ class Architecture(Protocol):
         extra: int | None = None,
     ) -> Batch:
         """Return pictures and packed questions; tasks without a question are left out."""
-        ...
-
-    def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the folder that transformers and vLLM load."""
-        ...
+        some = [task for task in tasks if task.questions]
+        rows = [pack(task, self.form, words, lots, wordy=wordy, extra=extra) for task in some]
+        return self.batch(some, rows)
 
 
 def architecture(name: str) -> Architecture:

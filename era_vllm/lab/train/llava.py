@@ -6,7 +6,6 @@ one question, and positions are moved about, so that a language model does not l
 Leaves out the loop (``loop.py``).
 """
 
-import random
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +22,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.synth.questions import FAMILIES, TaskFamily
 from era_vllm.lab.synth.tasks import Kind, Task
-from era_vllm.lab.train.arch import Learner, no_items
+from era_vllm.lab.train.arch import Architecture, Learner, no_items
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.labels import THINGS, label, things
-from era_vllm.lab.train.packing import Form, Row, pack
+from era_vllm.lab.train.packing import Form, Row
 from era_vllm.lab.train.recipe import Recipe, Stage
 from era_vllm.lab.train.tower import TokenHeads
 
@@ -103,10 +102,11 @@ class LlavaLearner(Learner):
         return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
 
 
-class Llava:
+class Llava(Architecture):
     """What the loop is given."""
 
     name = "llava"
+    form = FORM
     dev: Mapping[Kind, int] = {"standard": 160}
     recipe = Recipe(
         tower=20_000,
@@ -127,22 +127,9 @@ class Llava:
         """Make new weights."""
         return LlavaLearner()
 
-    def batch(self, tasks: Sequence[Task]) -> Batch:
-        """Return pictures alone."""
-        return _batch(tasks, ())
-
-    def asked(
-        self,
-        tasks: Sequence[Task],
-        words: "Tokenizer",
-        lots: random.Random,
-        wordy: bool = False,
-        extra: int | None = None,
-    ) -> Batch:
-        """Return pictures and packed questions; tasks without a question are left out."""
-        some = [task for task in tasks if task.questions]
-        rows = [pack(task, FORM, words, lots, wordy=wordy, extra=extra) for task in some]
-        return _batch(some, rows)
+    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+        """Return pictures, alone or with a packed row for each task."""
+        return _batch(tasks, rows)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the weights beside copies of the shipped checkpoint's other files."""

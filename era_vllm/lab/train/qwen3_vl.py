@@ -6,7 +6,6 @@ own, the language model with a mask and positions of packed rows (``packing.py``
 the folder that it is saved in (``export.py``).
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,12 +19,12 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import QUOTAS, SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
-from era_vllm.lab.train.arch import Learner, no_items
+from era_vllm.lab.train.arch import Architecture, Learner, no_items
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.export import CONTEXT, FRAMES, MEAN, MERGE, PATCH, STD, export
 from era_vllm.lab.train.labels import label
-from era_vllm.lab.train.packing import Form, Row, pack
+from era_vllm.lab.train.packing import Form, Row
 from era_vllm.lab.train.recipe import Recipe, Stage
 from era_vllm.lab.train.tower import TokenHeads
 
@@ -144,10 +143,11 @@ class Qwen3VLLearner(Learner):
         return last_states(language, embeds, batch, batch.positions, apply_rotary_pos_emb, maps)
 
 
-class Qwen3VL:
+class Qwen3VL(Architecture):
     """What the loop is given."""
 
     name = "qwen3_vl"
+    form = FORM
     dev: Mapping[Kind, int] = {"picture": 72, "several": 64, "film": 64}
     recipe = Recipe(
         tower=30_000,
@@ -167,22 +167,9 @@ class Qwen3VL:
         """Make new weights."""
         return Qwen3VLLearner()
 
-    def batch(self, tasks: Sequence[Task]) -> Batch:
-        """Return pictures and videos alone."""
-        return _batch(tasks, ())
-
-    def asked(
-        self,
-        tasks: Sequence[Task],
-        words: "Tokenizer",
-        lots: random.Random,
-        wordy: bool = False,
-        extra: int | None = None,
-    ) -> Batch:
-        """Return pictures and packed questions; tasks without a question are left out."""
-        some = [task for task in tasks if task.questions]
-        rows = [pack(task, FORM, words, lots, wordy=wordy, extra=extra) for task in some]
-        return _batch(some, rows)
+    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+        """Return pictures, alone or with a packed row for each task."""
+        return _batch(tasks, rows)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the folder."""

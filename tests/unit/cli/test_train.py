@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from era_vllm.cli.main import main
+from era_vllm.lab import CHECKPOINT
 
 
 @pytest.mark.parametrize(
@@ -15,12 +17,19 @@ from era_vllm.cli.main import main
         (["--lr", "1"], "--lr: got 1, allowed: above 0"),
         (["--resume"], "no state.pt"),
         (["--weights", "nowhere"], "no config.json in 'nowhere'"),
+        (["--weights", str(CHECKPOINT)], "is of --arch llava, got qwen3_vl"),
         (["--device", "cuda", "--ranks", "2"], "--ranks: got 2"),
+        (["--device", "cuda"], "--device: got cuda, allowed here: cpu"),
     ],
 )
 def test_refusals(
-    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "--arch", "qwen3_vl", "--out", str(tmp_path / "run"), *flags]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
