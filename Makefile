@@ -7,7 +7,9 @@ PYTEST = $(BIN)/python -m pytest
 TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS % 60))' EXIT; set -e;
 # The folders whose tests need no vLLM: `check` runs them, `test` runs them and then the others.
 QUICK := tests/unit tests/contracts
-# Two processes, a file in one of them. Not where engines live in the tests' process: 7 GB each.
+# Whose engines live in the tests' processes, 7 GB in each: they end before servers start.
+ENGINES := tests/engine
+# Two processes, a file in one of them.
 SHARED = -n 2 --dist loadfile
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
 APART := not gpu and not bench
@@ -31,13 +33,15 @@ check:  ## ruff, pyright, import-linter and the tests that start no engine (two 
 	$(BIN)/lint-imports --no-logo ; \
 	$(PYTEST) $(SHARED) $(QUICK) -m "$(APART) and not slow"
 
-test:  ## check, then the other tests that a CPU runs in time (some 40 minutes)
+test:  ## check, then the other tests that a CPU runs in time (some 25 minutes)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
-	$(PYTEST) tests $(QUICK:%=--ignore=%) -m "$(APART) and not slow"
+	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and not slow" ; \
+	$(PYTEST) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) -m "$(APART) and not slow"
 
 test-all:  ## test, then the slow tests
 	@$(TIMED) $(MAKE) --no-print-directory test ; \
-	$(PYTEST) tests -m "$(APART) and slow"
+	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and slow" ; \
+	$(PYTEST) tests --ignore=$(ENGINES) -m "$(APART) and slow"
 
 test-gpu: env  ## the tests that need an NVIDIA GPU and a CUDA vLLM
 	@$(TIMED) $(PYTEST) tests -m gpu

@@ -123,10 +123,15 @@ class Result:
 
 
 class Collector:
-    """Pytest plugin: keeps the results of marked tests and adds them to the file at the end."""
+    """Pytest plugin: keeps the results of marked tests and adds them to the file at the end.
 
-    def __init__(self) -> None:
+    Where several processes run the tests, theirs only put the marks, and the first one keeps what
+    all report.
+    """
+
+    def __init__(self, *, keeps: bool = True) -> None:
         self.results: dict[str, Result] = {}
+        self.keeps = keeps
         self.commit, self.machine = commit_here(), machine_here()
 
     @pytest.hookimpl(tryfirst=True)
@@ -158,7 +163,7 @@ class Collector:
 
     def pytest_sessionfinish(self) -> None:
         """Replace the results of the tests that ran."""
-        if self.results:
+        if self.results and self.keeps:
             RESULTS.parent.mkdir(exist_ok=True)
             whole = {**load(), **self.results}
             rows = {test: asdict(result) for test, result in sorted(whole.items())}
@@ -181,7 +186,8 @@ def machine_here() -> str:
 def collect(config: pytest.Config) -> None:
     """Switch the collector on, once."""
     if not config.pluginmanager.has_plugin("situations"):
-        config.pluginmanager.register(Collector(), "situations")
+        keeps = not hasattr(config, "workerinput")  # xdist's name for a process of its own
+        config.pluginmanager.register(Collector(keeps=keeps), "situations")
 
 
 def load(path: Path = RESULTS) -> dict[str, Result]:

@@ -1,6 +1,6 @@
 """The demo's second part: time to the first token of a larger dummy model at four pruning rates.
 
-    python -m era_vllm.bench.first_token OUT.json
+    python -m era_vllm.bench.first_token OUT.json [0.9b|qwen3-vl-2b]
 
 A process of its own, which ``cli/demo.py`` starts. One engine serves all rates: each prompt
 carries its own; every picture is fresh noise, so no cache can answer for the encoder. The full
@@ -18,14 +18,15 @@ from typing import Final
 from era_vllm.bench.clock import Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures
 from era_vllm.bench.provenance import hardware
-from era_vllm.bench.setup import named, set_environment
-from era_vllm.lab.dummy import IMAGE_SIZE, LlamaSize, make_dummy
+from era_vllm.bench.setup import named, pictured, set_environment
+from era_vllm.lab.dummy import SIZES, make_dummy
 from era_vllm.lab.screen import muted, progress
 
 RATES: Final = (0.0, 0.778, 0.889, 0.944)
 ROUNDS: Final = 3
 """Timed; one more before them warms every rate up."""
-_DTYPE: Final = "bfloat16"
+SHAPES: Final = {"0.9b": ("llava", None), "qwen3-vl-2b": ("qwen3-vl", 512)}
+"""Shape -> family, and pixels of a picture's side (None = the family's)."""
 
 
 def timings_of(samples: Samples, tokens: Mapping[float, int]) -> list[dict[str, float]]:
@@ -61,47 +62,58 @@ def table(timings: Sequence[Mapping]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def dtype_here() -> str:
+    """Return bfloat16 where the machine multiplies in it, else float32, which is then faster."""
+    import torch
+
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return "bfloat16" if torch.cuda.is_available() or cpu.startswith("AVX512") else "float32"
+
+
+def main(out: Path, shape: str = "0.9b") -> int:
     """Time every rate, print a table and write the figures."""
     set_environment(eager=True)
-    size = LlamaSize()
-    progress(f"starting an engine: {named(size)}")
+    size, (family, side), dtype = SIZES[shape], SHAPES[shape], dtype_here()
+    asked = pictured(family, side)
+    height, width = asked.picture
+    progress(f"starting an engine: {named(size, family)}")
     with muted():
         from era_vllm.bench.engines import TimedEngine
         from era_vllm.bench.sides import arguments_of, dummy_engine
     with tempfile.TemporaryDirectory() as folder:
-        make_dummy(Path(folder), size)
-        arguments = arguments_of("pruned", Path(folder))
-        with dummy_engine(arguments, _DTYPE, True, kv_bytes=512 << 20, context=1024) as llm:
+        make_dummy(Path(folder), size, family, asked.tokens)
+        arguments = arguments_of("pruned", Path(folder), family=family)
+        with dummy_engine(arguments, dtype, True, kv_bytes=512 << 20, context=1024) as llm:
             engine, tokens = TimedEngine(llm), dict.fromkeys(RATES, 0)
-            pictures = noise_pictures(IMAGE_SIZE)
+            pictures = noise_pictures(height, width)
 
             def ask(rate: float) -> Mapping[str, float]:
-                taken = engine.ask(image_prompt(next(pictures), rate), decode_tokens=0)
+                prompt = image_prompt(next(pictures), rate, mark=asked.mark)
+                taken = engine.ask(prompt, decode_tokens=0)
                 tokens[rate] = engine.prompt_tokens
                 return taken
 
             samples = interleave({f"{rate:g}": partial(ask, rate) for rate in RATES}, ROUNDS)
     timings = timings_of(samples, tokens)
     report = {
-        "model": named(size),
-        "dtype": _DTYPE,
-        "image": f"{IMAGE_SIZE} x {IMAGE_SIZE} noise, a new one each time",
+        "model": named(size, family),
+        "dtype": dtype,
+        "image": f"{width} x {height} noise, a new one each time",
         "batch": 1,
         "measured": "time of LLM.generate with max_tokens=1, eager",
         "warm_up_rounds": 1,
         "rounds": ROUNDS,
         "timings": timings,
     }
-    print(f"\n{report['model']}, {_DTYPE}, {hardware()}")
+    print(f"\n{report['model']}, {dtype}, {hardware()}")
     print(f"{report['measured']}; medians of {ROUNDS} interleaved rounds\n")
     print(table(timings) + "\n")
-    Path(sys.argv[1]).write_text(json.dumps(report), encoding="utf-8")
+    out.write_text(json.dumps(report), encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
     except KeyboardInterrupt:  # demo.py says so
         sys.exit(130)

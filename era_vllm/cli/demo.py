@@ -1,4 +1,4 @@
-"""``era-vllm demo``: two servers, a dozen pictures, both answers; then the speed of a larger model.
+"""``era-vllm demo``: pictures and videos, answers with and without pruning; then the speed.
 
 Leaves out the asking (``lab/asking.py``) and the timing (``bench/first_token.py``). What is seen is
 written to ``out/`` as well.
@@ -24,20 +24,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from era_vllm.lab.asking import Answer
-    from era_vllm.lab.samples import Sample
+    from era_vllm.lab.samples import Sample, TaskSample
 
 DESCRIPTION = """Ask two servers about a dozen pictures: all image tokens against a ninth of them.
 
-Then time the first token of a larger model with dummy weights at four pruning rates. Writes
-out/kept.png (the tokens that are kept of one picture) and out/demo.json.
+Then ask one server of a small Qwen3-VL about single pictures, several, and videos, each request
+with its own pruning rate. Then time the first token of a larger model with dummy weights at four
+rates. Writes out/kept.png (the tokens that are kept of one picture) and out/demo.json.
 """
 RATES: Final = (0.0, 0.889)
+TASK_RATES: Final = (0.0, 0.778)
+"""Of the small Qwen3-VL, whose pictures have a third as many tokens."""
+_KINDS: Final = {"picture": "a picture", "several": "several", "film": "a video"}
 OUT: Final = Path("out")
 MODULE: Final = (sys.executable, "-P", "-m")  # -P: nothing is imported from the user's folder
 _SERVER_FLAGS: Final = (
     *("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4"),
     *("--kv-cache-memory-bytes", str(64 << 20)),
 )
+_MEMORY_GB: Final = {"0.9b": 6, "qwen3-vl-2b": 12}
 _COLUMNS: Final = (40, 13, 13, 10)
 _STOPPING: Final = (signal.SIGTERM, signal.SIGHUP)
 _SERVER_ENVIRONMENT: Final = {"TORCH_COMPILE_DISABLE": "1"}  # nothing to gain for a tiny model
@@ -45,7 +50,10 @@ _SERVER_ENVIRONMENT: Final = {"TORCH_COMPILE_DISABLE": "1"}  # nothing to gain f
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
-    parser.add_argument("--fast", action="store_true", help="leave the speed part out")
+    add = parser.add_argument
+    add("--fast", action="store_true", help="leave the speed part out")
+    text = "of the speed part's model (default 0.9b, a LLaVA-1.5; qwen3-vl-2b takes 12 GB)"
+    add("--shape", choices=tuple(_MEMORY_GB), default="0.9b", help=text)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -69,8 +77,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         report["answers"] = _answers()
         _say(f"kept tokens of one picture: {OUT / 'kept.png'}")
         _say(f"first part: {time.monotonic() - started:.0f} s\n")
+        since = time.monotonic()
+        report["tasks"] = _tasks()
+        _say(f"second part: {time.monotonic() - since:.0f} s\n")
         if not arguments.fast:
-            report["speed"] = _speed()
+            report["speed"] = _speed(arguments.shape)
     except KeyboardInterrupt:
         print("\nera-vllm demo: stopped, and the servers with it", file=sys.stderr)
         return 130
@@ -103,9 +114,35 @@ def _answers() -> dict[str, object]:
         wait_for(servers)
         answers = [ServerAsker(server.url).ask(samples) for server in servers]
     print("\n" + _table(samples, answers) + "\n")
-    questions = [
+    return {"rates": RATES, "questions": _asked(samples, answers)}
+
+
+def _tasks() -> dict[str, object]:
+    """Ask one server of the small Qwen3-VL everything at both rates."""
+    from era_vllm.lab import CHECKPOINT_QWEN3_VL
+    from era_vllm.lab.asking import ServerAsker
+    from era_vllm.lab.samples import load_task_samples
+    from era_vllm.lab.servers import Server, wait_for
+
+    _say("one server of a small Qwen3-VL; each request says its own rate")
+    samples = load_task_samples()
+    command = [*MODULE, "era_vllm.cli.main", "serve", str(CHECKPOINT_QWEN3_VL), *_SERVER_FLAGS]
+    log = OUT / "server_qwen3_vl.log"
+    with Server("the server of Qwen3-VL", command, _SERVER_ENVIRONMENT, log) as server:
+        wait_for([server])
+        answers = [ServerAsker(server.url, rate).ask(samples) for rate in TASK_RATES]
+    first = [f"{_KINDS[sample.kind]}: {sample.questions[0].text}" for sample in samples]
+    print("\n" + _table(samples, answers, TASK_RATES, first) + "\n")
+    return {"rates": TASK_RATES, "questions": _asked(samples, answers)}
+
+
+def _asked(
+    samples: "Sequence[Sample | TaskSample]", answers: "Sequence[list[list[Answer]]]"
+) -> list[dict[str, object]]:
+    """Return each question with its answers, one a rate, as JSON values."""
+    return [
         {
-            "file": sample.file,
+            "files": getattr(sample, "files", None) or [sample.file],
             "family": question.family,
             "question": question.text,
             "right": question.answer,
@@ -115,28 +152,35 @@ def _answers() -> dict[str, object]:
         for sample, *of_sample in zip(samples, *answers, strict=True)
         for question, *of_question in zip(sample.questions, *of_sample, strict=True)
     ]
-    return {"rates": RATES, "questions": questions}
 
 
-def _table(samples: "Sequence[Sample]", answers: "Sequence[list[list[Answer]]]") -> str:
-    """Return the first question of each picture as a table, and counts over all questions."""
-    from era_vllm.lab.accuracy import score, total
+def _table(
+    samples: "Sequence[Sample | TaskSample]",
+    answers: "Sequence[list[list[Answer]]]",
+    rates: "Sequence[float]" = RATES,
+    texts: "Sequence[str]" = (),
+) -> str:
+    """Return the first question of each subject as a table, and counts over all questions.
 
-    heads = ["question", *(f"rate {rate:g}" for rate in RATES), "right", "image tokens"]
-    rows = [heads, [*("-" * (width - 2) for width in _COLUMNS), "-" * 12]]
-    for sample, *of_sample in zip(samples, *answers, strict=True):
+    Args:    texts: what stands for the first questions; none: themselves.
+    """
+    texts = texts or [sample.questions[0].text for sample in samples]
+    heads = ["question", *(f"rate {rate:g}" for rate in rates), "right", "image tokens"]
+    widths = [max(_COLUMNS[0], 2 + max(map(len, texts))), *_COLUMNS[1:], 0]
+    rows = [heads, [*("-" * (width - 2) for width in widths[:-1]), "-" * 12]]
+    for sample, text, *of_sample in zip(samples, texts, *answers, strict=True):
         question, first = sample.questions[0], [of_rate[0] for of_rate in of_sample]
         marked = [f"{each.text:9} {'ok' if each.is_right(question) else 'x'}" for each in first]
         tokens = " -> ".join(str(each.image_tokens) for each in first)
-        rows.append([question.text, *marked, question.answer, tokens])
-    widths = [*_COLUMNS, 0]
+        rows.append([text, *marked, question.answer, tokens])
     lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in rows] + [""]
-    for rate, of_rate in zip(RATES, answers, strict=True):
-        counts = total(score(samples, of_rate))
-        lines.append(f"rate {rate:<5g} {counts.right} of all {counts.asked} questions right")
-    texts = [[answer.text for each in of_rate for answer in each] for of_rate in answers]
-    same = sum(len(set(of_question)) == 1 for of_question in zip(*texts, strict=True))
-    lines.append(f"           {same} of {len(texts[0])} answers are the same at both rates")
+    wanted = [question for sample in samples for question in sample.questions]
+    said = [[answer for each in of_rate for answer in each] for of_rate in answers]
+    for rate, of_rate in zip(rates, said, strict=True):
+        right = sum(answer.is_right(each) for answer, each in zip(of_rate, wanted, strict=True))
+        lines.append(f"rate {rate:<5g} {right} of all {len(wanted)} questions right")
+    same = sum(len({answer.text for answer in each}) == 1 for each in zip(*said, strict=True))
+    lines.append(f"           {same} of {len(wanted)} answers are the same at both rates")
     return "\n".join(lines)
 
 
@@ -152,15 +196,15 @@ def _draw_kept(path: Path) -> None:
     save(picture, path)
 
 
-def _speed() -> dict[str, object]:
+def _speed(shape: str) -> dict[str, object]:
     print(
-        "speed: the sample model is too small to show it (its first token takes milliseconds), so\n"
+        "speed: these models are too small to show it (their first token takes milliseconds), so\n"
         "a larger one with DUMMY WEIGHTS: its answers mean nothing, its time is real",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
-        command = [*MODULE, "era_vllm.bench.first_token", str(out)]
+        command = [*MODULE, "era_vllm.bench.first_token", str(out), shape]
         with subprocess.Popen(command) as process:
             try:
                 code = process.wait()
@@ -170,7 +214,7 @@ def _speed() -> dict[str, object]:
         if code != 0:
             raise UnsupportedError(
                 f"the speed part ended with exit code {code}; its error is above. It needs about "
-                "6 GB of memory; era-vllm demo --fast leaves it out"
+                f"{_MEMORY_GB[shape]} GB of memory; era-vllm demo --fast leaves it out"
             )
         return json.loads(out.read_text(encoding="utf-8"))
 

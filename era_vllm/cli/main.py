@@ -18,6 +18,7 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm serve                         OpenAI server with the sample model, 78 % pruned
   era-vllm inspect photo.png             a picture of the tokens that are kept
   era-vllm demo                          two servers, a dozen pictures, both answers
+  era-vllm eval                          right answers over HTTP, by family, with intervals
   era-vllm accuracy                      right answers of the engine, policies against rates
   era-vllm bench serve                   time against stock vLLM, and where it goes
   era-vllm train --arch qwen3_vl --out run      train a small model (hours)
@@ -27,6 +28,7 @@ COMMANDS: Final = {
     "inspect": "draw the tokens that are kept of an image",
     "doctor": "check versions, plugin, model, and one live answer",
     "demo": "show answers with and without pruning, and the speed",
+    "eval": "measure accuracy over HTTP, by family of questions",
     "accuracy": "measure accuracy under pruning in the engine",
     "bench": "measure what pruning costs and saves",
     "train": "train a small model on generated pictures",

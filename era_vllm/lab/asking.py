@@ -2,29 +2,32 @@
 
 An asker answers at one pruning rate. Leaves out the engine in this process (``bench/engines.py``
 has its asker), pictures (``samples.py``, ``synth/``) and how often answers are right
-(``accuracy.py``).
+(``accuracy.py``, ``scores.py``).
 """
 
-import base64
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from era_vllm.config import EraConfig
+from era_vllm.errors import UnsupportedError
+from era_vllm.lab.media import Medium, of_task, png
 from era_vllm.lab.oracle import Oracle, segments_of
-from era_vllm.lab.samples import Sample
+from era_vllm.lab.samples import Sample, TaskSample
 from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.dataset import Example
 from era_vllm.lab.synth.questions import Question
+from era_vllm.lab.synth.tasks import Task
 
 MAX_TOKENS: Final = 8
 """Of an answer; the longest right one has three words, then the end."""
 _TIMEOUT_S: Final = 120.0
-_PICTURES_AT_ONCE: Final = 4
+_SUBJECTS_AT_ONCE: Final = 4
 Picture = Example | Sample
 """What is asked about: a picture with its questions, at least one."""
+Subject = Picture | Task | TaskSample
+"""The same, or pictures or a video with questions about all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Answer:
 
     text: str
     image_tokens: int
-    """Of the picture, after pruning."""
+    """Of the pictures and the video, after pruning."""
 
     def is_right(self, question: Question) -> bool:
         """Whether it is exactly right."""
@@ -83,11 +86,23 @@ class TransformersAsker:
         return found
 
 
-class ServerAsker:
-    """Asks a server on this machine over the OpenAI API, past any proxy, for its only model."""
+def media_of(subject: Subject) -> tuple[Medium, ...]:
+    """Return the files that a question is about, in the order in which they are sent."""
+    if isinstance(subject, TaskSample):
+        return subject.media
+    if isinstance(subject, Task):
+        return of_task(subject)
+    return (png(subject.image),)
 
-    def __init__(self, url: str) -> None:
-        """Connect."""
+
+class ServerAsker:
+    """Asks a server of ours on this machine, past any proxy, for its only model."""
+
+    def __init__(self, url: str, rate: float | None = None) -> None:
+        """Connect.
+
+        Args:    rate: of each request; None: the server's.
+        """
         from openai import DefaultHttpxClient, OpenAI
 
         self._client = OpenAI(
@@ -97,43 +112,43 @@ class ServerAsker:
             timeout=_TIMEOUT_S,
             http_client=DefaultHttpxClient(trust_env=False),
         )
-        self._model = self._client.models.list().data[0].id
+        self._url, self._model = url, self._client.models.list().data[0].id
+        self._extra = {} if rate is None else {"era": {"pruning_rate": rate}}
 
-    def ask(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
-        """Return for each picture its answers, some pictures at a time.
-
-        Image tokens are what the server charges for the picture: its first question with it, less
-        the same without.
-        """
-        total = sum(len(picture.questions) for picture in pictures)
-        with (
-            bar(total, "asking", "question") as shown,
-            ThreadPoolExecutor(_PICTURES_AT_ONCE) as pool,
-        ):
+    def ask(self, subjects: Sequence[Subject]) -> list[list[Answer]]:
+        """Return for each subject its answers, with a progress bar."""
+        total = sum(len(subject.questions) for subject in subjects)
+        with bar(total, "asking", "question") as shown:
             found: list[list[Answer]] = []
-            for answers in pool.map(self._about, pictures):
+            for answers in self.each(subjects):
                 found.append(answers)
                 shown.update(len(answers))
         return found
 
-    def _about(self, picture: Picture) -> list[Answer]:
-        buffer = io.BytesIO()
-        picture.image.save(buffer, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        replies = [self._reply(question.text, url) for question in picture.questions]
-        tokens = replies[0][1] - self._reply(picture.questions[0].text, None)[1]
-        return [Answer(cleaned(text), tokens) for text, _ in replies]
+    def each(self, subjects: Sequence[Subject]) -> Iterator[list[Answer]]:
+        """Yield the answers to each subject in turn; some are under way at once."""
+        with ThreadPoolExecutor(_SUBJECTS_AT_ONCE) as pool:
+            yield from pool.map(self._about, subjects)
 
-    def _reply(self, question: str, picture: str | None) -> tuple[str, int]:
-        """Return the text, and the tokens of the prompt."""
-        parts: list[dict[str, object]] = [{"type": "text", "text": question}]
-        if picture is not None:
-            parts.insert(0, {"type": "image_url", "image_url": {"url": picture}})
+    def _about(self, subject: Subject) -> list[Answer]:
+        parts = [medium.part() for medium in media_of(subject)]
+        return [self._answer(question.text, parts) for question in subject.questions]
+
+    def _answer(self, question: str, parts: list[dict[str, object]]) -> Answer:
+        content = [*parts, {"type": "text", "text": question}]
         reply = self._client.chat.completions.create(
             model=self._model,
-            messages=[{"role": "user", "content": parts}],  # type: ignore[misc, list-item]
+            messages=[{"role": "user", "content": content}],  # type: ignore[misc, list-item]
             max_tokens=MAX_TOKENS,
             temperature=0,
+            extra_body=self._extra,
         )
-        assert reply.usage is not None
-        return reply.choices[0].message.content or "", reply.usage.prompt_tokens
+        pruned = getattr(reply, "era", None)
+        if pruned is None:
+            raise UnsupportedError(
+                f"{self._url} answers without `era`: got a server that does not prune, needed "
+                "one of era-vllm serve"
+            )
+        items = [*pruned.get("images", ()), *pruned.get("videos", ())]
+        tokens = sum(item["tokens_after"] for item in items)
+        return Answer(cleaned(reply.choices[0].message.content or ""), tokens)

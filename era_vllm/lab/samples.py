@@ -1,9 +1,10 @@
-"""A dozen pictures with questions and right answers, shipped with the package.
+"""A dozen pictures with questions and right answers, and a dozen tasks, shipped with the package.
 
 For the playground, smoke tests and first tries: reading them takes neither scikit-image nor
-scikit-learn. They are the first picture of each of the seeds 0 to 11, on held-out photos and
-digits: a plain range, chosen before any model answered, and the shipped model gets some wrong.
-This command makes them anew:
+scikit-learn. The pictures are the first of each of the seeds 0 to 11, on held-out photos and
+digits; the tasks (a picture of any size, several, a video) are the first four of each kind. Plain
+ranges, chosen before any model answered, and the shipped models get some wrong. This command makes
+them anew:
 
     python -m era_vllm.lab.samples
 
@@ -20,15 +21,25 @@ from typing import TYPE_CHECKING, Final
 
 from PIL import Image
 
+from era_vllm.lab.media import Medium, of_task
+
 if TYPE_CHECKING:
     from era_vllm.lab.synth.questions import Question
 
 SEEDS: Final = range(12)
 QUESTIONS_PER_SAMPLE: Final = 4
+TASKS: Final = {"picture": 4, "several": 4, "film": 4}
+_TASK_SEED: Final = 1
 _INDEX: Final = "samples.json"
+_TASK_INDEX: Final = "tasks.json"
 _ABOUT: Final = (
     "First picture of each of the seeds 0 to 11, on held-out photos and digits (see the model "
     "card, checkpoint/README.md). "
+    "A plain range, not picked by what a model answers. "
+    "Made by: python -m era_vllm.lab.samples"
+)
+_TASK_ABOUT: Final = (
+    f"Tasks 0 to 3 of each kind, seed {_TASK_SEED}, on held-out photos and digits. "
     "A plain range, not picked by what a model answers. "
     "Made by: python -m era_vllm.lab.samples"
 )
@@ -53,6 +64,16 @@ class Sample:
     questions: "tuple[Question, ...]"
 
 
+@dataclass(frozen=True, slots=True)
+class TaskSample:
+    """A shipped task: a picture, several, or a video; questions about all of it."""
+
+    kind: str
+    files: tuple[str, ...]
+    media: tuple[Medium, ...]
+    questions: "tuple[Question, ...]"
+
+
 def load_samples() -> tuple[Sample, ...]:
     """Read the shipped pictures, in the order of their seeds.
 
@@ -71,6 +92,32 @@ def load_samples() -> tuple[Sample, ...]:
             questions=tuple(Question(**question) for question in entry["questions"]),
         )
         for entry in index["samples"]
+    )
+
+
+def load_task_samples() -> tuple[TaskSample, ...]:
+    """Read the shipped tasks: pictures first, then several, then videos.
+
+    Source: era_vllm/lab/samples/tasks.json.
+    """
+    from era_vllm.lab.synth.questions import Question
+
+    folder = resources.files("era_vllm.lab").joinpath("samples")
+    index = json.loads(folder.joinpath(_TASK_INDEX).read_text(encoding="utf-8"))
+    return tuple(
+        TaskSample(
+            kind=entry["kind"],
+            files=tuple(entry["files"]),
+            media=tuple(
+                Medium(
+                    "video" if file.endswith(".mp4") else "image",
+                    folder.joinpath(file).read_bytes(),
+                )
+                for file in entry["files"]
+            ),
+            questions=tuple(Question(**question) for question in entry["questions"]),
+        )
+        for entry in index["tasks"]
     )
 
 
@@ -100,12 +147,40 @@ def write_samples(folder: Path) -> None:
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_task_samples(folder: Path) -> None:
+    """Make the sample tasks anew, with their index.
+
+    Raises:  ConfigError: the lab packages are not installed.
+    Mutates: PNG and MP4 files and tasks.json in folder, which is made if need be.
+    """
+    from era_vllm.lab.synth.assets import load_material
+    from era_vllm.lab.synth.tasks import KINDS, draw_task
+
+    folder.mkdir(parents=True, exist_ok=True)
+    material = load_material(split="test")
+    entries: list[dict[str, object]] = []
+    for kind in KINDS:
+        for number in range(TASKS.get(kind, 0)):
+            task = draw_task(kind, _TASK_SEED, number, material)
+            files: list[str] = []
+            for place, medium in enumerate(of_task(task)):
+                ending = "png" if medium.kind == "image" else "mp4"
+                files.append(f"{kind}_{number}_{place}.{ending}")
+                (folder / files[-1]).write_bytes(medium.data)
+            questions = [asdict(question) for question in task.questions[:QUESTIONS_PER_SAMPLE]]
+            entries.append({"kind": kind, "files": files, "questions": questions})
+    index = {"about": _TASK_ABOUT, "credits": _CREDITS, "tasks": entries}
+    (folder / _TASK_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Write the sample pictures to a folder."""
-    parser = argparse.ArgumentParser(description="Make the sample pictures anew.")
+    """Write the sample pictures and tasks to a folder."""
+    parser = argparse.ArgumentParser(description="Make the sample pictures and tasks anew.")
     here, text = Path(__file__).parent / "samples", "(default: the folder in the package)"
     parser.add_argument("--out", type=Path, default=here, help=text)
-    write_samples(parser.parse_args().out)
+    out = parser.parse_args().out
+    write_samples(out)
+    write_task_samples(out)
 
 
 if __name__ == "__main__":

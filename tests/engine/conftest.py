@@ -304,6 +304,7 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
     yield start
     with pytest.MonkeyPatch.context() as patch:  # vLLM collects as each ends, through all others
         patch.setattr(gc, "collect", lambda *_: 0)
+        patch.setattr(gc, "unfreeze", lambda: None)
         for one in alive.values():
             one.core.shutdown()
 

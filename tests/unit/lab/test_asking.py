@@ -10,11 +10,12 @@ import pytest
 
 from era_vllm.cli import demo
 from era_vllm.cli.main import main
+from era_vllm.errors import UnsupportedError
 from era_vllm.lab.accuracy import Accuracy, Score, table
-from era_vllm.lab.asking import Answer, ServerAsker
-from era_vllm.lab.samples import load_samples
+from era_vllm.lab.asking import Answer, ServerAsker, media_of
+from era_vllm.lab.samples import load_samples, load_task_samples
 
-TEXT_TOKENS, IMAGE_TOKENS = 11, 16
+IMAGE_TOKENS = 16
 
 
 class _Answering(BaseHTTPRequestHandler):
@@ -33,11 +34,19 @@ class _Answering(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        *pictures, text = body["messages"][0]["content"]
-        assert all(part["image_url"]["url"].startswith("data:image/png") for part in pictures)
-        usage = {"prompt_tokens": TEXT_TOKENS + IMAGE_TOKENS * len(pictures)}
+        *media, text = body["messages"][0]["content"]
+        assert {part["type"] for part in media} <= {"image_url", "video_url"}
+        pruned = {"images": [], "videos": []}
+        for part in media:
+            kind = part["type"].removesuffix("_url")
+            assert part[part["type"]]["url"].startswith(f"data:{kind}/")
+            pruned[f"{kind}s"].append({"tokens_after": IMAGE_TOKENS})
         message = {"role": "assistant", "content": f" {text['text'].split()[-2].upper()}\n"}
-        self._reply({"model": body["model"], "choices": [{"message": message}], "usage": usage})
+        answer = {"model": body["model"], "choices": [{"message": message}]}
+        if body["model"] == "m":
+            assert body.get("era") in (None, {"pruning_rate": 0.5})
+            answer["era"] = pruned
+        self._reply(answer)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -51,12 +60,26 @@ def url() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_servers_answers_come_in_order_with_what_a_picture_costs(url: str) -> None:
-    samples = load_samples()
-    assert ServerAsker(url).ask(samples) == [
-        [Answer(question.text.split()[-2], IMAGE_TOKENS) for question in sample.questions]
-        for sample in samples
+@pytest.mark.parametrize("rate", [None, 0.5])
+def test_a_servers_answers_come_in_order_with_what_their_media_cost(
+    url: str, rate: float | None
+) -> None:
+    subjects = [*load_samples(), *load_task_samples()]
+    tokens = [IMAGE_TOKENS * len(media_of(subject)) for subject in subjects]
+    assert {16, 32, 48} == set(tokens)
+    assert ServerAsker(url, rate).ask(subjects) == [
+        [Answer(question.text.split()[-2], cost) for question in subject.questions]
+        for subject, cost in zip(subjects, tokens, strict=True)
     ]
+
+
+def test_a_server_that_does_not_prune_is_told_apart(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker = ServerAsker(url)
+    monkeypatch.setattr(asker, "_model", "stock")
+    with pytest.raises(UnsupportedError, match="needed one of era-vllm serve"):
+        asker.ask(load_samples()[:1])
 
 
 def test_the_demos_table_marks_first_questions_and_counts_all() -> None:

@@ -224,11 +224,19 @@ def test_samples_are_what_the_generator_makes() -> None:
 def test_sample_files_match_their_index(tmp_path: Path) -> None:
     folder = Path(samples.__file__).parent / "samples"
     index = json.loads((folder / "samples.json").read_text())
+    tasks = json.loads((folder / "tasks.json").read_text())
     files = [entry["file"] for entry in index["samples"]]
-    assert sorted(file.name for file in folder.glob("*.png")) == sorted(files)
+    files += [file for entry in tasks["tasks"] for file in entry["files"]]
+    kept = (file.name for file in folder.iterdir() if file.suffix in (".png", ".mp4"))
+    assert sorted(kept) == sorted(files)
     assert {entry["photo"] for entry in index["samples"]} <= set(index["credits"])
     samples.write_samples(tmp_path)
     assert json.loads((tmp_path / "samples.json").read_text()) == index
+    samples.write_task_samples(tmp_path)
+    assert json.loads((tmp_path / "tasks.json").read_text()) == tasks
+    for file in folder.glob("*_[0-9]_[0-9].png"):
+        with Image.open(file) as one, Image.open(tmp_path / file.name) as other:
+            assert np.abs(np.asarray(one, float) - np.asarray(other, float)).mean() < 1
 
 
 def test_samples_cover_every_learned_family() -> None:

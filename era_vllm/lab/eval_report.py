@@ -1,0 +1,170 @@
+"""The page of an evaluation: figures as JSON, tables as Markdown, accuracy over tokens as PNG.
+
+Leaves out how figures are worked out (``scores.py``).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from era_vllm.lab.asking import Subject
+from era_vllm.lab.evaluation import Row
+from era_vllm.lab.scores import (
+    RESAMPLES,
+    Counts,
+    Estimate,
+    accuracy,
+    agreement,
+    count,
+    difference,
+)
+from era_vllm.lab.synth.tasks import YES_NO
+
+_HEAD: Final = (
+    "policy and options", "rate", "tokens", "right", "against rate 0", "yes/no", "same as rate 0",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A row with what it is worth."""
+
+    variant: str
+    rate: float
+    tokens: float
+    """Visual tokens of a subject, the mean."""
+    counts: Counts
+    right: Estimate | None
+    """Mean over families without yes/no; None where none of them was asked."""
+    against: Estimate | None
+    """Its difference from the unpruned row, paired; None where there is no such row."""
+    yes_no: Estimate | None
+    same: Estimate | None
+    """Answers that are those of the unpruned row."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Return JSON values."""
+        flat = asdict(self)
+        return {**flat, "counts": self.counts.by_family}
+
+
+def scored(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[Scored]:
+    """Score the rows; the one at rate 0, if there is one, is what the others stand against."""
+    counted = [count(subjects, row.answers) for row in rows]
+    base = next((index for index, row in enumerate(rows) if row.rate == 0), None)
+    found: list[Scored] = []
+    for index, (row, counts) in enumerate(zip(rows, counted, strict=True)):
+        compared = base is not None and index != base
+        tokens = sum(given[0].image_tokens for given in row.answers) / len(row.answers)
+        found.append(
+            Scored(
+                row.variant if row.rate else "unpruned",
+                row.rate,
+                tokens,
+                counts,
+                accuracy(counts),
+                difference(counts, counted[base]) if compared else None,
+                accuracy(counts, yes_no=True),
+                agreement(row.answers, rows[base].answers) if compared else None,
+            )
+        )
+    return found
+
+
+def markdown(report: Mapping[str, Any], rows: Sequence[Scored]) -> str:
+    """Return the page.
+
+    Args:
+        report: Its head: model, tasks, seed, command, commit, versions, hardware.
+        rows: Scored.
+    """
+    tasks = ", ".join(f"{number} {kind}" for kind, number in report["tasks"].items())
+    asked = sum(number for _, number in rows[0].counts.by_family.values())
+    origin = f"commit {report['commit']}, {report['hardware']}, {report['date']}"
+    lines = [
+        f"# Accuracy under pruning: {report['model']}",
+        "",
+        f"Tasks: {tasks}, seed {report['seed']}, {asked} questions; exact match, over HTTP.",
+        f"`{report['command']}`, {origin}.",
+        "",
+        "*Right*: mean over families of questions, each counting the same, without yes/no",
+        "questions, which chance answers half of. *Against rate 0*: difference in points over the",
+        f"same tasks. Intervals: 95 %, {RESAMPLES} resamples of tasks. *Tokens*: visual ones of a",
+        "task, the mean.",
+        "",
+        *_table(_HEAD, [_cells(row) for row in rows]),
+        "",
+        "## By family",
+        "",
+        "In percent.",
+        "",
+    ]  # fmt: skip
+    families = rows[0].counts.families
+    head = ["policy and options", "rate", *(f"{n} (y/n)" if n in YES_NO else n for n in families)]
+    body = [
+        [
+            row.variant,
+            f"{row.rate:g}",
+            *(f"{100 * right / of:.0f}" for right, of in row.counts.by_family.values()),
+        ]
+        for row in rows
+    ]
+    asked_row = ["questions", "", *(str(of) for _, of in rows[0].counts.by_family.values())]
+    return "\n".join([*lines, *_table(head, [*body, asked_row]), ""])
+
+
+def _cells(row: Scored) -> list[str]:
+    return [
+        row.variant,
+        f"{row.rate:g}",
+        f"{row.tokens:.1f}",
+        _percent(row.right),
+        _percent(row.against, "+"),
+        _percent(row.yes_no),
+        _percent(row.same),
+    ]
+
+
+def _percent(found: Estimate | None, sign: str = "") -> str:
+    if found is None:
+        return "-"
+    value, low, high = (format(100 * x, f"{sign}.1f") for x in asdict(found).values())
+    return f"{value} ({low} to {high})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def draw(path: Path, title: str, rows: Sequence[Scored]) -> None:
+    """Draw right answers over visual tokens, a line a variant, intervals as bars."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    figure = Figure((8, 5), layout="constrained")
+    axis = figure.subplots()
+    for variant in dict.fromkeys(row.variant for row in rows if row.rate):
+        points = [(row.tokens, row.right) for row in rows if row.variant == variant and row.right]
+        xs = [tokens for tokens, _ in points]
+        ys = [100 * found.value for _, found in points]
+        spans = [
+            [100 * (found.value - found.low) for _, found in points],
+            [100 * (found.high - found.value) for _, found in points],
+        ]
+        axis.errorbar(xs, ys, spans, marker="o", ms=4, lw=1, elinewidth=0.6, label=variant)
+    for row in rows:
+        if not row.rate and row.right:
+            text = f"unpruned, {row.tokens:.0f} tokens"
+            axis.axhline(100 * row.right.value, color="black", ls="--", lw=0.8, label=text)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(sorted({round(row.tokens) for row in rows})))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("visual tokens of a task (mean)")
+    axis.set_ylabel("right, % (mean over families without yes/no)")
+    axis.set_ylim(0, 101)
+    axis.legend(fontsize=8)
+    axis.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,71 @@
+"""Pictures and videos as files in memory, and as parts of a chat message.
+
+Leaves out what they show (``synth/``) and who is asked about them (``asking.py``).
+"""
+
+import base64
+import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    from era_vllm.lab.synth.film import Item
+    from era_vllm.lab.synth.tasks import Task
+
+Kind = Literal["image", "video"]
+_TYPES: Final = {"image": "image/png", "video": "video/mp4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A PNG, or an MP4 (VP9)."""
+
+    kind: Kind
+    data: bytes
+
+    def part(self) -> dict[str, object]:
+        """Return it as a part of an OpenAI message."""
+        url = f"data:{_TYPES[self.kind]};base64,{base64.b64encode(self.data).decode()}"
+        return {"type": f"{self.kind}_url", f"{self.kind}_url": {"url": url}}
+
+
+def png(image: Image.Image) -> Medium:
+    """Return a picture as it is."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Medium("image", buffer.getvalue())
+
+
+def mp4(frames: Sequence[Image.Image], per_second: float) -> Medium:
+    """Return a video; its colours are off by a few shades, as of any lossy codec.
+
+    Args:    frames: RGB, of one size with even sides.
+    """
+    import cv2  # vLLM brings it
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        code = cv2.VideoWriter.fourcc(*"vp09")
+        writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, code, per_second, frames[0].size)
+        for frame in frames:
+            writer.write(np.ascontiguousarray(np.asarray(frame.convert("RGB"))[..., ::-1]))
+        writer.release()
+        return Medium("video", path.read_bytes())
+
+
+def of_task(task: "Task") -> tuple[Medium, ...]:
+    """Return the pictures, or the video, of a task."""
+    return tuple(_of_item(item) for item in task.items)
+
+
+def _of_item(item: "Item") -> Medium:
+    if len(item.frames) == 1:
+        return png(item.frames[0])
+    moment_s = item.seconds[1] - item.seconds[0]
+    return mp4(item.frames, len(item.frames) / len(item.seconds) / moment_s)
