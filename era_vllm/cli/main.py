@@ -21,6 +21,7 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm eval                          right answers over HTTP, by family, with intervals
   era-vllm accuracy                      right answers of the engine, policies against rates
   era-vllm bench serve                   time against stock vLLM, and where it goes
+  era-vllm sample-model smol             assemble a LLaVA on a real decoder (93 MB to fetch)
   era-vllm train --arch qwen3_vl --out run      train a small model (hours)
 """
 COMMANDS: Final = {
@@ -31,6 +32,7 @@ COMMANDS: Final = {
     "eval": "measure accuracy over HTTP, by family of questions",
     "accuracy": "measure accuracy under pruning in the engine",
     "bench": "measure what pruning costs and saves",
+    "sample-model": "assemble a model that is too large to ship",
     "train": "train a small model on generated pictures",
 }
 """A module of this folder each (``DESCRIPTION``, ``add_options``, ``run``), and what it does."""
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name != next(iter(argv), None):
             commands.add_parser(name, help=summary)
             continue
-        module = import_module(f"era_vllm.cli.{name}")
+        module = import_module(f"era_vllm.cli.{name.replace('-', '_')}")
         of_command = commands.add_parser(
             name,
             description=module.DESCRIPTION,

