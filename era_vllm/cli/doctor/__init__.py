@@ -46,6 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print JSON instead of the page")
     text = "start no engine: for a model that does not fit twice into memory as float32"
     add("--no-check", action="store_true", help=text)
+    text = "run the code that a checkpoint brings for its config, as vLLM's flag does (InternVL)"
+    add("--trust-remote-code", action="store_true", help=text)
     add_era_options(parser)
 
 
@@ -53,7 +55,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the page; return 0 if all is well, else 1."""
     settings = era_settings(arguments)
     make_policy(EraConfig.parse(settings))  # a bad flag is no finding: it is refused
-    found = list(_examine(arguments.model, settings, check=not arguments.no_check))
+    trusted = {"trust_remote_code": True} if arguments.trust_remote_code else {}
+    found = list(_examine(arguments.model, settings, trusted, check=not arguments.no_check))
     healthy = not any(finding.advice for finding in found)
     if arguments.json:
         report = {"ok": healthy, "findings": [asdict(finding) for finding in found]}
@@ -85,7 +88,13 @@ def page(found: "Sequence[Finding]") -> str:
     return "\n".join(lines).lstrip("\n")
 
 
-def _examine(model: str, settings: dict[str, object], *, check: bool) -> "Iterator[Finding]":
+def _examine(
+    model: str, settings: dict[str, object], more: dict[str, object], *, check: bool
+) -> "Iterator[Finding]":
+    """Yield what is found.
+
+    Args:    more: of the engine's arguments, beside the model and what the settings make.
+    """
     for name, value in _ENGINE.items():
         os.environ.setdefault(name, value)
     progress("importing torch, transformers and vLLM")
@@ -101,10 +110,9 @@ def _examine(model: str, settings: dict[str, object], *, check: bool) -> "Iterat
     progress("reading the model's config")
     try:
         with muted():
-            arguments, of_model, layout = _planned(model, settings)
+            arguments, of_model, layout = _planned(model, settings, more)
     except Exception as error:  # vLLM wraps refusals, ours too, in errors of many kinds
-        advice = "choose another model or setting" if findings.ours(error) else findings.BROKEN
-        yield findings.Finding("Model", "model", findings.reason(error), advice)
+        yield findings.Finding("Model", "model", findings.reason(error), findings.advice(error))
         return
     yield from of_model
     if layout is None:
@@ -123,7 +131,7 @@ def _examine(model: str, settings: dict[str, object], *, check: bool) -> "Iterat
 
 
 def _planned(
-    model: str, settings: dict[str, object]
+    model: str, settings: dict[str, object], more: dict[str, object]
 ) -> "tuple[dict[str, object], list[Finding], Layout | None]":
     from era_vllm.cli.doctor import findings
     from era_vllm.cli.loading import architectures, display_name, model_config
@@ -136,7 +144,7 @@ def _planned(
     if not launch.engine:
         text = f"{family}, served by stock vLLM: the highest rate served is 0"
         return {}, [named, findings.Finding("Model", "architecture", text)], None
-    arguments = {"model": model, **launch.engine}
+    arguments = {"model": model, **more, **launch.engine}
     config = findings.engine_config(arguments)
     ours = ", ".join(config.model_config.architectures)
     own = [named, findings.Finding("Model", "architecture", f"{family} -> {ours}")]

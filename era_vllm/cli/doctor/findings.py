@@ -15,6 +15,8 @@ from importlib.metadata import entry_points, packages_distributions
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from pydantic import ValidationError
+
 import era_vllm
 from era_vllm.bench.provenance import core_count, cpu_name
 from era_vllm.config import EraConfig
@@ -234,8 +236,19 @@ def reason(error: BaseException) -> str:
     if own := ours(error):
         return str(own)
     innermost = _chain(error)[-1]
-    lines = str(innermost).strip().splitlines() or ["no text"]
+    text = str(innermost)
+    if isinstance(innermost, ValidationError):  # its first line only counts what is wrong
+        text = str(innermost.errors()[0]["msg"])
+    lines = text.strip().splitlines() or ["no text"]
     return f"{type(innermost).__name__}: {lines[0][:300]}"
+
+
+def advice(error: BaseException) -> str:
+    """Return what to do about a model whose config cannot be made."""
+    if ours(error) is None and "trust_remote_code" in str(error):
+        return "read that code; where you trust it: --trust-remote-code (vLLM's flag too)"
+    refused = ours(error) or isinstance(_chain(error)[-1], ValidationError)
+    return "choose another model or setting" if refused else BROKEN
 
 
 def ours(error: BaseException) -> EraError | None:

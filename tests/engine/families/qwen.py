@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.video_utils import VideoMetadata
 from transformers.vision_utils import get_vision_window_index
@@ -297,12 +298,22 @@ class Experts(Qwen3VL):
             "model_type": "qwen3_vl_moe_text",
             "num_experts": 4,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
+            "moe_intermediate_size": 96,  # twice that is no other size, or both layouts would fit
             "decoder_sparse_step": 1,
             "norm_topk_prob": True,
         }
         vision = dense["vision_config"] | {"model_type": "qwen3_vl_moe_vision"}
         return joined("Qwen3VLMoe", vision, text)
+
+    def save(self, folder: Path) -> None:
+        """Write experts as the published checkpoints have them: rows and columns exchanged."""
+        super().save(folder)
+        file = folder / "model.safetensors"
+        weights = {
+            name: value.mT.contiguous() if "experts." in name else value
+            for name, value in load_file(file).items()
+        }
+        save_file(weights, file, metadata={"format": "pt"})
 
 
 Qwen3VL.others = (Yarn(),)
