@@ -9,8 +9,9 @@ TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS 
 QUICK := tests/unit tests/contracts
 # Whose engines live in the tests' processes, 7 GB in each: they end before servers start.
 ENGINES := tests/engine
-# Two processes, a file in one of them.
-SHARED = -n 2 --dist loadfile
+# Two processes, a file in one of them (JOBS=1 where there is less memory than 16 GB).
+JOBS   ?= 2
+SHARED = -n $(JOBS) --dist loadfile
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
 APART := not gpu and not bench
 
@@ -33,15 +34,18 @@ check:  ## ruff, pyright, import-linter and the tests that start no engine (two 
 	$(BIN)/lint-imports --no-logo ; \
 	$(PYTEST) $(SHARED) $(QUICK) -m "$(APART) and not slow"
 
-test:  ## check, then the other tests that a CPU runs in time (some 25 minutes)
+test:  ## check, then the other tests that a CPU runs in time (25 minutes, 16 GB; JOBS=1: 9 GB)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
 	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and not slow" ; \
-	$(PYTEST) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) -m "$(APART) and not slow"
+	$(PYTEST) $(SHARED) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) \
+	    -m "$(APART) and not slow and not alone" ; \
+	$(PYTEST) tests/server -m "$(APART) and not slow and alone"
 
 test-all:  ## test, then the slow tests
 	@$(TIMED) $(MAKE) --no-print-directory test ; \
 	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and slow" ; \
-	$(PYTEST) tests --ignore=$(ENGINES) -m "$(APART) and slow"
+	$(PYTEST) $(SHARED) tests --ignore=$(ENGINES) -m "$(APART) and slow and not alone" ; \
+	$(PYTEST) tests/server -m "$(APART) and slow and alone"
 
 test-gpu: env  ## the tests that need an NVIDIA GPU and a CUDA vLLM
 	@$(TIMED) $(PYTEST) tests -m gpu

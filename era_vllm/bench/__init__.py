@@ -6,7 +6,7 @@
     reducer.py       ``bench reducer``: the pruning step (``pruning_step.py``), growth (``fit.py``)
     engines.py       an engine started, ended, asked, timed; ``bound.py``: one without a reducer
     sides.py         several of them side by side: ``attention.py``, ``serve.py``
-    first_token.py   the second part of ``era-vllm demo``
+    first_token.py   the last part of ``era-vllm demo``
     report.py        goals, tables, JSON (``provenance.py``: its head); ``plots.py``: its picture
 
 Only ``engines.py``, ``bound.py`` and ``sides.py`` import vllm.

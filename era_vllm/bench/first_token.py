@@ -1,4 +1,4 @@
-"""The demo's second part: time to the first token of a larger dummy model at four pruning rates.
+"""The demo's last part: time to the first token of a larger dummy model at four pruning rates.
 
     python -m era_vllm.bench.first_token OUT.json [0.9b|qwen3-vl-2b]
 
@@ -17,7 +17,7 @@ from typing import Final
 
 from era_vllm.bench.clock import Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures
-from era_vllm.bench.provenance import hardware
+from era_vllm.bench.provenance import fast_dtype, hardware
 from era_vllm.bench.setup import named, pictured, set_environment
 from era_vllm.lab.dummy import SIZES, make_dummy
 from era_vllm.lab.screen import muted, progress
@@ -62,18 +62,10 @@ def table(timings: Sequence[Mapping]) -> str:
     return "\n".join(lines)
 
 
-def dtype_here() -> str:
-    """Return bfloat16 where the machine multiplies in it, else float32, which is then faster."""
-    import torch
-
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return "bfloat16" if torch.cuda.is_available() or cpu.startswith("AVX512") else "float32"
-
-
 def main(out: Path, shape: str = "0.9b") -> int:
     """Time every rate, print a table and write the figures."""
     set_environment(eager=True)
-    size, (family, side), dtype = SIZES[shape], SHAPES[shape], dtype_here()
+    size, (family, side), dtype = SIZES[shape], SHAPES[shape], fast_dtype()
     asked = pictured(family, side)
     height, width = asked.picture
     progress(f"starting an engine: {named(size, family)}")

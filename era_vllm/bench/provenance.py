@@ -46,6 +46,17 @@ def core_count() -> int:
     return os.cpu_count() or 1
 
 
+def fast_dtype() -> str:
+    """Return bfloat16 where the machine has instructions for it, else float32, faster by far."""
+    import torch
+
+    known = (
+        _of_system("/proc/cpuinfo", "flags") or _of_system("/proc/cpuinfo", "Features")
+    ).split()
+    has = {"avx512_bf16", "amx_bf16", "bf16"}.intersection(known)
+    return "bfloat16" if torch.cuda.is_available() or has else "float32"
+
+
 def free_memory() -> int | None:
     """Return the bytes of main memory that are available; None where the system does not tell."""
     found = _of_system("/proc/meminfo", "MemAvailable")

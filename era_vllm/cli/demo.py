@@ -43,6 +43,7 @@ _SERVER_FLAGS: Final = (
     *("--kv-cache-memory-bytes", str(64 << 20)),
 )
 _MEMORY_GB: Final = {"0.9b": 6, "qwen3-vl-2b": 12}
+"""By shape: those of ``bench/first_token.py``."""
 _COLUMNS: Final = (40, 13, 13, 10)
 _STOPPING: Final = (signal.SIGTERM, signal.SIGHUP)
 _SERVER_ENVIRONMENT: Final = {"TORCH_COMPILE_DISABLE": "1"}  # nothing to gain for a tiny model
@@ -57,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
-    """Show both parts; stop every process that was started, however it ends."""
+    """Show all parts; stop every process that was started, however it ends."""
     from era_vllm.bench.provenance import provenance
     from era_vllm.vllm_plugin.version import INSTALL
 

@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return arguments.run(arguments, rest)
+    except KeyboardInterrupt:
+        print(f"\nera-vllm {arguments.command}: stopped", file=sys.stderr)
+        return 130
     except EraError as error:
         print(f"era-vllm {arguments.command}: {error}", file=sys.stderr)
         return 2

