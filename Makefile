@@ -9,7 +9,8 @@ TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS 
 QUICK := tests/unit tests/contracts
 # Whose engines live in the tests' processes, 7 GB in each: they end before servers start.
 ENGINES := tests/engine
-# Two processes, a file in one of them (JOBS=1 where there is less memory than 16 GB).
+# Two processes, a file in one of them (JOBS=1 where there is less memory than 16 GB). Tests of
+# servers share theirs: two processes would start each twice, and gain nothing.
 JOBS   ?= 2
 SHARED = -n $(JOBS) --dist loadfile
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
@@ -37,15 +38,12 @@ check:  ## ruff, pyright, import-linter and the tests that start no engine (two 
 test:  ## check, then the other tests that a CPU runs in time (25 minutes, 16 GB; JOBS=1: 9 GB)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
 	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and not slow" ; \
-	$(PYTEST) $(SHARED) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) \
-	    -m "$(APART) and not slow and not alone" ; \
-	$(PYTEST) tests/server -m "$(APART) and not slow and alone"
+	$(PYTEST) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) -m "$(APART) and not slow"
 
 test-all:  ## test, then the slow tests
 	@$(TIMED) $(MAKE) --no-print-directory test ; \
 	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and slow" ; \
-	$(PYTEST) $(SHARED) tests --ignore=$(ENGINES) -m "$(APART) and slow and not alone" ; \
-	$(PYTEST) tests/server -m "$(APART) and slow and alone"
+	$(PYTEST) tests --ignore=$(ENGINES) -m "$(APART) and slow"
 
 test-gpu: env  ## the tests that need an NVIDIA GPU and a CUDA vLLM
 	@$(TIMED) $(PYTEST) tests -m gpu

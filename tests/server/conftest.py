@@ -26,22 +26,10 @@ VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 ERA_VLLM = str(Path(sys.executable).with_name("era-vllm"))
 
 
-ALONE = frozenset(
-    f"test_{name}.py"
-    for name in (
-        *("bodies", "drain", "fuzz", "guard", "guard_http", "kills", "media", "pictures"),
-        *("processes", "validation", "videos", "wire"),
-    )
-)
-"""Files that measure waits, gaps and deadlines: `make test` runs nothing beside them."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Third-party warnings inside vLLM are not ours to mend."""
     for item in items:
         if "tests/server" in str(item.path):
-            if item.path.name in ALONE:
-                item.add_marker("alone")
             item.add_marker("vllm")
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 
