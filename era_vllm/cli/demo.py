@@ -120,6 +120,7 @@ def _answers() -> dict[str, object]:
 
 def _tasks() -> dict[str, object]:
     """Ask one server of the small Qwen3-VL everything at both rates."""
+    from era_vllm.bench.provenance import fast_dtype
     from era_vllm.lab import CHECKPOINT_QWEN3_VL
     from era_vllm.lab.asking import ServerAsker
     from era_vllm.lab.samples import load_task_samples
@@ -128,6 +129,7 @@ def _tasks() -> dict[str, object]:
     _say("one server of a small Qwen3-VL; each request says its own rate")
     samples = load_task_samples()
     command = [*MODULE, "era_vllm.cli.main", "serve", str(CHECKPOINT_QWEN3_VL), *_SERVER_FLAGS]
+    command += ["--dtype", fast_dtype()]  # vLLM starts with the largest video that there may be
     log = OUT / "server_qwen3_vl.log"
     with Server("the server of Qwen3-VL", command, _SERVER_ENVIRONMENT, log) as server:
         wait_for([server])
