@@ -113,7 +113,10 @@ def _answers() -> dict[str, object]:
         ]
         _draw_kept(OUT / "kept.png")  # while they start
         wait_for(servers)
-        answers = [ServerAsker(server.url).ask(samples) for server in servers]
+        answers: list[list[list[Answer]]] = []
+        for server in servers:
+            with ServerAsker(server.url) as asker:
+                answers.append(asker.ask(samples))
     print("\n" + _table(samples, answers) + "\n")
     return {"rates": RATES, "questions": _asked(samples, answers)}
 
@@ -133,7 +136,10 @@ def _tasks() -> dict[str, object]:
     log = OUT / "server_qwen3_vl.log"
     with Server("the server of Qwen3-VL", command, _SERVER_ENVIRONMENT, log) as server:
         wait_for([server])
-        answers = [ServerAsker(server.url, rate).ask(samples) for rate in TASK_RATES]
+        answers: list[list[list[Answer]]] = []
+        for rate in TASK_RATES:
+            with ServerAsker(server.url, rate) as asker:
+                answers.append(asker.ask(samples))
     first = [f"{_KINDS[sample.kind]}: {sample.questions[0].text}" for sample in samples]
     print("\n" + _table(samples, answers, TASK_RATES, first) + "\n")
     return {"rates": TASK_RATES, "questions": _asked(samples, answers)}

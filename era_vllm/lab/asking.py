@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from threading import Event
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
@@ -105,7 +105,10 @@ def media_of(subject: Subject) -> tuple[Medium, ...]:
 
 
 class ServerAsker:
-    """Asks a server of ours on this machine, past any proxy, for its only model."""
+    """Asks a server of ours on this machine, past any proxy, for its only model.
+
+    A context manager, which closes its connections.
+    """
 
     def __init__(self, url: str, rate: float | None = None) -> None:
         """Connect.
@@ -126,8 +129,15 @@ class ServerAsker:
         try:
             self._model = self._client.models.list().data[0].id
         except (OpenAIError, IndexError) as error:
+            self._client.close()
             raise self._refusal(error) from error
         self._extra = {} if rate is None else {"era": {"pruning_rate": rate}}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
 
     def ask(self, subjects: Sequence[Subject]) -> list[list[Answer]]:
         """Return for each subject its answers, with a progress bar."""

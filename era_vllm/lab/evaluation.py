@@ -177,8 +177,9 @@ def evaluate(
             with served(variant) as url:
                 for rate in left:
                     shown.set_postfix_str(f"{variant.name} at {rate:g}")
-                    for given in ServerAsker(url, rate).each(subjects[len(known[rate]) :]):
-                        answers.add(rates[rate], rate, given)
-                        shown.update()
+                    with ServerAsker(url, rate) as asker:
+                        for given in asker.each(subjects[len(known[rate]) :]):
+                            answers.add(rates[rate], rate, given)
+                            shown.update()
         for rate, name in rates.items():
             yield Row(name, rate, known[rate])

@@ -58,8 +58,8 @@ def test_a_help_waits_for_nothing_heavy(words: str) -> None:
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"    {name} " in text and summary in text for name, summary in COMMANDS.items())
+    text = " ".join(capsys.readouterr().out.split())  # a long name stands in a line of its own
+    assert all(f" {name} {summary}" in text for name, summary in COMMANDS.items())
 
 
 @pytest.mark.parametrize(

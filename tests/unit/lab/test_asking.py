@@ -67,7 +67,9 @@ def test_a_servers_answers_come_in_order_with_what_their_media_cost(
     subjects = [*load_samples(), *load_task_samples()]
     tokens = [IMAGE_TOKENS * len(media_of(subject)) for subject in subjects]
     assert {16, 32, 48} == set(tokens)
-    assert ServerAsker(url, rate).ask(subjects) == [
+    with ServerAsker(url, rate) as asker:
+        found = asker.ask(subjects)
+    assert found == [
         [Answer(question.text.split()[-2], cost) for question in subject.questions]
         for subject, cost in zip(subjects, tokens, strict=True)
     ]
@@ -76,10 +78,10 @@ def test_a_servers_answers_come_in_order_with_what_their_media_cost(
 def test_a_server_that_does_not_prune_is_told_apart(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asker = ServerAsker(url)
-    monkeypatch.setattr(asker, "_model", "stock")
-    with pytest.raises(UnsupportedError, match="needed one of era-vllm serve"):
-        asker.ask(load_samples()[:1])
+    with ServerAsker(url) as asker:
+        monkeypatch.setattr(asker, "_model", "stock")
+        with pytest.raises(UnsupportedError, match="needed one of era-vllm serve"):
+            asker.ask(load_samples()[:1])
 
 
 def test_the_demos_table_marks_first_questions_and_counts_all() -> None:

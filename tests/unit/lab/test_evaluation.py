@@ -32,6 +32,12 @@ class Rule:
     def __init__(self, url: str, rate: float) -> None:
         self.url, self.rate = url, rate
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
     def each(self, subjects):
         for subject in subjects:
             if Rule.left == 0:
