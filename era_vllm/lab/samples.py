@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
 
@@ -79,17 +79,14 @@ def load_samples() -> tuple[Sample, ...]:
 
     Source: era_vllm/lab/samples/samples.json.
     """
-    from era_vllm.lab.synth.questions import Question
-
-    folder = resources.files("era_vllm.lab").joinpath("samples")
-    index = json.loads(folder.joinpath(_INDEX).read_text(encoding="utf-8"))
+    folder, index = _read(_INDEX)
     return tuple(
         Sample(
             file=entry["file"],
             seed=entry["seed"],
             photo=entry["photo"],
             image=_open(folder.joinpath(entry["file"])),
-            questions=tuple(Question(**question) for question in entry["questions"]),
+            questions=_questions(entry),
         )
         for entry in index["samples"]
     )
@@ -100,10 +97,7 @@ def load_task_samples() -> tuple[TaskSample, ...]:
 
     Source: era_vllm/lab/samples/tasks.json.
     """
-    from era_vllm.lab.synth.questions import Question
-
-    folder = resources.files("era_vllm.lab").joinpath("samples")
-    index = json.loads(folder.joinpath(_TASK_INDEX).read_text(encoding="utf-8"))
+    folder, index = _read(_TASK_INDEX)
     return tuple(
         TaskSample(
             kind=entry["kind"],
@@ -115,10 +109,21 @@ def load_task_samples() -> tuple[TaskSample, ...]:
                 )
                 for file in entry["files"]
             ),
-            questions=tuple(Question(**question) for question in entry["questions"]),
+            questions=_questions(entry),
         )
         for entry in index["tasks"]
     )
+
+
+def _read(name: str) -> tuple[Traversable, dict[str, Any]]:
+    folder = resources.files("era_vllm.lab").joinpath("samples")
+    return folder, json.loads(folder.joinpath(name).read_text(encoding="utf-8"))
+
+
+def _questions(entry: dict[str, Any]) -> "tuple[Question, ...]":
+    from era_vllm.lab.synth.questions import Question
+
+    return tuple(Question(**question) for question in entry["questions"])
 
 
 def _open(file: Traversable) -> Image.Image:
