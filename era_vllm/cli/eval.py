@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from era_vllm.cli import askers
 from era_vllm.cli.preflight import check_folder
-from era_vllm.errors import ConfigError
+from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.policies import make_policy, policy_names
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rates", nargs="+", type=float, default=RATES, metavar="R", help=text)
     text = "kinds of tasks (default: by what the model takes)"
     add("--tasks", nargs="+", choices=_KINDS, help=text)
+    text = "families of questions about single pictures (default: all; videos have their own)"
+    add("--families", nargs="+", metavar="NAME", help=text)
     add("--count", type=int, default=60, metavar="N", help="tasks of each kind (default 60)")
     add("--seed", type=int, default=777, help="of the tasks (default 777)")
     text = "a folder of photos to paint them on (default: held-out ones of scikit-image)"
@@ -102,6 +104,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     head = {**source.head, "tasks": dict.fromkeys(kinds, arguments.count), "seed": arguments.seed}
     head |= {"commit": origin["commit"], "versions": origin["versions"]}
     head |= {"backgrounds": str(photos.resolve())} if photos else {}
+    head |= {"families": sorted(arguments.families)} if arguments.families else {}
     rows = askers.answered("eval", out, head, subjects, wanted, source.asker_of)
     scored = eval_report.scored(subjects, rows)
     command = shlex.join(["era-vllm", *sys.argv[1:]])
@@ -152,17 +155,27 @@ def _settings(text: str) -> tuple[tuple[str, object], ...]:
 
 
 def _tasks(kinds: Sequence[str], arguments: argparse.Namespace) -> "list[Task]":
-    """Draw held-out tasks that have questions."""
+    """Draw held-out tasks that have questions.
+
+    Raises:
+        ConfigError: an unknown family, or a folder of photos that has none.
+    """
     from era_vllm.lab.screen import progress
     from era_vllm.lab.synth.assets import load_material
-    from era_vllm.lab.synth.tasks import KINDS, draw_task
+    from era_vllm.lab.synth.tasks import KINDS, QUOTAS, draw_task
 
+    families = arguments.families or QUOTAS
+    if unknown := [name for name in families if name not in QUOTAS]:
+        raise ConfigError(unknown_name("family", unknown[0], sorted(QUOTAS)))
+    quotas = {name: QUOTAS[name] for name in families}
     progress(f"painting {arguments.count} tasks of each kind: {', '.join(kinds)}")
     material = load_material(arguments.backgrounds, "test")
     drawn = [
-        draw_task(kind, arguments.seed, number, material)
+        draw_task(kind, arguments.seed, number, material, quotas=quotas)
         for kind in KINDS
         if kind in kinds
         for number in range(arguments.count)
     ]
-    return [task for task in drawn if task.questions]
+    if not (found := [task for task in drawn if task.questions]):
+        raise ConfigError(f"--families: {', '.join(families)}: no task has such a question")
+    return found

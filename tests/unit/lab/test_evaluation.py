@@ -184,6 +184,8 @@ def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
         (["--server=--enforce-eager", "--asker", "engine"], "is for --asker http, got engine"),
         (["--url", "http://x", "--asker", "engine"], "leave them out with --url"),
         (["--backgrounds", "nosuch"], "nosuch"),
+        (["--families", "colour"], "colour"),
+        (["--families", "which", "--tasks", "standard"], "which: no task has such a question"),
         (["nosuch"], "MODEL: got 'nosuch', needed a folder with a model's config.json"),
         (["MODEL", "--url", "http://x"], "MODEL and --url: choose one"),
         (["--url", "http://x", "--policies", "dpp"], "leave them out with --url"),
