@@ -21,7 +21,7 @@ from vllm.model_executor.layers.attention import Attention
 from era_vllm.bench.clock import Cell
 from era_vllm.bench.stages import StageClock
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.asking import MAX_TOKENS, SHOWN, Answer, Subject, cleaned, message
+from era_vllm.lab.asking import MAX_TOKENS, SHOWN, Answer, Subject, cleaned, messages_of
 from era_vllm.lab.screen import muted
 
 _SUBJECTS_AT_ONCE: Final = 16
@@ -86,7 +86,7 @@ class EngineAsker:
         kwargs = None if rate is None else {"era": rate}
         for at in range(0, len(subjects), _SUBJECTS_AT_ONCE):
             some = subjects[at : at + _SUBJECTS_AT_ONCE]
-            asked = [message(one, question.text) for one in some for question in one.questions]
+            asked = [messages for one in some for messages in messages_of(one)]
             started = time.perf_counter()
             outputs = self._llm.chat(
                 asked, self._sampling, use_tqdm=False, mm_processor_kwargs=kwargs

@@ -77,66 +77,84 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     _sort_words(arguments)
     _check(arguments)
     from era_vllm.bench.provenance import provenance
-    from era_vllm.lab import recommend_report as report
     from era_vllm.lab import recommendation as figures
     from era_vllm.lab.evaluation import Variant, cells
 
-    rates = sorted(set(arguments.rates or ()) - {0.0})
-    most = arguments.max_tokens
+    rates, most = sorted(set(arguments.rates or ()) - {0.0}), arguments.max_tokens
     source = askers.source(arguments, [0.0, *rates], most, server=_SERVER, passes_over=True)
     rates = rates or sorted(set(source.levels.values()) - {0.0})
     if not rates:
         raise ConfigError("--rates: got none above 0, and the server has no level; name some")
-    subjects = _subjects(arguments)
-    out: Path = arguments.out
+    subjects, out = _subjects(arguments), arguments.out
     check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
     origin, variant = provenance(), Variant(source.policy or arguments.policy or "era")
-    asked = hashlib.sha256()
-    for subject in subjects:
-        for part in (subject.name.encode(), *(medium.data for medium in subject.media)):
-            asked.update(hashlib.sha256(part).digest())
-        asked.update(json.dumps([question.text for question in subject.questions]).encode())
-    head = {**source.head, "max_tokens": arguments.max_tokens, "asked": asked.hexdigest()}
+    head = {**source.head, "max_tokens": most, "asked": _fingerprint(subjects)}
     head |= {"policy": variant.policy, "commit": origin["commit"], "versions": origin["versions"]}
+    wanted = cells([variant], [0.0, *rates])
     with source.asker_of(variant) as asker:
-        wanted = cells([variant], [0.0, *rates])
-        with_it = lambda _: nullcontext(asker)  # noqa: E731
-        rows = askers.answered("recommend", out, head, subjects, wanted, with_it)
+        rows = askers.answered(
+            "recommend", out, head, subjects, wanted, lambda _: nullcontext(asker)
+        )
         left, rows = figures.without_refused(subjects, rows)
         if len(left) < 2:
             raise UnsupportedError(
-                f"PICTURES: the server answered about {len(left)} of {len(subjects)}, needed 2 or "
-                f"more; why it refused the others is in {out / 'answers.jsonl'}"
+                f"PICTURES: {len(left)} of {len(subjects)} were answered at every rate, needed "
+                f"2 or more; why is above; to ask again, remove {str(out / 'answers.jsonl')!r}"
             )
         whole, pruned = figures.levels(rows, source.levels, arguments.target)
         best = figures.recommended(pruned, arguments.target)
         cases = _cases(arguments, left, rows, best, asker)  # type: ignore[arg-type]
-    model = "MODEL" if arguments.url else shlex.quote(str(arguments.model or "")).strip("'")
-    command = " ".join(filter(None, ["era-vllm serve", model]))
-    if arguments.policy:
-        command += f" --era-policy {arguments.policy}"
-    said = report.verdict(best, pruned, len(left), arguments.target, command)
     questions = sum(len(subject.questions) for subject in left) / len(left)
     about = {**origin, "model": source.title, "pictures": len(left), "target": arguments.target}
     about |= {"questions": f"{questions:g}", "command": shlex.join(["era-vllm", *sys.argv[1:]])}
-    text = report.page(about, said, whole, pruned, best, cases)
-    (out / "recommend.html").write_text(text, encoding="utf-8")
+    about["refused"] = sorted({one.name for one in subjects} - {one.name for one in left})
+    _write(arguments, about, head, [whole, *pruned], best, cases)
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace,
+    about: dict[str, object],
+    head: dict[str, object],
+    levels: "Sequence[Level]",
+    best: "Level | None",
+    cases: "dict[str, list[Case]]",
+) -> None:
+    """Write both files, and print table and verdict."""
+    from era_vllm.lab import recommend_report as report
+
+    whole, *pruned = levels
+    number = int(str(about["pictures"]))
+    words = ["era-vllm", "serve", "MODEL" if arguments.url else arguments.model]
+    words += ["--era-policy", arguments.policy] if arguments.policy else []
+    command = shlex.join(filter(None, words))
+    said = report.verdict(best, pruned, number, arguments.target, command)
+    page, figures = (arguments.out / name for name in _PAGES)
+    page.write_text(report.page(about, said, whole, pruned, best, cases), encoding="utf-8")
     found = {
         **about,
         "source": head,
-        "refused": sorted({one.name for one in subjects} - {one.name for one in left}),
         "recommended": best and best.rate,
-        "pictures_needed": best and best.pictures_needed(len(left)),
-        "levels": [asdict(level) for level in (whole, *pruned)],
+        "pictures_needed": best and best.pictures_needed(number),
+        "levels": [asdict(level) for level in levels],
         "disagreements": {
             title: [{"picture": case.picture, **asdict(case.found)} for case in some]
             for title, some in cases.items()
         },
     }
-    (out / "recommend.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(report.text_of(report.table(whole, pruned)), *said, sep="\n", end="\n\n")
-    print(f"{out / 'recommend.html'} shows what changed; {out / 'recommend.json'}")
-    return 0
+    figures.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(report.text_of(report.table(whole, pruned)), "", *said, "", sep="\n")
+    print(f"{page} shows what changed; {figures}")
+
+
+def _fingerprint(subjects: "Sequence[Shown]") -> str:
+    """Return a hash of the pictures and of what is asked about them."""
+    asked = hashlib.sha256()
+    for subject in subjects:
+        texts = [subject.name, *(question.text for question in subject.questions)]
+        for part in (json.dumps(texts).encode(), *(medium.data for medium in subject.media)):
+            asked.update(hashlib.sha256(part).digest())
+    return asked.hexdigest()
 
 
 def _sort_words(arguments: argparse.Namespace) -> None:

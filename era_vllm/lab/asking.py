@@ -108,10 +108,11 @@ def chat_prompt(tokenizer: Any, question: str, pictures: int = 1) -> str:  # noq
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def message(subject: Subject, question: str) -> list[dict[str, object]]:
-    """Return the messages of a question, files before text."""
+def messages_of(subject: Subject) -> Iterator[list[dict[str, object]]]:
+    """Yield the messages of each question, files before text."""
     parts = [medium.part() for medium in subject.media]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    for question in subject.questions:
+        yield [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
 
 
 def cleaned(text: str) -> str:
@@ -133,19 +134,19 @@ class TransformersAsker:
     ) -> Iterator[list[Answer]]:
         """Yield the answers to each subject in turn."""
         rate = self._config.pruning_rate if rate is None else rate
-        if any(medium.kind == "video" for subject in subjects for medium in subject.media):
-            raise UnsupportedError(
-                "transformers: got a video, allowed: pictures, which alone it prunes by itself; "
-                "ask an engine or a server"
-            )
         for subject in subjects:
             yield self._about(subject, rate)
 
     def _about(self, subject: Subject, rate: float) -> list[Answer]:
         from era_vllm.lab.oracle import segments_of
 
-        started, oracle = time.perf_counter(), self._oracle
-        images = [Image.open(io.BytesIO(medium.data)).convert("RGB") for medium in subject.media]
+        media, started, oracle = subject.media, time.perf_counter(), self._oracle
+        if any(medium.kind == "video" for medium in media):
+            raise UnsupportedError(
+                "transformers: got a video, allowed: pictures, which alone it prunes by itself; "
+                "ask an engine or a server"
+            )
+        images = [Image.open(io.BytesIO(medium.data)).convert("RGB") for medium in media]
         segments = segments_of(oracle.reduce(images, self._config, rate))
         kept = [len(segment.anchors) for segment in segments]
         shared_s = (time.perf_counter() - started) / len(subject.questions)
@@ -234,11 +235,11 @@ class ServerAsker:
 
     def _about(self, subject: Subject, rate: float | None, over: Event) -> list[Answer]:
         found: list[Answer] = []
-        for question in subject.questions:
+        for messages in messages_of(subject):
             if over.is_set():
                 break
             try:
-                found.append(self._answer(message(subject, question.text), rate))
+                found.append(self._answer(messages, rate))
             except self._failed as error:
                 status = getattr(error, "status_code", None)
                 if not self._passes_over or status not in _OF_THE_SUBJECT:

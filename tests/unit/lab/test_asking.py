@@ -154,4 +154,4 @@ def test_plain_transformers_refuse_what_they_cannot_read(
     assert "got Qwen3VLForConditionalGeneration, allowed: LlavaFor" in capsys.readouterr().err
     oracle = Oracle(str(CHECKPOINT), language=False)
     with pytest.raises(UnsupportedError, match="got a video, allowed: pictures"):
-        ask(TransformersAsker(oracle, EraConfig()), load_task_samples(), 0.5)
+        ask(TransformersAsker(oracle, EraConfig()), load_task_samples()[-1:], 0.5)
