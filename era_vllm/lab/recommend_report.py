@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Final
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from era_vllm.lab.recommendation import SHORT, Disagreement, Level
 from era_vllm.lab.scores import RESAMPLES
@@ -268,7 +268,7 @@ def _case(case: Case) -> str:
 def _img(data: bytes, side: int, name: str) -> str:
     """Return a picture inside the page, made smaller."""
     with Image.open(io.BytesIO(data)) as opened:
-        picture = opened.convert("RGB")
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)

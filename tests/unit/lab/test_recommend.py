@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from era_vllm.cli.main import main
-from era_vllm.cli.recommend import KINDS, _prompts
+from era_vllm.cli.own_pictures import _prompts
+from era_vllm.cli.recommend import KINDS
 from era_vllm.config import LEVELS
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab import recommend_report as report
