@@ -43,7 +43,8 @@ td small { color: #667; display: block } .faint { color: #667; font-size: .9em }
 .case { border: 1px solid #dde1e6; border-radius: 6px; padding: .8rem 1rem; margin: 1rem 0 }
 .case h3 { margin: 0 0 .5rem; font-size: 1rem } .pictures { display: flex; gap: 1rem;
   align-items: flex-start } .pictures img:first-child { max-width: 260px }
-.pictures img { max-width: 100%; min-width: 0; flex: 0 1 auto; border-radius: 4px }
+.pictures img { max-width: 100%; max-height: 480px; min-width: 0; flex: 0 1 auto;
+  object-fit: contain; border-radius: 4px }
 .answers { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-top: .7rem }
 .answers div { background: #f6f7f9; border-radius: 4px; padding: .5rem .8rem;
   overflow-wrap: anywhere } .answers .pruned { background: #fdf3ef }
