@@ -58,7 +58,7 @@ def expected(*parts):
 
 def read(probe):
     """What a pass of some items gives."""
-    found = probe.after(())
+    found = probe.after((), ())
     assert found.keys() == {Signal.ENCODER_ATTENTION}
     return torch.stack(list(found[Signal.ENCODER_ATTENTION]))
 
