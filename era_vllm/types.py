@@ -76,8 +76,12 @@ class VisualTokens:
         """n, the visual tokens of each segment."""
         return self.embeds.shape[1]
 
-    def signal(self, signal: Signal) -> Float32[Tensor, "s *c n"]:
+    def signal(self, signal: Signal) -> Float32[Tensor, "s c n"]:
         """Return a signal of each token; the pipeline has checked that it is there."""
+        return self.signals[signal]
+
+    def by_head(self, signal: Signal) -> Float32[Tensor, "s h dh n"]:
+        """Return keys or queries of each token, likewise."""
         return self.signals[signal]
 
     @property

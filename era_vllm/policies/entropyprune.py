@@ -50,7 +50,7 @@ class Policy:
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """Return the tokens of highest entropy."""
-        queries = tokens.signal(Signal.LANGUAGE_QUERIES)
+        queries = tokens.by_head(Signal.LANGUAGE_QUERIES)
         entropy = matrix_entropy(queries, trace_norm=self.trace_norm)
         return top(quantize(entropy.float()), num_anchors)
 

@@ -57,7 +57,7 @@ class Policy:
 
         It counts by its attention there, and the anchor 1; what is nobody's neighbour is dropped.
         """
-        keys = tokens.signal(Signal.ENCODER_KEYS).flatten(1, 2).transpose(1, 2)
+        keys = tokens.by_head(Signal.ENCODER_KEYS).flatten(1, 2).transpose(1, 2)
         similarity = to_anchors(unit(keys), anchors).transpose(1, 2)
         similarity = similarity.scatter(2, anchors[..., None], -torch.inf)  # none is its own
         near = ranked(similarity.flatten(0, 1))[:, : min(self.neighbours, tokens.n - 1)]

@@ -55,7 +55,7 @@ class Policy:
         The mean of those that joined counts as much as the contextual token itself.
         """
         dominant = self._of_dominant(tokens, anchors)
-        keys = tokens.signal(Signal.ENCODER_KEYS).mean(1).transpose(1, 2)
+        keys = tokens.by_head(Signal.ENCODER_KEYS).mean(1).transpose(1, 2)
         similarity = to_anchors(unit(keys), anchors).masked_fill(dominant[:, None], -torch.inf)
         row = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
         # with one anchor there is no contextual one

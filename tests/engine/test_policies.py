@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 
-from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT_QWEN3_VL
 from era_vllm.lab.oracle import Oracle, Segment, first_queries
 from era_vllm.types import Signal
@@ -59,10 +58,10 @@ def test_brute_force_decides_what_the_engine_keeps(engine, setup, ask, images, o
     """On Hugging Face's features and signals, with nothing of the package's own mathematics."""
     live, clear = engine(setup(policy=policy)), 0
     for rate, count in ((0.778, 32), (0.944, 8)):
-        live.ask([ask(QUESTION, image, rate=rate) for image in images[:6]])
-        for image in images[:6]:
+        live.ask([ask(QUESTION, image, rate=rate) for image in images])
+        for image in images:
             expected = CASES[policy][1](oracle.tokens([image], live.config), count)
-            if expected.margin > 1e-5:
+            if expected.margin > 2e-6:
                 clear += 1
                 _, anchors, _ = found_of(live, image, rate, oracle)
                 assert anchors.tolist() == expected.anchors.tolist()
@@ -143,5 +142,5 @@ def test_every_family_s_language_model_is_read(case, start, theirs):
 
 
 def test_adapters_of_the_language_model_are_refused(engine, setup):
-    with pytest.raises(UnsupportedError, match="--enable-lora.* use --era-policy dpp"):
+    with pytest.raises(ValueError, match="--enable-lora.* use --era-policy dpp"):
         engine(setup(policy="entropyprune", llm={"enable_lora": True}, model=MODEL))
