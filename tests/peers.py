@@ -81,3 +81,4 @@ CASES: dict[str, tuple[PruningPolicy, Chosen]] = {
     ),
 }
 """The first of each name has the defaults."""
+PEERS = ("divprune", "entropyprune", "holov", "mfpruner", "prumerge", "visionzip", "vispruner")

@@ -86,7 +86,7 @@ class Policy:
         x = unit(tokens.embeds)[:, crops.table]
         both = crops.inside[:, :, None] & crops.inside[:, None]
         itself = torch.eye(both.shape[-1], dtype=torch.bool, device=both.device)
-        similarity = gram(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        similarity = gram(x.flatten(0, 1)).view(x.shape[0], *both.shape)
         similarity = similarity.masked_fill(~both | itself, 0.0)
         size = crops.inside.sum(-1)
         least = (size - 1).clamp_min(1)[:, None]

@@ -61,7 +61,7 @@ class Policy:
         similarity = to_anchors(unit(keys), anchors).transpose(1, 2)
         similarity = similarity.scatter(2, anchors[..., None], -torch.inf)  # none is its own
         near = ranked(similarity.flatten(0, 1))[:, : min(self.neighbours, tokens.n - 1)]
-        near = near.unflatten(0, anchors.shape)
+        near = near.view(*anchors.shape, -1)
         known = torch.full_like(similarity, -torch.inf)
         known = known.scatter(2, near, similarity.gather(2, near))
         row = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)

@@ -5,7 +5,7 @@ by the dual Gram matrix, which has the same spectrum but for zeros and is heads 
 """
 
 import math
-from typing import Final
+from typing import Final, cast
 
 import torch
 from jaxtyping import Float32, Float64
@@ -33,7 +33,8 @@ def matrix_entropy(
         return torch.zeros(segments, n, dtype=torch.float64, device=rows.device)
     of_tokens = rows.permute(0, 3, 1, 2).flatten(0, 1)
     at_once = max(1, _NUMBERS // (heads * size))
-    spectra = [_spectrum(part, trace_norm) for part in of_tokens.split(at_once)]
+    starts = range(0, len(of_tokens), at_once)
+    spectra = [_spectrum(of_tokens[one : one + at_once], trace_norm) for one in starts]
     spectrum = torch.cat(spectra).clamp_min(_LEAST)
     entropy = -(spectrum * spectrum.log()).sum(-1) / math.log(heads)
     return entropy.view(segments, n)
@@ -49,4 +50,5 @@ def _spectrum(rows: Float32[Tensor, "t h dh"], trace_norm: bool) -> Float64[Tens
     if trace_norm:
         trace = gram.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
         gram = gram / torch.where(trace > 0, trace, 1.0)
-    return torch.linalg.eigvalsh(gram)[:, -heads:]
+    spectrum = cast(Tensor, torch.linalg.eigvalsh(gram))  # type: ignore[no-untyped-call]
+    return spectrum[:, -heads:]

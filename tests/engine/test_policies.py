@@ -13,10 +13,9 @@ from era_vllm.types import Signal
 from tests.engine import test_tiled as tiled
 from tests.engine.conftest import CONTROL_FACTOR, MODEL, TOLERANCE, compare_with
 from tests.engine.families.case import ODD, TEXT, WIDE, images
-from tests.peers import CASES
+from tests.peers import CASES, PEERS
 
 QUESTION = "what shape is red?"
-PEERS = ("divprune", "entropyprune", "holov", "mfpruner", "prumerge", "visionzip", "vispruner")
 case, folder, theirs, start = tiled.case, tiled.folder, tiled.theirs, tiled.start
 
 
@@ -138,7 +137,9 @@ def test_every_family_s_language_model_is_read(case, start, theirs):
     for (_, places), own in zip(whole.segments, item.segments, strict=True):
         read = own.tokens.signals[Signal.LANGUAGE_QUERIES][own.row]
         close = expected[Signal.LANGUAGE_QUERIES][0][..., places]
-        assert torch.allclose(read, close, atol=1e-4), (read - close).abs().max()
+        difference = float((read - close).abs().max())
+        print(f"queries: difference {difference:.1e} of {float(read.abs().max()):.2g}")
+        assert difference < 1e-4
 
 
 def test_adapters_of_the_language_model_are_refused(engine, setup):
