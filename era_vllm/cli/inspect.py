@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.calibration import calibrated
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from era_vllm.cli.loading import lacking_memory, open_image, open_oracle, served_dtype
     from era_vllm.policies import make_policy
 
-    config = EraConfig.parse(era_settings(arguments))
+    config = EraConfig.parse(calibrated(arguments.model, era_settings(arguments)))
     make_policy(config)
     _check_out(arguments.out, arguments.image)
     image = open_image(arguments.image)

@@ -20,6 +20,7 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm demo                          two servers, a dozen pictures, both answers
   era-vllm eval                          right answers over HTTP, by family, with intervals
   era-vllm accuracy                      right answers of the engine, policies against rates
+  era-vllm calibrate                     how much of the log-bias each layer takes
   era-vllm bench serve                   time against stock vLLM, and where it goes
   era-vllm sample-model smol             assemble a LLaVA on a real decoder (93 MB to fetch)
   era-vllm train --arch qwen3_vl --out run      train a small model (hours)
@@ -31,6 +32,8 @@ COMMANDS: Final = {
     "demo": "show answers with and without pruning, and the speed",
     "eval": "measure accuracy over HTTP, by family of questions",
     "accuracy": "measure accuracy under pruning in the engine",
+    "calibrate": "measure how much of the bias each layer takes",
+    "ecl": "find the layer where visual tokens' matrix entropy collapses",
     "bench": "measure what pruning costs and saves",
     "sample-model": "assemble a model that is too large to ship",
     "train": "train a small model on generated pictures",

