@@ -82,14 +82,9 @@ def table(counts: dict[tuple[float, int], Counts]) -> str:
         right = accuracy(found)
         gain = None if joined == 1 else difference(found, counts[rate, 1])
         assert right is not None
-        shown = f"{100 * right.value:.1f} ({100 * right.low:.1f} to {100 * right.high:.1f})"
-        said = (
-            "-"
-            if gain is None
-            else (f"{100 * gain.value:+.1f} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})")
-        )
+        said = "-" if gain is None else gain.text("+.1f")
         name = "unpruned" if not rate else "all" if joined == JOINED[-1] else str(joined)
-        lines.append(f"| {rate:g} | {name} | {shown} | {said} |")
+        lines.append(f"| {rate:g} | {name} | {right.text()} | {said} |")
     return "\n".join(lines)
 
 
