@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write the pictures and questions of ``era-vllm eval`` as a task of lmms-eval.
 
     deploy/lmms_eval/make_task.py out/lmms --count 60
