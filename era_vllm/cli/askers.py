@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser, server: str = SERVER) -> None:
     add = parser.add_argument
     add("--url", help=f"of a server of era-vllm that is up, in place of MODEL; its key: ${_KEY}")
     text = "number format (default: bfloat16 on a GPU or a CPU that has it, else float32)"
-    add("--dtype", metavar="NAME", help=text)
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help=text)
     text = f"of era-vllm serve, as one word (default: {server})"
     add("--server", metavar="FLAGS", help=text)
 

@@ -1,11 +1,10 @@
 """``era-vllm recommend``: the highest pruning rate at which answers about one's pictures stay.
 
-Leaves out who answers (``askers.py``), the figures (``lab/recommendation.py``) and the page
-(``lab/recommend_report.py``).
+Leaves out the pictures (``own_pictures.py``), who answers (``askers.py``), the figures
+(``lab/recommendation.py``) and the page (``lab/recommend_report.py``).
 """
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.cli import askers
+from era_vllm.cli.own_pictures import fingerprint, read
 from era_vllm.cli.preflight import check_folder
 from era_vllm.errors import ConfigError, UnsupportedError
 
@@ -41,8 +41,6 @@ Writes recommend.html (one file), recommend.json, and each answer to answers.jso
 same command goes on where it was stopped.
 """
 KINDS: Final = ("photo", "document", "chart")
-_ENDINGS: Final = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-_AS_THEY_ARE: Final = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 _SERVER: Final = "--enforce-eager --max-model-len auto --max-num-seqs 8 --kv-cache-memory-bytes 1G"
 _PAGES: Final = ("recommend.html", "recommend.json")
 
@@ -85,10 +83,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     rates = rates or sorted(set(source.levels.values()) - {0.0})
     if not rates:
         raise ConfigError("--rates: got none above 0, and the server has no level; name some")
-    subjects, out = _subjects(arguments), arguments.out
+    asked, out = (arguments.pictures, arguments.prompts, arguments.kind), arguments.out
+    subjects = read(*asked, arguments.count)
     check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
     origin, variant = provenance(), Variant(source.policy or arguments.policy or "era")
-    head = {**source.head, "max_tokens": most, "asked": _fingerprint(subjects)}
+    head = {**source.head, "max_tokens": most, "asked": fingerprint(subjects)}
     head |= {"policy": variant.policy, "commit": origin["commit"], "versions": origin["versions"]}
     wanted = cells([variant], [0.0, *rates])
     with source.asker_of(variant) as asker:
@@ -97,7 +96,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         )
         left, rows = figures.without_refused(subjects, rows)
         if len(left) < 2:
-            raise UnsupportedError(
+            raise ConfigError(
                 f"PICTURES: {len(left)} of {len(subjects)} were answered at every rate, needed "
                 f"2 or more; why is above; to ask again, remove {str(out / 'answers.jsonl')!r}"
             )
@@ -147,16 +146,6 @@ def _write(
     print(f"{page} shows what changed; {figures}")
 
 
-def _fingerprint(subjects: "Sequence[Shown]") -> str:
-    """Return a hash of the pictures and of what is asked about them."""
-    asked = hashlib.sha256()
-    for subject in subjects:
-        texts = [subject.name, *(question.text for question in subject.questions)]
-        for part in (json.dumps(texts).encode(), *(medium.data for medium in subject.media)):
-            asked.update(hashlib.sha256(part).digest())
-    return asked.hexdigest()
-
-
 def _sort_words(arguments: argparse.Namespace) -> None:
     """With --url there is no MODEL, so that the first word is the folder of pictures.
 
@@ -186,97 +175,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--out: {str(arguments.out / name)!r} is no file; name another folder"
             )
-
-
-def _subjects(arguments: argparse.Namespace) -> "list[Shown]":
-    """Read pictures and what is asked about them; say which files cannot be read, and go on.
-
-    Raises:
-        ConfigError: fewer than two pictures can be read, or a file of prompts that cannot be.
-    """
-    from era_vllm.lab.recommendation import PROMPTS, Prompt, Shown
-
-    folder: Path = arguments.pictures
-    if not folder.is_dir():
-        raise ConfigError(f"PICTURES: got {str(folder)!r}, needed a folder of pictures")
-    files = sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file()
-    )
-    common, own = _prompts(arguments.prompts, [file.name for file in files])
-    if own:
-        files = [file for file in files if file.name in own]
-    common = common or PROMPTS[arguments.kind]
-    step = max(1.0, len(files) / arguments.count)
-    files = [files[int(step * at)] for at in range(min(arguments.count, len(files)))]
-    found: list[Shown] = []
-    for file in files:
-        try:
-            media = (_medium(file),)
-        except ConfigError as error:
-            print(f"era-vllm recommend: left out: {error}", file=sys.stderr)
-            continue
-        asked = tuple(map(Prompt, own.get(file.name, common)))
-        found.append(Shown(file.name, media, asked))
-    if len(found) < 2:
-        raise ConfigError(
-            f"PICTURES: {str(folder)!r} has {len(found)} pictures that can be asked about, needed "
-            f"2 or more (fifty say something) that end in {', '.join(sorted(_ENDINGS))}"
-        )
-    return found
-
-
-def _medium(file: Path):  # noqa: ANN202  # Medium, which is not imported for a help
-    """Return a picture's file as it is, or as PNG where few servers read its format."""
-    from PIL import Image
-
-    from era_vllm.cli.loading import open_image
-    from era_vllm.lab.media import Medium, png
-
-    picture = open_image(file)
-    with Image.open(file) as opened:
-        mime = _AS_THEY_ARE.get(opened.format or "")
-    return Medium("image", file.read_bytes(), mime) if mime else png(picture)
-
-
-def _prompts(path: Path | None, names: Sequence[str]) -> tuple[Sequence[str], dict[str, list[str]]]:
-    """Return what is asked about every picture, and what about one.
-
-    Raises:
-        ConfigError: no such file, no question in it, or one about a picture that is not there.
-    """
-    if path is None:
-        return (), {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"PROMPTS: {str(path)!r} cannot be read ({error}); needed a text file in UTF-8"
-        ) from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    lines = [(number, line) for number, line in lines if line]
-    if not lines:
-        raise ConfigError(f"PROMPTS: {str(path)!r} is empty, needed a question a line")
-    if path.suffix.lower() not in (".jsonl", ".json"):
-        return [line for _, line in lines], {}
-    own: dict[str, list[str]] = {}
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-            picture, question = row["picture"], row["question"]
-            if not (isinstance(picture, str) and isinstance(question, str) and question.strip()):
-                raise TypeError
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f'PROMPTS: line {number} of {str(path)!r}: needed {{"picture": "a.png", '
-                '"question": "..."}'
-            ) from error
-        if picture not in names:
-            raise ConfigError(
-                f"PROMPTS: line {number} of {str(path)!r}: got picture {picture!r}, which is no "
-                "picture file of the folder; name it as it is there"
-            )
-        own.setdefault(picture, []).append(question)
-    return (), own
 
 
 def _cases(

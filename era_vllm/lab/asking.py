@@ -204,7 +204,7 @@ class ServerAsker:
             http_client=DefaultHttpxClient(trust_env=False),
         )
         self._url, self._failed, self._max_tokens = url, OpenAIError, max_tokens
-        self._passes_over = passes_over
+        self._passes_over, self._left_out = passes_over, set[str]()
         try:
             self._model = self._client.models.list().data[0].id
         except (OpenAIError, IndexError) as error:
@@ -244,8 +244,9 @@ class ServerAsker:
                 status = getattr(error, "status_code", None)
                 if not self._passes_over or status not in _OF_THE_SUBJECT:
                     raise self._refusal(error) from error
-                name = getattr(subject, "name", "a subject")
-                tqdm.write(f"left out: {name}: {self._refusal(error)}", sys.stderr)
+                if (name := getattr(subject, "name", "a subject")) not in self._left_out:
+                    self._left_out.add(name)
+                    tqdm.write(f"left out: {name}: {self._refusal(error)}", sys.stderr)
                 return []
         return found
 

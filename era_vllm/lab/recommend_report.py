@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Final
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from era_vllm.lab.recommendation import SHORT, Disagreement, Level
 from era_vllm.lab.scores import RESAMPLES
@@ -89,13 +89,13 @@ def verdict(
     level = f'{{"era": {{"level": "{best.name}"}}}}' if best.name else ""
     field = f'{{"era": {{"pruning_rate": {best.rate:g}}}}}'
     needed = best.pictures_needed(pictures)
-    enough = "enough" if needed <= pictures else f"needs {needed}"
+    enough = "these are enough" if needed <= pictures else f"about {needed} are needed"
     return [
         f"recommended: {name_of(best)} (rate {best.rate:g}), {100 * best.saved_tokens:.0f} % of "
         "the visual tokens less",
         f"agreement with the unpruned answers: {best.agreement.text()} %; {aim} is reached with a "
         f"probability of {100 * best.sure:.0f} %",
-        f"{pictures} pictures were asked about; an interval of +-2 points {enough}",
+        f"{pictures} pictures were asked about; for an interval of +-2 points {enough}",
         f"for every request: {command} --era-pruning-rate {best.rate:g}",
         f"in a request: {field}{f' or {level}' if level else ''}",
     ]
@@ -162,7 +162,7 @@ def page(
 <p class="faint">{head["pictures"]} pictures, {head["questions"]} questions each on average;
 <code>{escape(head["command"])}</code>; {escape(origin)}</p>
 <div class="verdict{"" if best else " none"}"><p><strong>{escape(first)}</strong></p>{lines}</div>
-<h2>Agreement over visual tokens kept</h2>{_plot(whole, pruned, best, head["target"])}
+<h2>Agreement over the visual tokens of a picture</h2>{_plot(whole, pruned, best, head["target"])}
 <h2>Levels</h2>{_html(table(whole, pruned), [None, whole, *pruned], best)}
 <p class="faint"><b>Agreement</b>: an unpruned answer of up to {SHORT} words is the same or is not,
 of a longer one the F1 of the words counts. <b>KL</b>: of the first token of an answer from the
@@ -233,7 +233,7 @@ def _plot(whole: Level, pruned: Sequence[Level], best: Level | None, target: flo
         if level is not whole:
             parts.append(
                 f'<line x1="{at}" x2="{at}" y1="{y(found.low):.1f}" y2="{y(found.high):.1f}" '
-                'stroke="#2e6fe4"/>'
+                'stroke="#2e6fe4" stroke-width="2"/>'
             )
         parts.append(
             f'<circle cx="{at}" cy="{y(found.value):.1f}" r="{6 if level is best else 4}" '
@@ -268,7 +268,7 @@ def _case(case: Case) -> str:
 def _img(data: bytes, side: int, name: str) -> str:
     """Return a picture inside the page, made smaller."""
     with Image.open(io.BytesIO(data)) as opened:
-        picture = opened.convert("RGB")
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from era_vllm.cli.main import main
-from era_vllm.cli.recommend import KINDS, _prompts
+from era_vllm.cli.own_pictures import _prompts
+from era_vllm.cli.recommend import KINDS
 from era_vllm.config import LEVELS
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab import recommend_report as report
@@ -178,7 +179,9 @@ def test_what_is_recommended_says_how_it_is_set_and_how_sure_it_is() -> None:
     lines = report.verdict(found[1], found, 50, 0.95, "era-vllm serve m")
     assert lines[0] == "recommended: strong (rate 0.889), 89 % of the visual tokens less"
     assert "96.0 (" in lines[1] and "probability of" in lines[1]
-    assert re.search(r"an interval of \+-2 points needs \d+$", lines[2])
+    assert re.search(r"for an interval of \+-2 points about 1\d\d are needed$", lines[2])
+    enough = levels(rows(400, 4), NAMES, 0.95)[1]
+    assert "these are enough" in report.verdict(enough[1], enough, 400, 0.95, "x")[2]
     assert lines[3] == "for every request: era-vllm serve m --era-pruning-rate 0.889"
     assert '{"era": {"pruning_rate": 0.889}} or {"era": {"level": "strong"}}' in lines[4]
     none = report.verdict(None, found, 50, 0.999, "era-vllm serve m")
