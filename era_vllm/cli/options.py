@@ -71,7 +71,7 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
     "attention_queries": (
         str,
         "all|cls",
-        "queries that the attention is averaged over (default all)",
+        "queries that the attention of policy era is averaged over (default all)",
     ),
     "positions": (
         str,
