@@ -294,6 +294,7 @@ class Oracle(LanguageOracle):
         segments: Sequence[Segment],
         max_tokens: int,
         positions: Literal["original", "compact"],
+        gamma: Gamma = None,
     ) -> tuple[str, Float32[Tensor, "v"]]:
         """Decode greedily; slow, for small models.
 
@@ -301,7 +302,7 @@ class Oracle(LanguageOracle):
         """
         ids, rows = list(prompt_ids), list[Tensor]()
         for _ in range(max_tokens):
-            rows.append(self.log_probs(ids, segments, 1, positions=positions)[0])
+            rows.append(self.log_probs(ids, segments, 1, positions=positions, gamma=gamma)[0])
             token = int(rows[-1].argmax())
             if token == self.model.generation_config.eos_token_id:
                 break
