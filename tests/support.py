@@ -42,7 +42,7 @@ NAMES: Final = {
     "Qwen3VLForConditionalGeneration": "Qwen3-VL",
     "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL with experts",
 }
-MEASURED: Final = frozenset({LLAVA})
+MEASURED: Final = frozenset({LLAVA, "Qwen3VLForConditionalGeneration"})
 """Families of which a trained model was measured: docs/accuracy.md."""
 _MARKS: Final = "<!-- support -->", "<!-- end of support -->"
 

@@ -1,4 +1,4 @@
-"""What needs engines in this process: the benchmarks, and the asker of ``era-vllm accuracy``.
+"""What needs engines in this process: the benchmarks, and an asker of ``era-vllm eval``.
 
     clock.py         the timing harness: interleaved rounds, every cell once a round, ratios within
     stages.py        time inside a model's modules while it runs

@@ -9,20 +9,14 @@ from typing import Final
 import torch
 
 from era_vllm.bench.block_cost import cases, named
-from era_vllm.bench.fidelity import (
-    Paired,
-    merge_error,
-    of_all_queries,
-    paired,
-    sample_error,
-    shared,
-)
+from era_vllm.bench.fidelity import merge_error, of_all_queries, sample_error, shared
 from era_vllm.bench.photo_tokens import photo_tokens
 from era_vllm.bench.setup import SegmentsOptions
 from era_vllm.config import EraConfig
-from era_vllm.lab.asking import Answer, TransformersAsker
+from era_vllm.lab.asking import TransformersAsker, ask
 from era_vllm.lab.blocks import prune_blocks
 from era_vllm.lab.oracle import Oracle
+from era_vllm.lab.scores import Counts, Estimate, Score, count, difference_of_all
 from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.assets import load_material
 from era_vllm.lab.synth.dataset import generate
@@ -78,19 +72,23 @@ def _means(found: Mapping[str, Sequence[Facts]]) -> dict[str, dict[str, float]]:
     }
 
 
-def answers(oracle: Oracle, options: SegmentsOptions) -> dict[str, Paired]:
-    """Ask the sample model with its picture in 8, 4, 2 blocks and whole."""
+def answers(oracle: Oracle, options: SegmentsOptions) -> dict[str, tuple[Score, Estimate]]:
+    """Ask the sample model with its picture in 8, 4, 2 blocks and whole.
+
+    Returns: right answers, and how many more of all they are than with the picture whole.
+    """
     pictures = list(generate(options.pictures, 777, None, LEARNED_FAMILIES, 4))
-    n, found = oracle.model.config.image_seq_length, dict[str, Paired]()
+    n, found = oracle.model.config.image_seq_length, dict[str, tuple[Score, Estimate]]()
     with _one_thread():
         for policy in options.policies:
-            given: dict[int, list[list[Answer]]] = {}
+            counts: dict[int, Counts] = {}
             for part in _PARTS:
                 config = EraConfig(policy=policy, max_segment=n // part)
-                asker = TransformersAsker(oracle, config, options.answer_rate)
-                given[part] = asker.ask(pictures)
-            for part in _PARTS:
-                found[f"{policy} {n // part} of {n}"] = paired(pictures, given[part], given[1])
+                given = ask(TransformersAsker(oracle, config), pictures, options.answer_rate)
+                counts[part] = count(pictures, given)
+            for part, ours in counts.items():
+                gain = difference_of_all(ours, counts[1])
+                found[f"{policy} {n // part} of {n}"] = ours.total, gain
     return found
 
 

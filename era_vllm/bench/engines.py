@@ -2,26 +2,31 @@
 
 ``set_environment`` of ``setup.py``, or an environment of the caller's, comes before this module is
 imported: vLLM reads it then. Leaves out who is asked what, and when (``serve.py``,
-``attention.py``, ``first_token.py``, ``cli/accuracy.py``, ``cli/doctor/``).
+``attention.py``, ``first_token.py``, ``cli/askers.py``, ``cli/doctor/``).
 """
 
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.model_executor.layers.attention import Attention
 
 from era_vllm.bench.clock import Cell
-from era_vllm.bench.inputs import image_prompt
 from era_vllm.bench.stages import StageClock
-from era_vllm.lab.asking import MAX_TOKENS, Answer, Picture, cleaned
+from era_vllm.errors import UnsupportedError
+from era_vllm.lab.asking import MAX_TOKENS, SHOWN, Answer, Subject, cleaned, messages_of
 from era_vllm.lab.screen import muted
+
+_SUBJECTS_AT_ONCE: Final = 16
+_VISUAL: Final = ("image_token_id", "image_token_index", "video_token_id")
+"""Fields of a config that hold the ids of its visual tokens, where it has them."""
 
 
 @contextmanager
@@ -56,27 +61,45 @@ def engine(
 
 
 class EngineAsker:
-    """Asks a real engine about pictures, all questions at once, each at this rate."""
+    """Asks a real engine, some subjects at once, through its chat template as a server does."""
 
-    def __init__(self, llm: LLM, rate: float) -> None:
-        self._llm, self._rate = llm, rate
+    def __init__(self, llm: LLM, max_tokens: int = MAX_TOKENS) -> None:
+        """Wrap an engine.
 
-    def ask(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
-        """Return for each picture its answers."""
-        prompts = [
-            image_prompt(picture.image, self._rate, question.text)
-            for picture in pictures
-            for question in picture.questions
-        ]
-        sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
-        image_token = self._llm.model_config.hf_config.image_token_index
-        answers = iter(
-            [
-                Answer(cleaned(output.outputs[0].text), output.prompt_token_ids.count(image_token))
-                for output in self._llm.generate(prompts, sampling, use_tqdm=False)
-            ]
-        )
-        return [[next(answers) for _ in picture.questions] for picture in pictures]
+        Raises:
+            UnsupportedError: its config does not tell which tokens are visual.
+        """
+        self._llm = llm
+        self._sampling = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=SHOWN)
+        hf = llm.model_config.hf_config
+        self._visual = {getattr(hf, name, None) for name in _VISUAL} - {None}
+        if not self._visual:
+            raise UnsupportedError(
+                f"engine: the config of a {hf.model_type} names no visual token to count; ask a "
+                "server (--asker http)"
+            )
+
+    def each(
+        self, subjects: Sequence[Subject], rate: float | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield the answers to each subject in turn."""
+        kwargs = None if rate is None else {"era": rate}
+        for at in range(0, len(subjects), _SUBJECTS_AT_ONCE):
+            some = subjects[at : at + _SUBJECTS_AT_ONCE]
+            asked = [messages for one in some for messages in messages_of(one)]
+            started = time.perf_counter()
+            outputs = self._llm.chat(
+                asked, self._sampling, use_tqdm=False, mm_processor_kwargs=kwargs
+            )
+            each_s = (time.perf_counter() - started) / len(asked)
+            answers = (self._answer(output, each_s) for output in outputs)
+            yield from ([next(answers) for _ in one.questions] for one in some)
+
+    def _answer(self, output: RequestOutput, seconds: float) -> Answer:
+        (said,) = output.outputs
+        kept = sum(map(output.prompt_token_ids.count, self._visual))
+        first = {token: one.logprob for token, one in said.logprobs[0].items()}
+        return Answer(cleaned(said.text), kept, seconds, first)
 
 
 class TimedEngine:

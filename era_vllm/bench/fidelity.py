@@ -1,8 +1,6 @@
-"""How much blocks and a sample of queries change: merge error, anchors shared, right answers."""
+"""How much blocks and a sample of queries change: merge error, anchors shared."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -11,7 +9,6 @@ from torch.nn.functional import cosine_similarity
 
 from era_vllm.bench.photo_tokens import PhotoTokens
 from era_vllm.config import EraConfig
-from era_vllm.lab.asking import Answer, Picture
 from era_vllm.lab.blocks import prune_blocks
 from era_vllm.steps.received_attention import MOST_QUERIES, received_attention
 from era_vllm.types import PrunedTokens, Signal, VisualTokens
@@ -86,46 +83,3 @@ def sample_error(
 
 def _with(tokens: VisualTokens, attention: Float[Tensor, "1 hv n"]) -> VisualTokens:
     return VisualTokens(tokens.embeds, tokens.grid, {Signal.ENCODER_ATTENTION: attention})
-
-
-@dataclass(frozen=True, slots=True)
-class Paired:
-    """Right answers to the same questions, two ways."""
-
-    asked: int
-    right: int
-    of_whole: int
-    only_ours: int
-    only_whole: int
-
-    @property
-    def difference(self) -> tuple[float, float]:
-        """Ours less whole, a share of the questions, and half its 95 % interval."""
-        gain, lost, n = self.only_ours, self.only_whole, self.asked
-        mean = (gain - lost) / n
-        return mean, 1.96 * math.sqrt(max((gain + lost) / n - mean**2, 0.0) / n)
-
-    def as_dict(self) -> dict[str, object]:
-        """Return JSON values."""
-        mean, half = self.difference
-        return {**asdict(self), "difference": mean, "half_interval": half}
-
-
-def paired(
-    pictures: Sequence[Picture],
-    ours: Sequence[Sequence[Answer]],
-    whole: Sequence[Sequence[Answer]],
-) -> Paired:
-    """Score the answers of two askers question by question."""
-    pairs = [
-        (mine.is_right(question), other.is_right(question))
-        for picture, *both in zip(pictures, ours, whole, strict=True)
-        for question, mine, other in zip(picture.questions, *both, strict=True)
-    ]
-    return Paired(
-        len(pairs),
-        sum(mine for mine, _ in pairs),
-        sum(other for _, other in pairs),
-        sum(mine and not other for mine, other in pairs),
-        sum(other and not mine for mine, other in pairs),
-    )

@@ -27,12 +27,9 @@ def word_prompts(length: int, seed: int = 0) -> Iterator[list[int]]:
 
 
 def image_prompt(
-    picture: Image.Image,
-    rate: float | None,
-    question: str = QUESTION,
-    mark: str = "<image>",
+    picture: Image.Image, rate: float | None, mark: str = "<image>"
 ) -> dict[str, object]:
     """Return what ``LLM.generate`` takes; a rate of None is for an engine that cannot prune."""
-    text = prompt_of(question).replace("<image>", mark)
+    text = prompt_of(QUESTION).replace("<image>", mark)
     prompt = {"prompt": text, "multi_modal_data": {"image": picture}}
     return prompt if rate is None else {**prompt, "mm_processor_kwargs": {"era": [rate]}}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from era_vllm.bench.fidelity import Paired
+    from era_vllm.lab.scores import Estimate, Score
 
 STAGES: Final = {
     "tower": "#9aa5b1",
@@ -98,7 +98,7 @@ def segments(
     path: Path,
     title: str,
     panels: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
-    answers: Mapping[str, "Paired"],
+    answers: "Mapping[str, tuple[Score, Estimate]]",
 ) -> None:
     """Draw values over the tokens of a block, and right answers against those of whole pictures.
 
@@ -106,7 +106,7 @@ def segments(
         path: PNG.
         title: Over everything.
         panels: What is measured -> line -> blocks' tokens, values.
-        answers: Case -> right answers in pairs.
+        answers: Case -> right answers, and how many more than whole.
     """
     figure, axes = _figure(1, 1 + len(panels), (4.2 * (1 + len(panels)), 3.8))
     for axis, (name, lines) in zip(axes, panels.items(), strict=False):
@@ -117,9 +117,11 @@ def segments(
         axis.set_ylabel(name)
         axis.legend(fontsize=7)
     axes[0].set_yscale("log")
-    differences = [one.difference for one in answers.values()]
-    means, halves = ([100 * value for value in column] for column in zip(*differences, strict=True))
-    axes[-1].errorbar(means, list(answers), xerr=halves, fmt="o", color=_OTHER)
+    gains = [gain for _, gain in answers.values()]
+    ends = [(gain.value - gain.low, gain.high - gain.value) for gain in gains]
+    spans = [[100 * max(0.0, end) for end in side] for side in zip(*ends, strict=True)]
+    means = [100 * gain.value for gain in gains]
+    axes[-1].errorbar(means, list(answers), xerr=spans, fmt="o", color=_OTHER)
     axes[-1].axvline(0, color="grey", linestyle="--")
     axes[-1].set_xlabel("right against whole, % of questions")
     _save(figure, title, path)

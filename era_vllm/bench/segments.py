@@ -55,9 +55,13 @@ def run(options: SegmentsOptions, out: Path) -> Report:
     header = ["tokens, block, policy", "prune", "of whole", "memory", "1 - cos", "MSE", "shared"]
     of_tower = shares(samples, options)
     scored = [
-        [name, f"{one.right} of {one.asked}", f"{mean:+.1%}", f"{half:.1%}"]
-        for name, one in answered.items()
-        for mean, half in (one.difference,)
+        [
+            name,
+            f"{of.right} of {of.asked}",
+            f"{gain.value:+.1%}",
+            f"{gain.low:+.1%} to {gain.high:+.1%}",
+        ]
+        for name, (of, gain) in answered.items()
     ]
     sampled = [
         [name, *(percent(one[key]) for key in _SAMPLE_KEYS)] for name, one in sampling.items()
@@ -85,7 +89,7 @@ def run(options: SegmentsOptions, out: Path) -> Report:
             table(
                 ["share of the tower", "reducer"], [[k, percent(v)] for k, v in of_tower.items()]
             ),
-            table(["answers, blocks of", "right", "against whole", "+-"], scored),
+            table(["answers, blocks of", "right", "against whole", "95 %"], scored),
             table(
                 ["a sample of queries", *(key.replace("_", " ") for key in _SAMPLE_KEYS)], sampled
             ),
@@ -98,7 +102,10 @@ def run(options: SegmentsOptions, out: Path) -> Report:
             "fidelity": fidelity,
             "share_of_tower": of_tower,
             "tower": {**asdict(QWEN3_VL), "patches": options.patches},
-            "answers": {name: one.as_dict() for name, one in answered.items()},
+            "answers": {
+                name: {**asdict(of), "against_whole": asdict(gain)}
+                for name, (of, gain) in answered.items()
+            },
             "sample_of_queries": sampling,
         },
         notes=(

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _answers() -> dict[str, object]:
-    from era_vllm.lab.asking import ServerAsker
+    from era_vllm.lab.asking import ServerAsker, ask
     from era_vllm.lab.samples import load_samples
     from era_vllm.lab.servers import Server, wait_for
 
@@ -116,7 +116,7 @@ def _answers() -> dict[str, object]:
         answers: list[list[list[Answer]]] = []
         for server in servers:
             with ServerAsker(server.url) as asker:
-                answers.append(asker.ask(samples))
+                answers.append(ask(asker, samples))
     print("\n" + _table(samples, answers) + "\n")
     return {"rates": RATES, "questions": _asked(samples, answers)}
 
@@ -125,7 +125,7 @@ def _tasks() -> dict[str, object]:
     """Ask one server of the small Qwen3-VL everything at both rates."""
     from era_vllm.bench.provenance import fast_dtype
     from era_vllm.lab import CHECKPOINT_QWEN3_VL
-    from era_vllm.lab.asking import ServerAsker
+    from era_vllm.lab.asking import ServerAsker, ask
     from era_vllm.lab.samples import load_task_samples
     from era_vllm.lab.servers import Server, wait_for
 
@@ -136,10 +136,8 @@ def _tasks() -> dict[str, object]:
     log = OUT / "server_qwen3_vl.log"
     with Server("the server of Qwen3-VL", command, _SERVER_ENVIRONMENT, log) as server:
         wait_for([server])
-        answers: list[list[list[Answer]]] = []
-        for rate in TASK_RATES:
-            with ServerAsker(server.url, rate) as asker:
-                answers.append(asker.ask(samples))
+        with ServerAsker(server.url) as asker:
+            answers = [ask(asker, samples, rate) for rate in TASK_RATES]
     first = [f"{_KINDS[sample.kind]}: {sample.questions[0].text}" for sample in samples]
     print("\n" + _table(samples, answers, TASK_RATES, first) + "\n")
     return {"rates": TASK_RATES, "questions": _asked(samples, answers)}

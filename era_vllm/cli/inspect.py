@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.calibration import calibrated
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from era_vllm.policies import make_policy
     from era_vllm.types import Signal
 
-    config = EraConfig.parse(era_settings(arguments))
+    config = EraConfig.parse(calibrated(arguments.model, era_settings(arguments)))
     language = Signal.LANGUAGE_QUERIES in make_policy(config).needs
     _check_out(arguments.out, arguments.image)
     image = open_image(arguments.image)

@@ -18,8 +18,9 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm serve                         OpenAI server with the sample model, 78 % pruned
   era-vllm inspect photo.png             a picture of the tokens that are kept
   era-vllm demo                          two servers, a dozen pictures, both answers
-  era-vllm eval                          right answers over HTTP, by family, with intervals
-  era-vllm accuracy                      right answers of the engine, policies against rates
+  era-vllm calibrate                     how much of the log-bias each layer takes
+  era-vllm recommend MODEL photos        how much can be pruned of pictures of your own
+  era-vllm eval                          right answers by family, with intervals
   era-vllm bench serve                   time against stock vLLM, and where it goes
   era-vllm sample-model smol             assemble a LLaVA on a real decoder (93 MB to fetch)
   era-vllm train --arch qwen3_vl --out run      train a small model (hours)
@@ -29,8 +30,10 @@ COMMANDS: Final = {
     "inspect": "draw the tokens that are kept of an image",
     "doctor": "check versions, plugin, model, and one live answer",
     "demo": "show answers with and without pruning, and the speed",
-    "eval": "measure accuracy over HTTP, by family of questions",
-    "accuracy": "measure accuracy under pruning in the engine",
+    "calibrate": "measure how much of the bias each layer takes",
+    "ecl": "find the layer where visual tokens' matrix entropy collapses",
+    "recommend": "find the pruning rate for pictures of your own",
+    "eval": "measure accuracy under pruning, by family of questions",
     "bench": "measure what pruning costs and saves",
     "sample-model": "assemble a model that is too large to ship",
     "train": "train a small model on generated pictures",

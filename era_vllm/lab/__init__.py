@@ -1,7 +1,7 @@
 """What proves accuracy: a picture generator, small models trained on it, and a scorer.
 
 Reading order: `synth/dataset.py` (pictures with questions and right answers), `asking.py` (what a
-model answers), `accuracy.py` (how often it is right), `checkpoint/` (the model), `train/loop.py`
+model answers), `scores.py` (what that is worth), `checkpoint/` (the model), `train/loop.py`
 (the trainer), `samples/` (a dozen pictures).
 Nothing here imports vllm, and importing this package imports nothing but the standard library.
 """

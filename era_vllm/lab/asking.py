@@ -1,35 +1,59 @@
-"""Put questions about pictures to a model: one protocol, answered by transformers or a server.
+"""Put questions about pictures to a model: one protocol, whoever answers.
 
-An asker answers at one pruning rate. Leaves out the engine in this process (``bench/engines.py``
-has its asker), pictures (``samples.py``, ``synth/``) and how often answers are right
-(``accuracy.py``, ``scores.py``).
+An asker is a model that answers at any pruning rate: a server or plain transformers here, an engine
+in this process in ``bench/engines.py``. All read the same files and the same chat template. Leaves
+out pictures (``samples.py``, ``synth/``) and what answers are worth (``scores.py``).
 """
 
-from collections.abc import Iterator, Sequence
+import io
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Event
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+
+from PIL import Image
+from tqdm import tqdm
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.media import Medium, of_task, png
-from era_vllm.lab.oracle import Oracle, segments_of
-from era_vllm.lab.samples import Sample, TaskSample
+from era_vllm.lab.media import Medium
 from era_vllm.lab.screen import bar
-from era_vllm.lab.synth.dataset import Example
-from era_vllm.lab.synth.questions import Question
-from era_vllm.lab.synth.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from era_vllm.lab.oracle import Oracle
+    from era_vllm.lab.synth.questions import Question
 
 MAX_TOKENS: Final = 8
-"""Of an answer; the longest right one has three words, then the end."""
-_TIMEOUT_S: Final = 120.0
+"""Of an answer; the longest right one of a generated question has three words, then the end."""
+SHOWN: Final = 20
+"""First tokens whose log-probabilities vLLM tells of at most, where nothing else is set."""
+LEAST: Final = 1e-6
+"""Probability below which plain transformers tells of no first token."""
+_TIMEOUT_S: Final = 600.0
 _SUBJECTS_AT_ONCE: Final = 4
-Picture = Example | Sample
-"""What is asked about: a picture with its questions, at least one."""
-Subject = Picture | Task | TaskSample
-"""The same, or pictures or a video with questions about all of it."""
+_OF_THE_SUBJECT: Final = (400, 413, 415, 422)
+"""Statuses of a server that will not take a picture, where it may take the next."""
+
+
+class Subject(Protocol):
+    """A picture, several, or a video, with questions about all of it: at least one."""
+
+    @property
+    def questions(self) -> "tuple[Question, ...]":
+        """What is asked; askers read its ``text``."""
+        ...
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """Files in the order in which they are sent."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +63,37 @@ class Answer:
     text: str
     image_tokens: int
     """Of the pictures and the video, after pruning."""
+    seconds: float = field(default=0.0, compare=False)
+    """A server's request, beside up to three others; an engine's batch, a question's share."""
+    first: Mapping[int, float] | None = field(default=None, compare=False)
+    """Token id -> log-probability of the first token, the likeliest; None: not asked for."""
 
-    def is_right(self, question: Question) -> bool:
+    def is_right(self, question: "Question") -> bool:
         """Whether it is exactly right."""
         return self.text == question.answer
 
 
 class Asker(Protocol):
-    """A model at one pruning rate; decodes greedily."""
+    """A model; decodes greedily."""
 
-    def ask(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
-        """Return for each picture its answers, in the order of its questions."""
+    def each(self, subjects: Sequence[Subject], rate: float | None) -> Iterator[list[Answer]]:
+        """Yield the answers to each subject in turn, in the order of its questions.
+
+        Args:    rate: of pruning; None: the model's own.
+        Raises:  UnsupportedError: it cannot answer; nothing further is asked.
+        """
         ...
+
+
+def ask(asker: Asker, subjects: Sequence[Subject], rate: float | None = None) -> list[list[Answer]]:
+    """Return the answers to all subjects, with a progress bar."""
+    total = sum(len(subject.questions) for subject in subjects)
+    with bar(total, "asking", "question") as shown:
+        found: list[list[Answer]] = []
+        for answers in asker.each(subjects, rate):
+            found.append(answers)
+            shown.update(len(answers))
+    return found
 
 
 def prompt_of(question: str) -> str:
@@ -58,11 +101,18 @@ def prompt_of(question: str) -> str:
     return f"USER: <image>\n{question} ASSISTANT:"
 
 
-def chat_prompt(tokenizer: Any, question: str) -> str:  # noqa: ANN401  # Hugging Face's
-    """Return a question about one picture in the form of a model's chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def chat_prompt(tokenizer: Any, question: str, pictures: int = 1) -> str:  # noqa: ANN401
+    """Return a question about pictures in the form of a model's chat template."""
+    content = [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def messages_of(subject: Subject) -> Iterator[list[dict[str, object]]]:
+    """Yield the messages of each question, files before text."""
+    parts = [medium.part() for medium in subject.media]
+    for question in subject.questions:
+        yield [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
 
 
 def cleaned(text: str) -> str:
@@ -71,67 +121,99 @@ def cleaned(text: str) -> str:
 
 
 class TransformersAsker:
-    """Asks plain transformers: the reference that the engine is held against. Imports no vLLM."""
+    """Asks plain transformers: the reference that the engine is held against. Imports no vLLM.
 
-    def __init__(self, oracle: Oracle, config: EraConfig, rate: float) -> None:
-        self._oracle, self._config, self._rate = oracle, config, rate
+    About pictures: the oracle carries no tower that reads videos.
+    """
 
-    def ask(self, pictures: Sequence[Picture]) -> list[list[Answer]]:
-        """Return for each picture its answers."""
-        found: list[list[Answer]] = []
-        with bar(len(pictures), f"{self._config.policy} at {self._rate:g}", "picture") as shown:
-            for picture in pictures:
-                segments = segments_of(
-                    self._oracle.reduce([picture.image], self._config, self._rate)
-                )
-                texts = [
-                    self._oracle.answer(
-                        prompt_of(question.text), segments, MAX_TOKENS, self._config.positions
-                    )
-                    for question in picture.questions
-                ]
-                found.append([Answer(cleaned(text), len(segments[0].anchors)) for text in texts])
-                shown.update()
+    def __init__(self, oracle: "Oracle", config: EraConfig, max_tokens: int = MAX_TOKENS) -> None:
+        self._oracle, self._config, self._max_tokens = oracle, config, max_tokens
+
+    def each(
+        self, subjects: Sequence[Subject], rate: float | None = None
+    ) -> Iterator[list[Answer]]:
+        """Yield the answers to each subject in turn."""
+        rate = self._config.pruning_rate if rate is None else rate
+        for subject in subjects:
+            yield self._about(subject, rate)
+
+    def _about(self, subject: Subject, rate: float) -> list[Answer]:
+        from era_vllm.lab.oracle import segments_of
+
+        media, started = subject.media, time.perf_counter()
+        oracle, config = self._oracle, self._config
+        if any(medium.kind == "video" for medium in media):
+            raise UnsupportedError(
+                "transformers: got a video, allowed: pictures, which alone it prunes by itself; "
+                "ask an engine or a server"
+            )
+        images = [Image.open(io.BytesIO(medium.data)).convert("RGB") for medium in media]
+        segments = segments_of(oracle.reduce(images, self._config, rate))
+        kept = [len(segment.anchors) for segment in segments]
+        shared_s = (time.perf_counter() - started) / len(subject.questions)
+        found: list[Answer] = []
+        for question in subject.questions:
+            started = time.perf_counter()
+            prompt = chat_prompt(oracle.processor, question.text, len(images))
+            ids = oracle.prompt_ids(prompt, kept, add_special_tokens=False)
+            text, first = oracle.decode(
+                ids, segments, self._max_tokens, config.positions, config.gamma
+            )
+            seconds = shared_s + time.perf_counter() - started
+            found.append(Answer(cleaned(text), sum(kept), seconds, _likely(first)))
         return found
 
 
-def media_of(subject: Subject) -> tuple[Medium, ...]:
-    """Return the files that a question is about, in the order in which they are sent."""
-    if isinstance(subject, TaskSample):
-        return subject.media
-    if isinstance(subject, Task):
-        return of_task(subject)
-    return (png(subject.image),)
+def _likely(row: "Tensor") -> dict[int, float]:
+    floor = math.log(LEAST)
+    return {token: value for token, value in enumerate(row.tolist()) if value > floor}
 
 
 class ServerAsker:
-    """Asks a server of ours on this machine, past any proxy, for its only model.
+    """Asks a server of ours, past any proxy, for its only model.
 
     A context manager, which closes its connections.
     """
 
-    def __init__(self, url: str, rate: float | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        max_tokens: int = MAX_TOKENS,
+        *,
+        shown: int = 0,
+        key: str | None = None,
+        passes_over: bool = False,
+    ) -> None:
         """Connect.
 
-        Args:    rate: of each request; None: the server's.
-        Raises:  UnsupportedError: it does not tell its model.
+        Args:
+            url: Without ``/v1``.
+            max_tokens: Of an answer.
+            shown: First tokens whose log-probabilities are asked for.
+            key: The server's; None where it has none.
+            passes_over: A subject that the server will not take is named on standard error, and
+                has no answers.
+
+        Raises:
+            UnsupportedError: it does not tell its model.
         """
         from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
         self._client = OpenAI(
             base_url=f"{url}/v1",
-            api_key="none",
+            api_key=key or "none",
             max_retries=2,  # a server with too much to do says when to come again
             timeout=_TIMEOUT_S,
             http_client=DefaultHttpxClient(trust_env=False),
         )
-        self._url, self._failed = url, OpenAIError
+        self._url, self._failed, self._max_tokens = url, OpenAIError, max_tokens
+        self._passes_over, self._left_out = passes_over, set[str]()
         try:
             self._model = self._client.models.list().data[0].id
         except (OpenAIError, IndexError) as error:
             self._client.close()
             raise self._refusal(error) from error
-        self._extra = {} if rate is None else {"era": {"pruning_rate": rate}}
+        self._extra: dict[str, Any] = {"logprobs": True, "top_logprobs": shown} if shown else {}
 
     def __enter__(self) -> Self:
         return self
@@ -139,17 +221,9 @@ class ServerAsker:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def ask(self, subjects: Sequence[Subject]) -> list[list[Answer]]:
-        """Return for each subject its answers, with a progress bar."""
-        total = sum(len(subject.questions) for subject in subjects)
-        with bar(total, "asking", "question") as shown:
-            found: list[list[Answer]] = []
-            for answers in self.each(subjects):
-                found.append(answers)
-                shown.update(len(answers))
-        return found
-
-    def each(self, subjects: Sequence[Subject]) -> Iterator[list[Answer]]:
+    def each(
+        self, subjects: Sequence[Subject], rate: float | None = None
+    ) -> Iterator[list[Answer]]:
         """Yield the answers to each subject in turn; some are under way at once.
 
         Raises:
@@ -158,31 +232,40 @@ class ServerAsker:
         over = Event()
         with ThreadPoolExecutor(_SUBJECTS_AT_ONCE) as pool:
             try:
-                yield from pool.map(partial(self._about, over=over), subjects)
+                yield from pool.map(partial(self._about, rate=rate, over=over), subjects)
             finally:
                 over.set()
 
-    def _about(self, subject: Subject, over: Event) -> list[Answer]:
-        parts = [medium.part() for medium in media_of(subject)]
+    def _about(self, subject: Subject, rate: float | None, over: Event) -> list[Answer]:
         found: list[Answer] = []
-        for question in subject.questions:
+        for messages in messages_of(subject):
             if over.is_set():
                 break
-            found.append(self._answer(question.text, parts))
+            try:
+                found.append(self._answer(messages, rate))
+            except self._failed as error:
+                status = getattr(error, "status_code", None)
+                if not self._passes_over or status not in _OF_THE_SUBJECT:
+                    raise self._refusal(error) from error
+                if (name := getattr(subject, "name", "a subject")) not in self._left_out:
+                    self._left_out.add(name)
+                    tqdm.write(f"left out: {name}: {self._refusal(error)}", sys.stderr)
+                return []
         return found
 
-    def _answer(self, question: str, parts: list[dict[str, object]]) -> Answer:
-        content = [*parts, {"type": "text", "text": question}]
-        try:
-            reply = self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": content}],  # type: ignore[misc, list-item]
-                max_tokens=MAX_TOKENS,
-                temperature=0,
-                extra_body=self._extra,
-            )
-        except self._failed as error:
-            raise self._refusal(error) from error
+    def _answer(self, messages: list[dict[str, object]], rate: float | None) -> Answer:
+        extra: dict[str, object] = {} if rate is None else {"era": {"pruning_rate": rate}}
+        extra |= {"return_tokens_as_token_ids": True} if self._extra else {}
+        started = time.perf_counter()
+        reply = self._client.chat.completions.create(
+            model=self._model,
+            messages=messages,  # type: ignore[arg-type]
+            max_tokens=self._max_tokens,
+            temperature=0,
+            extra_body=extra,
+            **self._extra,
+        )
+        seconds = time.perf_counter() - started
         pruned = getattr(reply, "era", None)
         if pruned is None:
             raise UnsupportedError(
@@ -190,8 +273,30 @@ class ServerAsker:
                 "one of era-vllm serve"
             )
         items = [*pruned.get("images", ()), *pruned.get("videos", ())]
-        tokens = sum(item["tokens_after"] for item in items)
-        return Answer(cleaned(reply.choices[0].message.content or ""), tokens)
+        tokens, choice = sum(item["tokens_after"] for item in items), reply.choices[0]
+        told = choice.logprobs.content if choice.logprobs else None
+        first = told and {
+            int(one.token.partition(":")[2]): one.logprob for one in told[0].top_logprobs
+        }
+        return Answer(cleaned(choice.message.content or ""), tokens, seconds, first or None)
+
+    def drawn(self, picture: Medium, rate: float) -> bytes:
+        """Return a PNG of what is kept of a picture.
+
+        Raises:
+            UnsupportedError: the server does not draw it.
+        """
+        import httpx
+
+        body = {**picture.part(), "era": {"pruning_rate": rate}}
+        accept: Any = {"headers": {"Accept": "image/png"}}
+        try:
+            reply = self._client.post(
+                "/era/inspect", cast_to=httpx.Response, body=body, options=accept
+            )
+        except self._failed as error:
+            raise self._refusal(error) from error
+        return reply.content
 
     def _refusal(self, error: Exception) -> UnsupportedError:
         said = str(error)[:500] or type(error).__name__

@@ -17,13 +17,17 @@ from era_vllm.lab.scores import (
     Estimate,
     accuracy,
     agreement,
+    by_family,
     count,
     difference,
+    divergence,
 )
+from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import YES_NO
 
 _HEAD: Final = (
-    "policy and options", "rate", "tokens", "right", "against rate 0", "yes/no", "same as rate 0",
+    "policy and options", "rate", "tokens", "s", "right", "against rate 0", "yes/no",
+    "same as rate 0", "KL",
 )  # fmt: skip
 
 
@@ -35,7 +39,10 @@ class Scored:
     rate: float
     tokens: float
     """Visual tokens of a subject, the mean."""
+    seconds: float
+    """Of a question, the mean."""
     counts: Counts
+    families: Mapping[TaskFamily, Estimate]
     right: Estimate | None
     """Mean over families without yes/no; None where none of them was asked."""
     against: Estimate | None
@@ -43,6 +50,8 @@ class Scored:
     yes_no: Estimate | None
     same: Estimate | None
     """Answers that are those of the unpruned row."""
+    kl: Estimate | None
+    """Of their first tokens from the unpruned row's (``scores.kl``)."""
 
     def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
@@ -58,16 +67,21 @@ def scored(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[Scored]:
     for index, (row, counts) in enumerate(zip(rows, counted, strict=True)):
         compared = base is not None and index != base
         tokens = sum(given[0].image_tokens for given in row.answers) / len(row.answers)
+        seconds = [answer.seconds for given in row.answers for answer in given]
+        pair = (counts.kinds, row.answers, rows[base].answers) if compared else None
         found.append(
             Scored(
                 row.variant,
                 row.rate,
                 tokens,
+                sum(seconds) / len(seconds),
                 counts,
+                by_family(counts),
                 accuracy(counts),
                 difference(counts, counted[base]) if compared else None,
                 accuracy(counts, yes_no=True),
-                agreement(counts.kinds, row.answers, rows[base].answers) if compared else None,
+                agreement(*pair) if pair else None,
+                divergence(*pair) if pair else None,
             )
         )
     return found
@@ -87,13 +101,14 @@ def markdown(report: Mapping[str, Any], rows: Sequence[Scored]) -> str:
     lines = [
         f"# Accuracy under pruning: {report['model']}",
         "",
-        f"Tasks: {tasks}, seed {report['seed']}, {asked} questions; exact match, over HTTP.",
-        f"`{report['command']}`, {origin}.",
+        f"Tasks: {tasks}, seed {report['seed']}, {asked} questions; exact match.",
+        f"`{report['command']}`, asker {report['asker']}, {origin}.",
         "",
         "*Right*: mean over families of questions, each counting the same, without yes/no",
         "questions, which chance answers half of. *Against rate 0*: difference in points over the",
         f"same tasks. Intervals: 95 %, {RESAMPLES} resamples of tasks. *Tokens*: visual ones of a",
-        "task, the mean. Rate 0 is stock vLLM. Fewer than some 30 tasks say little.",
+        "task, the mean. *s*: seconds a question, beside others that are under way. *KL*: of first",
+        "tokens from rate 0's, nats. Rate 0 is stock vLLM. Fewer than some 30 tasks say little.",
         "",
         *_table(_HEAD, [_cells(row) for row in rows]),
         "",
@@ -108,7 +123,7 @@ def markdown(report: Mapping[str, Any], rows: Sequence[Scored]) -> str:
         [
             row.variant,
             f"{row.rate:g}",
-            *(f"{100 * right / of:.0f}" for right, of in row.counts.by_family.values()),
+            *(found.text(".0f") for found in row.families.values()),
         ]
         for row in rows
     ]
@@ -121,18 +136,17 @@ def _cells(row: Scored) -> list[str]:
         row.variant,
         f"{row.rate:g}",
         f"{row.tokens:.1f}",
-        _percent(row.right),
-        _percent(row.against, "+"),
-        _percent(row.yes_no),
-        _percent(row.same),
+        f"{row.seconds:.3f}",
+        _text(row.right),
+        _text(row.against, "+.1f"),
+        _text(row.yes_no),
+        _text(row.same),
+        _text(row.kl, ".3f", 1),
     ]
 
 
-def _percent(found: Estimate | None, sign: str = "") -> str:
-    if found is None:
-        return "-"
-    value, low, high = (format(100 * x, f"{sign}.1f") for x in asdict(found).values())
-    return f"{value} ({low} to {high})"
+def _text(found: Estimate | None, form: str = ".1f", unit: float = 100.0) -> str:
+    return "-" if found is None else found.text(form, unit)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,9 +1,9 @@
-"""Ask servers of ours everything: variants (policy and options) x rates, and keep each answer.
+"""Ask a model everything: variants (policy and options) x rates, and keep each answer.
 
-A variant is a server, a rate a field of its requests. Answers are written as they come, so that an
-evaluation that was stopped goes on where it was. Rate 0 is stock vLLM whatever the variant, and
-asked once. Leaves out what the answers are worth (``scores.py``) and the page
-(``eval_report.py``).
+A variant is an asker of its own (a server, an engine), a rate what it is asked with. Answers are
+written as they come, so that an evaluation that was stopped goes on where it was. Rate 0 is stock
+vLLM whatever the variant, and asked once. Leaves out who answers (``cli/askers.py``), what the
+answers are worth (``scores.py``) and the pages (``eval_report.py``, ``recommend_report.py``).
 """
 
 import json
@@ -17,16 +17,18 @@ from typing import Any, Final, Self
 from tqdm import tqdm
 
 from era_vllm.errors import ConfigError
-from era_vllm.lab.asking import Answer, ServerAsker, Subject
+from era_vllm.lab.asking import Answer, Asker, Subject
 
 ANSWERS: Final = "answers.jsonl"
+FORMAT: Final = 2
+"""Of that file: since 2 each answer's seconds and first token are in it."""
 UNPRUNED: Final = "unpruned"
 """The row at rate 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What a server is started with."""
+    """How a model prunes."""
 
     policy: str
     options: tuple[tuple[str, object], ...] = ()
@@ -35,20 +37,18 @@ class Variant:
     @property
     def name(self) -> str:
         """Return ``era``, ``era bias=false``."""
-        said = (f"{name}={json.dumps(value)}" for name, value in self.options)
-        return " ".join([self.policy, *said])
+        return " ".join(
+            [self.policy, *(f"{name}={setting(value)}" for name, value in self.options)]
+        )
 
     def row(self, rate: float) -> str:
         """Return the name of its row at a rate; at 0 it is stock vLLM, whatever it is."""
         return self.name if rate else UNPRUNED
 
-    def variables(self) -> dict[str, str]:
-        """Return the environment that ``era-vllm serve`` reads it from."""
-        fields = {"policy": self.policy, **dict(self.options)}
-        return {
-            f"ERA_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
-            for name, value in fields.items()
-        }
+    @property
+    def settings(self) -> dict[str, object]:
+        """Return fields of ``EraConfig``."""
+        return {"policy": self.policy, **dict(self.options)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Answers:
                 f"--out: {str(self._path)!r}: {error.strerror}; name another folder"
             ) from error
         try:
-            self._begin(json.loads(json.dumps(head)))
+            self._begin(json.loads(json.dumps({"format": FORMAT, **head})))
         except BaseException:
             self._file.close()
             raise
@@ -114,6 +114,11 @@ class Answers:
 
     def _read(self, lines: Sequence[str], head: Mapping[str, object]) -> None:
         found, *rows = map(json.loads, lines)
+        if "model" in found and found.get("format") != FORMAT:
+            raise ConfigError(
+                f"--out: {str(self._path)!r} has format {found.get('format', 1)}, needed {FORMAT}: "
+                "another version of era-vllm wrote it; name another folder, or remove that file"
+            )
         names = [name for name in {**head, **found} if found.get(name) != head.get(name)]
         if names:
             raise ConfigError(
@@ -124,7 +129,8 @@ class Answers:
             known = self.of(row["variant"], row["rate"])
             if row["subject"] != len(known):
                 raise ValueError(f"subject {row['subject']} where {len(known)} was to come")
-            known.append([Answer(str(text), int(row["tokens"])) for text in row["texts"]])
+            rest = zip(row["texts"], row["seconds"], row["first"], strict=True)
+            known.append([_answer(int(row["tokens"]), *one) for one in rest])
 
     def __enter__(self) -> Self:
         return self
@@ -140,10 +146,26 @@ class Answers:
         """Keep the answers to the next subject."""
         known = self.of(variant, rate)
         line: dict[str, Any] = {"variant": variant, "rate": rate, "subject": len(known)}
-        line |= {"tokens": given[0].image_tokens, "texts": [answer.text for answer in given]}
+        line |= {"tokens": given[0].image_tokens if given else 0}
+        line |= {"texts": [answer.text for answer in given]}
+        line["seconds"] = [round(answer.seconds, 4) for answer in given]
+        line["first"] = [_rounded(answer.first) for answer in given]
         known.append(given)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+def setting(value: object) -> str:
+    """Return a field's value as a flag or a variable spells it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _rounded(first: Mapping[int, float] | None) -> dict[int, float] | None:
+    return first and {token: round(value, 5) for token, value in first.items()}
+
+
+def _answer(tokens: int, text: str, seconds: float, first: dict[str, float] | None) -> Answer:
+    return Answer(text, tokens, seconds, first and {int(key): first[key] for key in first})
 
 
 def cells(variants: Sequence[Variant], rates: Sequence[float]) -> list[tuple[Variant, float]]:
@@ -157,7 +179,7 @@ def evaluate(
     subjects: Sequence[Subject],
     wanted: Sequence[tuple[Variant, float]],
     answers: Answers,
-    served: Callable[[Variant], AbstractContextManager[str]],
+    asker_of: Callable[[Variant], AbstractContextManager[Asker]],
     shown: "tqdm[Any]",
 ) -> Iterator[Row]:
     """Ask what has no answer yet, and yield the rows as they are whole.
@@ -165,7 +187,7 @@ def evaluate(
     Args:
         wanted: Of ``cells``.
         answers: The file.
-        served: ``served(variant)`` is a context that yields a server's URL.
+        asker_of: ``asker_of(variant)`` is a context that yields what answers.
         shown: Progress over cells x subjects.
     """
     for variant in dict.fromkeys(variant for variant, _ in wanted):
@@ -174,12 +196,11 @@ def evaluate(
         shown.update(sum(map(len, known.values())))
         left = [rate for rate in rates if len(known[rate]) < len(subjects)]
         if left:
-            with served(variant) as url:
+            with asker_of(variant) as asker:
                 for rate in left:
                     shown.set_postfix_str(f"{variant.name} at {rate:g}")
-                    with ServerAsker(url, rate) as asker:
-                        for given in asker.each(subjects[len(known[rate]) :]):
-                            answers.add(rates[rate], rate, given)
-                            shown.update()
+                    for given in asker.each(subjects[len(known[rate]) :], rate):
+                        answers.add(rates[rate], rate, given)
+                        shown.update()
         for rate, name in rates.items():
             yield Row(name, rate, known[rate])

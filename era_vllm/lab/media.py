@@ -9,15 +9,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from PIL import Image
 
 from era_vllm.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from era_vllm.lab.synth.film import Item
-    from era_vllm.lab.synth.tasks import Task
 
 Kind = Literal["image", "video"]
 _NEEDED: Final = "pip install opencv-python-headless"
@@ -26,14 +22,15 @@ _TYPES: Final = {"image": "image/png", "video": "video/mp4"}
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A PNG, or an MP4 (VP9)."""
+    """A PNG, an MP4 (VP9), or what ``mime`` says."""
 
     kind: Kind
     data: bytes
+    mime: str = ""
 
     def part(self) -> dict[str, object]:
         """Return it as a part of an OpenAI message."""
-        url = f"data:{_TYPES[self.kind]};base64,{base64.b64encode(self.data).decode()}"
+        url = f"data:{self.mime or _TYPES[self.kind]};base64,{base64.b64encode(self.data).decode()}"
         return {"type": f"{self.kind}_url", f"{self.kind}_url": {"url": url}}
 
 
@@ -69,13 +66,8 @@ def mp4(frames: Sequence[Image.Image], per_second: float) -> Medium:
         return Medium("video", path.read_bytes())
 
 
-def of_task(task: "Task") -> tuple[Medium, ...]:
-    """Return the pictures, or the video, of a task."""
-    return tuple(_of_item(item) for item in task.items)
-
-
-def _of_item(item: "Item") -> Medium:
-    if len(item.frames) == 1:
-        return png(item.frames[0])
-    moment_s = item.seconds[1] - item.seconds[0]
-    return mp4(item.frames, len(item.frames) / len(item.seconds) / moment_s)
+def of_frames(frames: Sequence[Image.Image], seconds: Sequence[float]) -> Medium:
+    """Return a picture of one frame, or a video with a frame or more for each of its moments."""
+    if len(frames) == 1:
+        return png(frames[0])
+    return mp4(frames, len(frames) / len(seconds) / (seconds[1] - seconds[0]))

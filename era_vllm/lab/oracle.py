@@ -262,15 +262,20 @@ class Oracle(LanguageOracle):
         rows = zip(embeds, policy.log_bias(tokens, clusters), anchors, strict=True)
         return [Segment(*row, tokens.n) for row in rows]
 
-    def prompt_ids(self, text: str, num_anchors: Sequence[int]) -> list[int]:
-        """Tokenize a prompt and widen each ``<image>`` to its number of anchors."""
+    def prompt_ids(
+        self, text: str, num_anchors: Sequence[int], *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Tokenize a prompt and widen each ``<image>`` to its number of anchors.
+
+        Args:    add_special_tokens: False for a chat template's text, which has its own.
+        """
         counts = iter(num_anchors)
         ids: list[int] = []
-        for token in self.processor.tokenizer(text)["input_ids"]:
+        tokenized = self.processor.tokenizer(text, add_special_tokens=add_special_tokens)
+        for token in tokenized["input_ids"]:
             ids += [token] * (next(counts) if token == self.image_token else 1)
         return ids
 
-    @torch.inference_mode()
     def answer(
         self,
         text: str,
@@ -278,15 +283,32 @@ class Oracle(LanguageOracle):
         max_tokens: int = 8,
         positions: Literal["original", "compact"] = "original",
     ) -> str:
-        """Decode greedily; slow, for small models."""
+        """Return a plain prompt's answer."""
         ids = self.prompt_ids(text, [len(segment.log_bias) for segment in segments])
-        start = len(ids)
+        return self.decode(ids, segments, max_tokens, positions)[0]
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        prompt_ids: Sequence[int],
+        segments: Sequence[Segment],
+        max_tokens: int,
+        positions: Literal["original", "compact"],
+        gamma: Gamma = None,
+    ) -> tuple[str, Float32[Tensor, "v"]]:
+        """Decode greedily; slow, for small models.
+
+        Returns: the answer, and the log-probabilities of its first token.
+        """
+        ids, rows = list(prompt_ids), list[Tensor]()
         for _ in range(max_tokens):
-            token = int(self.log_probs(ids, segments, 1, positions=positions).argmax())
+            rows.append(self.log_probs(ids, segments, 1, positions=positions, gamma=gamma)[0])
+            token = int(rows[-1].argmax())
             if token == self.model.generation_config.eos_token_id:
                 break
             ids.append(token)
-        return self.processor.tokenizer.decode(ids[start:], skip_special_tokens=True)
+        new = ids[len(prompt_ids) :]
+        return self.processor.tokenizer.decode(new, skip_special_tokens=True), rows[0]
 
 
 def first_queries(

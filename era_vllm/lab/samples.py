@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from PIL import Image
 
-from era_vllm.lab.media import Medium, of_task
+from era_vllm.lab.media import Medium, png
 
 if TYPE_CHECKING:
     from era_vllm.lab.synth.questions import Question
@@ -62,6 +62,11 @@ class Sample:
     photo: str
     image: Image.Image
     questions: "tuple[Question, ...]"
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """Return the picture as a file."""
+        return (png(self.image),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +173,7 @@ def write_task_samples(folder: Path) -> None:
         for number in range(TASKS.get(kind, 0)):
             task = draw_task(kind, _TASK_SEED, number, material)
             files: list[str] = []
-            for place, medium in enumerate(of_task(task)):
+            for place, medium in enumerate(task.media):
                 ending = "png" if medium.kind == "image" else "mp4"
                 files.append(f"{kind}_{number}_{place}.{ending}")
                 (folder / files[-1]).write_bytes(medium.data)

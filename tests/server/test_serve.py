@@ -191,13 +191,3 @@ def test_accuracy_over_http(servers, held_out, expected):
         found = sum(pool.map(ask, held_out)) / len(held_out)
     print(f"rate .778 over HTTP: {found:.3f}, transformers {expected(0.778):.3f}")
     assert abs(found - expected(0.778)) <= POINTS
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rate", [0.0, 0.889])
-def test_accuracy_offline(offline, held_out, expected, rate):
-    answers = offline_answers(offline, [item[:2] for item in held_out], rate)
-    right = sum(a == item[2] for a, item in zip(answers, held_out, strict=True))
-    found = right / len(held_out)
-    print(f"rate {rate} offline: {found:.3f}, transformers {expected(rate):.3f}")
-    assert abs(found - expected(rate)) <= POINTS

@@ -20,6 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from era_vllm.errors import ConfigError
+from era_vllm.lab.media import Medium, png
 from era_vllm.lab.synth.assets import Material, Split, load_material
 from era_vllm.lab.synth.questions import (
     LEARNED_FAMILIES,
@@ -39,6 +40,11 @@ class Example:
     image: Image.Image
     questions: tuple[Question, ...]
     scene: Scene
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """Return the picture as a file."""
+        return (png(self.image),)
 
 
 def generate(

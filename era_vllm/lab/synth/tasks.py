@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from era_vllm.lab.media import Medium, of_frames
 from era_vllm.lab.synth.assets import Material
 from era_vllm.lab.synth.film import Item, draw_film
 from era_vllm.lab.synth.questions import FAMILIES, Question, TaskFamily, alone, ask_about, plural
@@ -47,6 +48,11 @@ class Task:
     kind: Kind
     items: tuple[Item, ...]
     questions: tuple[Question, ...]
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """Return its files, made anew."""
+        return tuple(of_frames(item.frames, item.seconds) for item in self.items)
 
 
 def draw_task(

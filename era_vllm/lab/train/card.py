@@ -3,7 +3,7 @@
     python -m era_vllm.lab.train.card era_vllm/lab/checkpoint_qwen3_vl --tasks 400
 
 Asks an exported folder in float32 with packed rows, which is what transformers answers to each
-question alone (``tests/unit/lab/train``), greedily. Leaves out pruning (``cli/accuracy.py``).
+question alone (``tests/unit/lab/train``), greedily. Leaves out pruning (``cli/eval.py``).
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from era_vllm.lab.accuracy import Score
+from era_vllm.lab.scores import Score
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import YES_NO, Kind
 from era_vllm.lab.train.arch import ARCHS, architecture

@@ -1,4 +1,4 @@
-"""Askers and the scorer behind ``era-vllm accuracy`` and the demo; starts no engine."""
+"""Askers behind ``era-vllm eval`` and the demo; starts no engine."""
 
 import json
 from collections.abc import Iterator
@@ -10,9 +10,11 @@ import pytest
 
 from era_vllm.cli import demo
 from era_vllm.cli.main import main
+from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.accuracy import Accuracy, Score, table
-from era_vllm.lab.asking import Answer, ServerAsker, media_of
+from era_vllm.lab import CHECKPOINT, CHECKPOINT_QWEN3_VL
+from era_vllm.lab.asking import Answer, ServerAsker, TransformersAsker, ask
+from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples, load_task_samples
 
 IMAGE_TOKENS = 16
@@ -42,7 +44,15 @@ class _Answering(BaseHTTPRequestHandler):
             assert part[part["type"]]["url"].startswith(f"data:{kind}/")
             pruned[f"{kind}s"].append({"tokens_after": IMAGE_TOKENS})
         message = {"role": "assistant", "content": f" {text['text'].split()[-2].upper()}\n"}
-        answer = {"model": body["model"], "choices": [{"message": message}]}
+        choice = {"message": message}
+        if body.get("logprobs"):
+            assert body["return_tokens_as_token_ids"] is True
+            likely = [
+                {"token": f"token_id:{7 + rank}", "logprob": -1.0 - rank}
+                for rank in range(body["top_logprobs"])
+            ]
+            choice["logprobs"] = {"content": [{**likely[0], "top_logprobs": likely}]}
+        answer = {"model": body["model"], "choices": [choice]}
         if body["model"] == "m":
             assert body.get("era") in (None, {"pruning_rate": 0.5})
             answer["era"] = pruned
@@ -65,14 +75,22 @@ def test_a_servers_answers_come_in_order_with_what_their_media_cost(
     url: str, rate: float | None
 ) -> None:
     subjects = [*load_samples(), *load_task_samples()]
-    tokens = [IMAGE_TOKENS * len(media_of(subject)) for subject in subjects]
+    tokens = [IMAGE_TOKENS * len(subject.media) for subject in subjects]
     assert {16, 32, 48} == set(tokens)
-    with ServerAsker(url, rate) as asker:
-        found = asker.ask(subjects)
+    with ServerAsker(url) as asker:
+        found = ask(asker, subjects, rate)
     assert found == [
         [Answer(question.text.split()[-2], cost) for question in subject.questions]
         for subject, cost in zip(subjects, tokens, strict=True)
     ]
+
+
+def test_first_tokens_are_told_where_they_are_asked_for(url: str) -> None:
+    with ServerAsker(url) as plain, ServerAsker(url, shown=3) as asker:
+        (without, *_), (answer, *_) = (next(one.each(load_samples())) for one in (plain, asker))
+    assert without.first is None
+    assert answer.first == {7: -1.0, 8: -2.0, 9: -3.0}
+    assert answer.seconds > 0
 
 
 def test_a_server_that_does_not_prune_is_told_apart(
@@ -81,7 +99,7 @@ def test_a_server_that_does_not_prune_is_told_apart(
     with ServerAsker(url) as asker:
         monkeypatch.setattr(asker, "_model", "stock")
         with pytest.raises(UnsupportedError, match="needed one of era-vllm serve"):
-            asker.ask(load_samples()[:1])
+            ask(asker, load_samples()[:1])
 
 
 def test_the_demos_table_marks_first_questions_and_counts_all() -> None:
@@ -108,30 +126,42 @@ def test_the_demos_table_marks_first_questions_and_counts_all() -> None:
     ]
 
 
-def test_an_accuracy_has_a_wilson_interval() -> None:
-    row = Accuracy("dpp", "compact", 0.5, 72, Score(45, 50))
-    assert row.score.interval == pytest.approx((0.9, 0.7864, 0.9565), abs=1e-4)
-    assert table([row]).splitlines()[-1] == "| dpp | compact | 0.5 | 72 | 90.0 % (78.6-95.7) |"
-
-
-def test_accuracy_asks_plain_transformers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_eval_asks_plain_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn (the lab extra)")
     pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
-    few = ["accuracy", "--transformers", "--pictures", "2", "--questions", "2"]
-    out = tmp_path / "new" / "figures.json"
-    flags = ["--policies", "uniform", "--positions", "compact", "--rates", "0", ".889"]
-    assert main([*few, *flags, "--json", str(out)]) == 0
-    assert "| uniform | compact | 0.889 | 16 |" in capsys.readouterr().out
-    found = json.loads(out.read_text())
+    pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
+    flags = ["--policies", "uniform", "--variant", "positions=compact", "--rates", "0", ".889"]
+    words = ["eval", "--asker", "transformers", "--count", "2", *flags, "--dtype", "float32"]
+    assert main([*words, "--out", str(tmp_path / "new")]) == 0
+    assert "| uniform positions=compact | 0.889 | 16.0 |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "new" / "eval.json").read_text())
     assert {"commit", "date", "versions", "hardware"} < set(found)
-    assert [row["tokens"] for row in found["rows"]] == [144, 16]
-    assert set(found["rows"][0]) == {
-        *("policy", "positions", "pruning_rate", "tokens", "right", "asked", "interval")
-    }
-    assert main([*few, "--by-family"]) == 0
-    page = capsys.readouterr().out.splitlines()
-    assert page[0] == "| family | right | asked | % |"
-    assert sum(int(line.split("|")[3]) for line in page[2:] if line.count("|") == 5) == 4
-    assert [line.partition(":")[0] for line in page if line.startswith("all")] == ["all"]
+    assert (found["asker"], found["dtype"]) == ("transformers", "float32")
+    whole, *pruned = found["rows"]
+    assert [row["tokens"] for row in found["rows"]] == [144, 16, 16]
+    assert whole["same"] is whole["kl"] is None
+    for row in pruned:
+        assert row["kl"]["value"] > 0 and 0 < row["same"]["value"] < 1 and row["seconds"] > 0
+        assert row["families"].keys() == row["counts"].keys()
+    assert pruned[0]["kl"] != pruned[1]["kl"], "compact positions are others"
+
+
+def test_plain_transformers_weigh_the_bias_as_configured() -> None:
+    oracle, samples = Oracle(str(CHECKPOINT)), load_samples()[:1]
+    configs = (EraConfig(gamma=0.0), EraConfig(bias=False), EraConfig(), EraConfig(gamma=2.0))
+    none, off, one, two = (
+        ask(TransformersAsker(oracle, config), samples, 0.889)[0][0].first for config in configs
+    )
+    assert none == off
+    assert len({str(first) for first in (none, one, two)}) == 3
+
+
+def test_plain_transformers_refuse_what_they_cannot_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(CHECKPOINT_QWEN3_VL), "--asker", "transformers", "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert "got Qwen3VLForConditionalGeneration, allowed: LlavaFor" in capsys.readouterr().err
+    oracle = Oracle(str(CHECKPOINT), language=False)
+    with pytest.raises(UnsupportedError, match="got a video, allowed: pictures"):
+        ask(TransformersAsker(oracle, EraConfig()), load_task_samples()[-1:], 0.5)

@@ -7,13 +7,12 @@ from torch.nn.functional import cosine_similarity
 
 from era_vllm.bench.block_cost import cases, cost, named, shares
 from era_vllm.bench.clock import Samples
-from era_vllm.bench.fidelity import Paired, merge_error, of_all_queries, paired, shared
+from era_vllm.bench.fidelity import merge_error, of_all_queries, shared
 from era_vllm.bench.memory import peak_bytes
 from era_vllm.bench.photo_tokens import PhotoTokens, photo_tokens
 from era_vllm.bench.setup import SegmentsOptions
 from era_vllm.bench.wide_tower import QWEN3_VL, Layer, TowerShape
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.asking import Answer
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 from era_vllm.pipeline import prune
@@ -41,19 +40,6 @@ def test_merge_error_is_that_of_each_tokens_row() -> None:
     nothing = merge_error(tokens, prune(tokens, 3, era.Policy()))
     assert (nothing.one_minus_cos, nothing.relative_mse) == (pytest.approx(0, abs=1e-6), 0)
     assert shared(torch.tensor([[1, 5, 9, 11]]), torch.tensor([[5, 9, 12]])) == 0.5
-
-
-def test_answers_are_paired_by_question() -> None:
-    pictures = load_samples()[:2]
-    right = [[Answer(q.answer, 9) for q in picture.questions] for picture in pictures]
-    wrong = [[Answer("no such", 9) for _ in picture.questions] for picture in pictures]
-    first = len(right[0])
-    found = paired(pictures, [right[0], wrong[1]], [wrong[0], right[1]])
-    assert (found.only_ours, found.only_whole) == (first, len(right[1]))
-    assert paired(pictures, right, wrong).difference == (1.0, 0.0)
-    mean, half = Paired(100, 0, 0, 10, 20).difference
-    assert mean == pytest.approx(-0.1)
-    assert half == pytest.approx(1.96 * ((0.3 - 0.01) / 100) ** 0.5)
 
 
 @pytest.fixture(scope="module")

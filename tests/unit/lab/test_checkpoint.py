@@ -1,6 +1,7 @@
 """The shipped checkpoint: reads every question as trained, loads cleanly, answers well."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,12 +9,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.accuracy import Score, mean_accuracy, score, total
-from era_vllm.lab.asking import Answer, TransformersAsker, prompt_of
+from era_vllm.lab.asking import TransformersAsker, ask, prompt_of
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
-from era_vllm.lab.synth.dataset import Example, generate
-from era_vllm.lab.synth.questions import FAMILIES, Question
+from era_vllm.lab.scores import accuracy, count
+from era_vllm.lab.synth.dataset import generate
+from era_vllm.lab.synth.questions import FAMILIES
 
 START, UNKNOWN, IMAGE = 1, 3, 4
 TRAINED = "<s> USER : <image> what color is the circle ? ASSISTANT :"
@@ -182,33 +183,39 @@ def test_checkpoint_is_small() -> None:
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 9_000_000
 
 
-def asker(dtype: torch.dtype, rate: float = 0.0) -> TransformersAsker:
-    return TransformersAsker(Oracle(str(CHECKPOINT), dtype), EraConfig(), rate)
+def asker(dtype: torch.dtype) -> TransformersAsker:
+    return TransformersAsker(Oracle(str(CHECKPOINT), dtype), EraConfig())
 
 
 def test_model_answers_the_samples() -> None:
     """45 of 48 when shipped; the floor leaves room for other builds of torch."""
     samples = load_samples()
-    right = total(score(samples, asker(torch.bfloat16).ask(samples)))
-    assert right.asked == 48
-    assert right.right >= 43
+    found = count(samples, ask(asker(torch.bfloat16), samples, 0.0)).total
+    assert found.asked == 48
+    assert found.right >= 43
 
 
 def test_unpruned_answers_are_those_of_plain_transformers(processor: LlavaProcessor) -> None:
     """The oracle feeds embeddings and decodes by itself; ``generate`` does neither."""
     model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
     samples = load_samples()[:6]
-    for sample, answers in zip(samples, asker(torch.float32).ask(samples), strict=True):
+    for sample, answers in zip(samples, ask(asker(torch.float32), samples, 0.0), strict=True):
         for question, answer in zip(sample.questions, answers, strict=True):
             inputs = processor(sample.image, prompt_of(question.text), return_tensors="pt")
             tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
             new = tokens[0, inputs["input_ids"].shape[1] :]
             assert answer.text == processor.decode(new, skip_special_tokens=True).strip()
             assert answer.image_tokens == 144
+            with torch.inference_mode():
+                row = model(**inputs).logits[0, -1].log_softmax(-1)
+            assert answer.first is not None and answer.seconds > 0
+            for token, value in answer.first.items():
+                assert value == pytest.approx(float(row[token]), abs=1e-4)
+            assert sum(map(math.exp, answer.first.values())) == pytest.approx(1, abs=1e-4)
 
 
 def test_pruned_answers_are_told_with_the_tokens_that_are_kept() -> None:
-    (answers,) = asker(torch.float32, 0.889).ask(load_samples()[:1])
+    (answers,) = ask(asker(torch.float32), load_samples()[:1], 0.889)
     assert {answer.image_tokens for answer in answers} == {16}
     assert len(answers) == len(load_samples()[0].questions)
 
@@ -217,19 +224,5 @@ def test_generated_pictures_are_answered_as_the_model_card_says() -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn (the lab extra)")
     pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
     examples = list(generate(6, seed=2))
-    scores = score(examples, asker(torch.float32).ask(examples))
-    assert total(scores).asked == sum(len(example.questions) for example in examples)
-    assert mean_accuracy(scores) > 0.7
-
-
-def test_score_counts_exact_matches() -> None:
-    pytest.importorskip("sklearn", reason="needs scikit-learn (the lab extra)")
-    pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
-    questions = (Question("color", "a?", "red"), Question("count", "b?", "2"))
-    (picture,) = generate(1, seed=0)
-    example = Example(picture.image, questions, picture.scene)
-    scores = score([example], [[Answer("red", 1), Answer("3", 1)]])
-    assert (scores["color"], scores["count"]) == (Score(1, 1), Score(0, 1))
-    assert mean_accuracy(scores) == 0.5
-    assert total(scores) == Score(1, 2)
-    assert list(scores) == ["color", "count"]
+    found = accuracy(count(examples, ask(asker(torch.float32), examples, 0.0)))
+    assert found is not None and found.value > 0.7

@@ -1,6 +1,8 @@
 """What is asked, kept and gone on with; the page. The servers of these tests answer by rule."""
 
+import argparse
 import json
+import math
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,16 +11,18 @@ from threading import Thread
 import pytest
 from tqdm import tqdm
 
-from era_vllm.cli.eval import _of_folder, _of_server, _settings
+from era_vllm.cli.askers import _of_server, source
+from era_vllm.cli.eval import _settings
 from era_vllm.cli.main import main
 from era_vllm.errors import ConfigError
 from era_vllm.lab import evaluation
-from era_vllm.lab.asking import Answer
+from era_vllm.lab.asking import Answer, ServerAsker
 from era_vllm.lab.eval_report import draw, markdown, scored
 from era_vllm.lab.evaluation import Answers, Variant, cells, evaluate
 from era_vllm.lab.samples import load_task_samples
 
 RATES = (0.0, 0.5, 0.9)
+RIGHT, WRONG = {3: -0.1, 4: -3.0}, {3: -3.0, 4: -0.1}
 PLAIN, WITHOUT = Variant("era"), Variant("era", (("bias", False),))
 HEAD = {"model": "m", "tasks": {"picture": 4}, "seed": 1}
 
@@ -29,34 +33,27 @@ class Rule:
     asked: list[tuple[str, float]] = []
     left = 10**6
 
-    def __init__(self, url: str, rate: float) -> None:
-        self.url, self.rate = url, rate
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def each(self, subjects):
+    def each(self, subjects, rate):
         for subject in subjects:
             if Rule.left == 0:
                 raise KeyboardInterrupt
             Rule.left -= 1
-            Rule.asked.append((self.url, self.rate))
-            right = self.rate <= 0.5
-            yield [Answer(q.answer if right else "x", 10) for q in subject.questions]
+            Rule.asked.append((self.name, rate))
+            text, first = ("{}", RIGHT) if rate <= 0.5 else ("x", WRONG)
+            yield [Answer(text.format(q.answer), 10, 0.5, first) for q in subject.questions]
 
 
 @pytest.fixture(autouse=True)
-def rule(monkeypatch: pytest.MonkeyPatch):
+def rule():
     Rule.asked, Rule.left = [], 10**6
-    monkeypatch.setattr(evaluation, "ServerAsker", Rule)
 
 
 @contextmanager
-def served(variant: Variant):
-    yield variant.name
+def rule_of(variant: Variant):
+    yield Rule(variant.name)
 
 
 def run(folder: Path):
@@ -64,7 +61,7 @@ def run(folder: Path):
     wanted = cells([PLAIN, WITHOUT], RATES)
     total = len(wanted) * len(subjects)
     with tqdm(total=total, disable=True) as shown, Answers(folder, HEAD) as answers:
-        rows = list(evaluate(subjects, wanted, answers, served, shown))
+        rows = list(evaluate(subjects, wanted, answers, rule_of, shown))
     return subjects, rows
 
 
@@ -78,7 +75,7 @@ def test_a_variant_is_a_server_and_rate_0_is_asked_once(tmp_path: Path) -> None:
         ("era bias=false", 0.9),
     ]
     assert len(Rule.asked) == 5 * len(subjects)
-    assert WITHOUT.variables() == {"ERA_POLICY": "era", "ERA_BIAS": "false"}
+    assert WITHOUT.settings == {"policy": "era", "bias": False}
 
 
 def test_what_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -92,9 +89,20 @@ def test_what_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(Rule.asked) == 17 + 5 * len(subjects) - 16
     again = run(tmp_path)[1]
     assert again == rows
+    first, last = again[0].answers[0][0], again[2].answers[0][0]
+    assert (first.first, first.seconds, last.first) == (RIGHT, 0.5, WRONG)
     assert len(Rule.asked) == 18 + 5 * len(subjects) - 17
     with pytest.raises(ConfigError, match=r"differs in seed.*name another folder"):
         Answers(tmp_path, {**HEAD, "seed": 2})
+
+
+@pytest.mark.parametrize("head", [HEAD, {**HEAD, "format": 3}])
+def test_a_file_of_another_format_is_told_apart(head: dict, tmp_path: Path) -> None:
+    """The first format had no version."""
+    line = {"variant": "unpruned", "rate": 0.0, "subject": 0, "tokens": 3, "texts": ["x"]}
+    (tmp_path / evaluation.ANSWERS).write_text(f"{json.dumps(head)}\n{json.dumps(line)}\n")
+    with pytest.raises(ConfigError, match=r"has format [13], needed 2: another version of era"):
+        Answers(tmp_path, HEAD)
 
 
 def test_one_evaluation_at_a_time_has_a_folder(tmp_path: Path) -> None:
@@ -131,13 +139,28 @@ def test_a_head_that_was_cut_off_begins_anew(tmp_path: Path) -> None:
 
 def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
     found = scored(*run(tmp_path))
-    head = {**HEAD, "command": "era-vllm eval", "commit": "c", "hardware": "h", "date": "d"}
+    head = {
+        **HEAD,
+        "asker": "http",
+        "command": "era-vllm eval",
+        "commit": "c",
+        "hardware": "h",
+        "date": "d",
+    }
     page = markdown(head, found)
     lines = [line for line in page.splitlines() if line.startswith(("| unpruned", "| era"))]
-    assert lines[0].startswith("| unpruned | 0 | 10.0 | 100.0 (75.7 to 100.0) | - |")
+    assert lines[0].startswith("| unpruned | 0 | 10.0 | 0.500 | 100.0 (75.7 to 100.0) | - |")
+    assert lines[0].endswith("| - | - |")
     against = "+0.0 (+0.0 to +0.0)"
-    assert lines[1].startswith(f"| era | 0.5 | 10.0 | 100.0 (75.7 to 100.0) | {against} |")
-    assert lines[4].startswith("| era bias=false | 0.9 | 10.0 | 0.0 (0.0 to 24.3) | -100.0 ")
+    assert lines[1].startswith(f"| era | 0.5 | 10.0 | 0.500 | 100.0 (75.7 to 100.0) | {against} |")
+    assert lines[1].endswith("| 100.0 (75.7 to 100.0) | 0.000 (0.000 to 0.000) |")
+    assert lines[4].startswith(
+        "| era bias=false | 0.9 | 10.0 | 0.500 | 0.0 (0.0 to 24.3) | -100.0 "
+    )
+    far = sum(math.exp(p) * (p - q) for p, q in ((-0.1, -3.0), (-3.0, -0.1)))
+    assert found[4].kl is not None and found[4].kl.value == pytest.approx(far)
+    families = [line for line in page.splitlines()[22:] if line.startswith("| unpruned")]
+    assert families[0].count("100 (") == len(found[0].families)
     assert "Tasks: 4 picture, 4 several, 4 film, seed 1, 48 questions" in page
     assert json.dumps([row.as_dict() for row in found])
     pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
@@ -151,12 +174,19 @@ def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
         (["--rates", "0", ".99"], "--rates: got 0.99, allowed: numbers in [0, 0.95]"),
         (["--count", "1"], "--count: got 1, allowed: 2 or more"),
         (["--policies", "eral"], "eral"),
+        (["--variant", "calibration=nosuch.json"], "calibration 'nosuch.json': No such file"),
         (["--variant", "bias"], "--variant: got 'bias', needed NAME=VALUE"),
         (["--variant", "biass=false"], "biass"),
         (["--variant", "policy=dpp"], "name it with --policies"),
         (["--variant", "pruning_rate=.5"], "each request says its rate: --rates"),
         (["--server", '"'], "--server: got '\"': No closing quotation"),
-        (["--server", "--era-policy random"], "--server: got --era-policy, which eval says itself"),
+        (["--server", "--era-policy random"], "--server: got --era-policy, which is said by a fl"),
+        (["--server", "--dtype half"], "--server: got --dtype, which is said by a flag"),
+        (["--server=--enforce-eager", "--asker", "engine"], "is for --asker http, got engine"),
+        (["--url", "http://x", "--asker", "engine"], "leave them out with --url"),
+        (["--backgrounds", "nosuch"], "nosuch"),
+        (["--families", "colour"], "colour"),
+        (["--families", "which", "--tasks", "standard"], "which: no task has such a question"),
         (["nosuch"], "MODEL: got 'nosuch', needed a folder with a model's config.json"),
         (["MODEL", "--url", "http://x"], "MODEL and --url: choose one"),
         (["--url", "http://x", "--policies", "dpp"], "leave them out with --url"),
@@ -197,13 +227,19 @@ def test_settings_of_a_variant_may_be_lists_and_short_numbers() -> None:
 def test_a_model_is_its_files_and_how_it_is_computed(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"architectures": ["Qwen3VLForConditionalGeneration"]}')
-    flags: list[str] = []
-    first, takes = _of_folder(str(tmp_path), flags)
-    assert "video" in takes and flags[0] == "--dtype"
-    assert _of_folder(str(tmp_path) + "/.", [*flags])[0] == first
-    assert _of_folder(str(tmp_path), ["--dtype=half"])[0]["server"] == "--dtype=half"
+
+    def found(model: str, dtype: str | None = None, asker: str = "http"):
+        named = argparse.Namespace(url=None, model=model, dtype=dtype, server=None, out=tmp_path)
+        return source(named, [0.0], 8, asker)
+
+    first = found(str(tmp_path))
+    assert "video" in first.modalities and first.head["dtype"] in ("bfloat16", "float32")
+    assert found(str(tmp_path) + "/.").head == first.head
+    assert found(str(tmp_path), "half").head["dtype"] == "half"
+    engine = found(str(tmp_path), asker="engine").head
+    assert (engine["asker"], "server" in engine, "server" in first.head) == ("engine", False, True)
     config.write_text('{"architectures":  ["Qwen3VLForConditionalGeneration"]}')
-    assert _of_folder(str(tmp_path), [])[0]["files"] != first["files"]
+    assert found(str(tmp_path)).head["files"] != first.head["files"]
 
 
 class _About(BaseHTTPRequestHandler):
@@ -215,6 +251,7 @@ class _About(BaseHTTPRequestHandler):
             "model": "m",
             "policy": "dpp",
             "modalities": ["image"],
+            "levels": {"off": 0.0, "strong": 0.889},
             "settings": {"policy": "dpp"},
             "limits": {"min_pruning_rate": 0.0, "max_pruning_rate": 0.9},
             "versions": {},
@@ -233,9 +270,9 @@ def test_a_server_says_itself_how_it_prunes(capsys: pytest.CaptureFixture[str]) 
     with ThreadingHTTPServer(("127.0.0.1", 0), _About) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        head, variants, takes = _of_server(url, [0.0, 0.9])
-        assert ([variant.name for variant in variants], takes) == (["dpp"], ["image"])
-        assert head["settings"] == {"policy": "dpp"}
+        found = _of_server(url, [0.0, 0.9], ServerAsker)
+        assert (found.policy, found.modalities, found.title) == ("dpp", ["image"], "m")
+        assert found.head["settings"] == {"policy": "dpp"} and found.levels["strong"] == 0.889
         assert main(["eval", "--url", f"{url}/", "--rates", "0", ".92"]) == 2
         assert "--rates: got 0.92, the server allows [0, 0.9]" in capsys.readouterr().err
         assert main(["eval", "--url", f"{url}/v1"]) == 2

@@ -1,0 +1,295 @@
+"""Who answers ``eval`` and ``recommend``: a server, started here or up, an engine, transformers.
+
+Leaves out what is asked (``eval.py``, ``recommend.py``) and how (``lab/asking.py``).
+"""
+
+import argparse
+import hashlib
+import http.client
+import json
+import os
+import shlex
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from era_vllm.cli.options import DEFAULT_MODEL, era_variables
+from era_vllm.errors import ConfigError, EraError, UnsupportedError
+
+if TYPE_CHECKING:
+    from era_vllm.lab.asking import Asker, ServerAsker, Subject
+    from era_vllm.lab.evaluation import Row, Variant
+    from era_vllm.lab.oracle import Oracle
+
+ASKERS: Final = ("http", "engine", "transformers")
+MOST_RATE: Final = 0.95
+"""``EraConfig.max_pruning_rate``, of what is started here."""
+SERVER: Final = "--enforce-eager --max-model-len 1024 --max-num-seqs 8 --kv-cache-memory-bytes 256M"
+_OWN_FLAGS: Final = ("--era-", "--no-era-", "--host", "--port", "--served-model-name", "--dtype")
+_KV_BYTES: Final = 256 << 20  # of an engine, as of SERVER
+_KEY: Final = "OPENAI_API_KEY"
+_LLAVA: Final = "LlavaForConditionalGeneration"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model, and what answers for it."""
+
+    head: Mapping[str, Any]
+    """What identifies it, and how it is computed: ``asker``, ``model`` ..."""
+    title: str
+    modalities: Sequence[str]
+    policy: str | None
+    """Of a server that is up; None: as it is started."""
+    levels: Mapping[str, float]
+    """Names of rates that it serves."""
+    asker_of: "Callable[[Variant], AbstractContextManager[Asker]]"
+    """What starts it with a variant's settings, or stands for the one that is up."""
+
+
+def add_options(parser: argparse.ArgumentParser, server: str = SERVER) -> None:
+    """Add what chooses a model and what answers for it."""
+    add = parser.add_argument
+    add("--url", help=f"of a server of era-vllm that is up, in place of MODEL; its key: ${_KEY}")
+    text = "number format (default: bfloat16 on a GPU or a CPU that has it, else float32)"
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help=text)
+    text = f"of era-vllm serve, as one word (default: {server})"
+    add("--server", metavar="FLAGS", help=text)
+
+
+def source(
+    arguments: argparse.Namespace,
+    rates: Sequence[float],
+    max_tokens: int,
+    asker: str = "http",
+    server: str = SERVER,
+    *,
+    passes_over: bool = False,
+) -> Source:
+    """Look at the model or the server; refuse what cannot be before anything is started.
+
+    Args:
+        arguments: Of ``add_options``, ``model`` and ``out``.
+        rates: That it will be asked at.
+        max_tokens: Of an answer.
+        asker: Of ``ASKERS``, for a model's folder.
+        server: Flags of its server where none are given.
+        passes_over: What a server will not take is left out.
+
+    Raises:
+        ConfigError: no such model or server, rates that it does not serve, flags that are said
+            elsewhere.
+    """
+    from era_vllm.lab.asking import SHOWN, ServerAsker
+
+    if bad := [rate for rate in rates if not 0 <= rate <= MOST_RATE]:
+        raise ConfigError(f"--rates: got {bad[0]:g}, allowed: numbers in [0, {MOST_RATE:g}]")
+    if arguments.url and arguments.model:
+        raise ConfigError("MODEL and --url: choose one; the server of --url has its model")
+    connect = partial(ServerAsker, max_tokens=max_tokens, shown=SHOWN, passes_over=passes_over)
+    if arguments.url:
+        if arguments.server is not None or arguments.dtype or asker != "http":
+            raise ConfigError(
+                "--asker, --dtype, --server: a server that is up has its own; leave them out with "
+                "--url"
+            )
+        return _of_server(arguments.url.rstrip("/"), rates, connect)
+    if arguments.server is not None and asker != "http":
+        raise ConfigError(f"--server: is for --asker http, got {asker}; leave it out")
+    given = server if arguments.server is None else arguments.server
+    return _of_folder(arguments, _server_flags(given), asker, max_tokens, connect)
+
+
+def answered(
+    command: str,
+    out: Path,
+    head: Mapping[str, object],
+    subjects: "Sequence[Subject]",
+    wanted: "Sequence[tuple[Variant, float]]",
+    asker_of: "Callable[[Variant], AbstractContextManager[Asker]]",
+) -> "list[Row]":
+    """Ask what has no answer yet in a folder, with a progress bar; return all answers."""
+    from era_vllm.lab.evaluation import Answers, evaluate
+    from era_vllm.lab.screen import bar
+
+    with Answers(out, head) as answers:
+        try:
+            with bar(len(wanted) * len(subjects), "asking", "subject") as shown:
+                return list(evaluate(subjects, wanted, answers, asker_of, shown))
+        except KeyboardInterrupt:
+            print(f"\nera-vllm {command}: the same command goes on here", file=sys.stderr)
+            raise
+        except EraError as error:
+            raise type(error)(
+                f"{error}\nWhat was answered is kept: the same command goes on"
+            ) from error
+
+
+def _server_flags(given: str) -> list[str]:
+    try:
+        flags = shlex.split(given)
+    except ValueError as error:
+        raise ConfigError(f"--server: got {given!r}: {error}") from error
+    if own := [flag for flag in flags if flag.startswith(_OWN_FLAGS)]:
+        raise ConfigError(
+            f"--server: got {own[0]}, which is said by a flag of this command; see --help"
+        )
+    if found := sorted(_variables() & os.environ.keys()):
+        raise ConfigError(
+            f"{found[0]}: is set in the environment, and the servers would read it; unset it "
+            "(flags of this command say how they prune)"
+        )
+    return flags
+
+
+def _variables() -> set[str]:
+    from era_vllm_server.settings import ServerSettings
+
+    return era_variables() | {f"ERA_{name.upper()}" for name in ServerSettings.model_fields}
+
+
+def _of_folder(
+    arguments: argparse.Namespace,
+    flags: Sequence[str],
+    asker: str,
+    max_tokens: int,
+    connect: "Callable[..., ServerAsker]",
+) -> Source:
+    """Return what is started from a model's folder.
+
+    Raises:
+        ConfigError: no folder of a model that is served.
+        UnsupportedError: plain transformers does not prune this family.
+    """
+    from era_vllm.bench.provenance import fast_dtype
+    from era_vllm.cli.loading import architectures, model_config
+    from era_vllm.config import LEVELS
+    from era_vllm.vllm_plugin.families import FAMILIES
+
+    model = arguments.model or DEFAULT_MODEL
+    folder = Path(model).resolve()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"MODEL: got {model!r}, needed a folder with a model's config.json")
+    names = architectures(model_config(str(folder)))
+    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    if family is None:
+        raise ConfigError(f"MODEL: got {', '.join(names)}, allowed: {', '.join(sorted(FAMILIES))}")
+    if asker == "transformers" and names != [_LLAVA]:
+        raise UnsupportedError(
+            f"--asker transformers: got {', '.join(names)}, allowed: {_LLAVA}, the one whose tower "
+            "and pruning are here without vLLM; choose engine or http"
+        )
+    files = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            about = file.stat()
+            files.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    dtype = arguments.dtype or fast_dtype()
+    head: dict[str, object] = {"model": str(folder), "files": files.hexdigest(), "dtype": dtype}
+    head |= {"asker": asker} | ({"server": shlex.join(flags)} if asker == "http" else {})
+
+    def asker_of(variant: "Variant") -> "AbstractContextManager[Asker]":
+        if asker == "transformers":
+            return _transformers(str(folder), dtype, variant, max_tokens)
+        if asker == "engine":
+            return _engine(str(folder), dtype, variant, max_tokens)
+        words = ["serve", str(folder), *flags, "--dtype", dtype]
+        return _server(words, arguments.out, variant, connect)
+
+    return Source(head, folder.name, family.modalities, None, dict(LEVELS), asker_of)
+
+
+def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerAsker]") -> Source:
+    """Return a server that is up, by what it says it is.
+
+    Raises:
+        ConfigError: nothing of ours answers there, or it serves other rates.
+    """
+    key = os.environ.get(_KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        asked = urllib.request.Request(f"{url}/v1/era", headers=headers)
+        with direct.open(asked, timeout=10) as reply:
+            about = json.load(reply)
+        limits, levels, title = about["limits"], dict(about["levels"]), str(about["model"])
+        head = {"url": url, "model": title, "settings": about["settings"], "asker": "http"}
+        head["server"] = about["versions"]
+        takes, policy = list(about["modalities"]), str(about["policy"])
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+        raise ConfigError(
+            f"--url: {url}/v1/era: {type(error).__name__}: {error}; needed the address of a server "
+            "of era-vllm serve, like http://127.0.0.1:8000 (without /v1)"
+            f"{'' if key else f'; a server with keys wants one in ${_KEY}'}"
+        ) from error
+    low, high = limits["min_pruning_rate"], limits["max_pruning_rate"]
+    if bad := [rate for rate in rates if not low <= rate <= high]:
+        raise ConfigError(f"--rates: got {bad[0]:g}, the server allows [{low:g}, {high:g}]")
+
+    def asker_of(_: "Variant") -> "AbstractContextManager[Asker]":
+        return connect(url, key=key)
+
+    return Source(head, title, takes, policy, levels, asker_of)
+
+
+@contextmanager
+def _server(
+    words: Sequence[str], out: Path, variant: "Variant", connect: "Callable[..., ServerAsker]"
+) -> "Iterator[Asker]":
+    from era_vllm.lab.evaluation import setting
+    from era_vllm.lab.servers import Server, wait_for
+
+    command = [sys.executable, "-P", "-m", "era_vllm.cli.main", *words]
+    command += ["--served-model-name", "model"]
+    environment = {f"ERA_{name.upper()}": setting(of) for name, of in variant.settings.items()}
+    environment["TORCH_COMPILE_DISABLE"] = "1"
+    log = out / "server.log"
+    with Server(f"the server of {variant.name}", command, environment, log) as server:
+        wait_for([server])
+        try:
+            with connect(server.url) as asker:
+                yield asker
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}\n{server.tail()}") from error
+
+
+@contextmanager
+def _engine(model: str, dtype: str, variant: "Variant", most: int) -> "Iterator[Asker]":
+    import era_vllm
+    from era_vllm.bench.setup import set_environment
+    from era_vllm.lab.screen import muted, progress
+
+    set_environment(eager=True)
+    progress(f"starting an engine of {variant.name}")
+    with muted():
+        from era_vllm.bench.engines import EngineAsker, engine
+
+    arguments = era_vllm.engine_args(model, **variant.settings)
+    more = {"max_num_batched_tokens": 4096, "limit_mm_per_prompt": {}, "dtype": dtype}
+    with engine(arguments, context=1024, kv_bytes=_KV_BYTES, **more) as llm:
+        yield EngineAsker(llm, most)
+
+
+@contextmanager
+def _transformers(model: str, dtype: str, variant: "Variant", most: int) -> "Iterator[Asker]":
+    from era_vllm.calibration import calibrated
+    from era_vllm.config import EraConfig
+    from era_vllm.lab.asking import TransformersAsker
+
+    config = EraConfig.parse(calibrated(model, variant.settings))
+    yield TransformersAsker(_oracle(model, dtype), config, most)
+
+
+@cache
+def _oracle(model: str, dtype: str) -> "Oracle":
+    import torch
+
+    from era_vllm.cli.loading import open_oracle
+
+    return open_oracle(model, getattr(torch, dtype))
