@@ -15,7 +15,7 @@ import numpy as np
 
 from era_vllm.lab.evaluation import Row
 from era_vllm.lab.media import Medium
-from era_vllm.lab.scores import Estimate, divergence, estimate, ratio, share
+from era_vllm.lab.scores import Estimate, divergence, estimate, kl, ratio, share
 
 SHORT: Final = 5
 """Words of an unpruned answer up to which another one is the same or is not."""
@@ -103,6 +103,8 @@ class Disagreement:
     whole: str
     pruned: str
     likeness: float
+    kl: float
+    """Of the first token; 0 where none was told."""
 
 
 def words_of(answer: str) -> list[str]:
@@ -213,12 +215,23 @@ def worst(subjects: Sequence[Shown], whole: Row, row: Row, most: int) -> list[Di
     for at, (subject, *both) in enumerate(zip(subjects, whole.answers, row.answers, strict=True)):
         pairs = zip(subject.questions, *both, strict=True)
         differ = [
-            Disagreement(at, question.text, a.text, b.text, likeness(a.text, b.text))
+            Disagreement(
+                at,
+                question.text,
+                a.text,
+                b.text,
+                likeness(a.text, b.text),
+                kl(a.first, b.first) if a.first and b.first else 0.0,
+            )
             for question, a, b in pairs
             if not is_same(a.text, b.text)
         ]
-        found += sorted(differ, key=lambda one: one.likeness)[:1]
-    return sorted(found, key=lambda one: one.likeness)[:most]
+        found += sorted(differ, key=_order)[:1]
+    return sorted(found, key=_order)[:most]
+
+
+def _order(one: Disagreement) -> tuple[float, float]:
+    return one.likeness, -one.kl
 
 
 def without_refused(

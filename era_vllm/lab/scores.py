@@ -88,6 +88,8 @@ class Estimate:
 
     def text(self, form: str = ".1f", unit: float = 100.0) -> str:
         """Return ``95.0 (92.9 to 96.5)``, in percent unless ``unit`` is another."""
+        sign, form = ("+", form[1:]) if form.startswith("+") else ("", form)
+        form = f"{sign}z{form}"  # no -0.0
         value, low, high = (format(unit * x, form) for x in (self.value, self.low, self.high))
         return f"{value} ({low} to {high})"
 

@@ -113,6 +113,12 @@ def test_the_worst_comes_first_and_a_picture_once() -> None:
     found = worst(shown(3), whole, other, 9)
     assert [(one.subject, one.pruned) for one in found] == [(1, "no"), (0, LONG[2:])]
     assert len(worst(shown(3), whole, other, 1)) == 1
+    surer = row(0.9, [["no", "2"], ["no", "2"]], 3, 1)
+    surer.answers[1][0] = Answer("no", 3, 1, FAR)
+    assert [one.subject for one in worst(shown(2), row(0.0, [["a", "2"]] * 2, 9, 1), surer, 9)] == [
+        1,
+        0,
+    ], "of those alike, the further one in probability"
 
 
 def test_what_a_server_refused_at_one_rate_counts_at_none() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from era_vllm.lab.asking import Answer
 from era_vllm.lab.scores import (
+    Estimate,
     Score,
     accuracy,
     agreement,
@@ -70,6 +71,11 @@ def test_agreement_counts_wrong_answers_that_are_the_same() -> None:
 
 def test_a_score_has_a_wilson_interval() -> None:
     assert Score(45, 50).interval == pytest.approx((0.9, 0.7864, 0.9565), abs=1e-4)
+
+
+def test_an_estimate_has_no_minus_before_nothing() -> None:
+    assert Estimate(-0.0001, -0.02, 0.5).text() == "0.0 (-2.0 to 50.0)"
+    assert Estimate(-0.0001, -0.02, 0.5).text("+.0f") == "+0 (-2 to +50)"
 
 
 def test_families_have_intervals_of_their_own() -> None:
