@@ -30,7 +30,8 @@ def engine_args(model: "str | os.PathLike[str]", **settings: object) -> "Mapping
 
     Args:
         model: Model name or path.
-        settings: Fields of ``EraConfig`` such as ``pruning_rate`` or ``policy``.
+        settings: Fields of ``EraConfig`` such as ``pruning_rate`` or ``policy``, and
+            ``calibration``, a file of ``era-vllm calibrate``.
 
     Raises:
         ConfigError: unknown or malformed setting.

@@ -64,7 +64,8 @@ class EraConfig:
     (hidden states; -2 = output of the layer before the last); None = the layer the features come
     from. Source: ERA Fig. 6 (layer 22 of 24 in CLIP-L)."""
     attention_queries: Literal["all", "cls"] = "all"
-    """Queries that the attention is averaged over. Source: reconstructed (docs/method.md, X1)."""
+    """Queries that the attention of ``era`` is averaged over; policies that read the class token's
+    attention do so in any case. Source: reconstructed (docs/method.md, X1)."""
     positions: Literal["original", "compact"] = "original"
     """``original``: anchors and text keep the positions they have unpruned; ``compact``: K tokens
     take K positions. Source: docs/method.md, X11."""

@@ -18,19 +18,39 @@ from torch import Tensor
 class Signal(Enum):
     """Extra input that a policy may need. A new one is a member here and the source that gives it.
 
-    Of each token: float32 [s, c, n]. Of a whole segment: int64 [s] (``PIXEL_HASH``).
+    Of each token: float32 [s, c, n], or [s, h, dh, n] head by head. Of a whole segment: int64 [s]
+    (``PIXEL_HASH``).
     """
 
     ENCODER_ATTENTION = "encoder attention"
     """Attention that each token receives per vision head: softmax over keys, mean over queries."""
     ENCODER_SCORES = "encoder attention scores"
     """Attention score (before softmax) of each key per vision head, mean over queries."""
+    CLASS_ATTENTION = "attention of the encoder's class token"
+    """Attention that each token receives from the class token per vision head; in a tower without
+    one the mean over all queries. Whatever ``EraConfig.attention_queries`` is."""
+    ENCODER_KEYS = "encoder keys"
+    """Key of each token per vision head, [s, hv, dh, n], as the tower's attention sees it."""
+    LANGUAGE_QUERIES = "queries of the language model's first layer"
+    """Query of each token per head, [s, hq, dh, n], before its rotary embedding: of that token
+    alone, since nothing has been attended to yet."""
     PIXEL_HASH = "pixel hash"
     """A hash of each segment's pixel values: the only source of chance a policy may use."""
 
 
-NOT_NEGATIVE: Final = frozenset({Signal.ENCODER_ATTENTION})
+NOT_NEGATIVE: Final = frozenset({Signal.ENCODER_ATTENTION, Signal.CLASS_ATTENTION})
 """Signals that are 0 or more."""
+OF_ENCODER: Final = frozenset(
+    {
+        Signal.ENCODER_ATTENTION,
+        Signal.ENCODER_SCORES,
+        Signal.CLASS_ATTENTION,
+        Signal.ENCODER_KEYS,
+    }
+)
+"""Signals that are read in a layer of the vision tower."""
+OF_EVERY_MODEL: Final = frozenset({Signal.PIXEL_HASH, Signal.LANGUAGE_QUERIES})
+"""Signals that need no tower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +78,10 @@ class VisualTokens:
 
     def signal(self, signal: Signal) -> Float32[Tensor, "s c n"]:
         """Return a signal of each token; the pipeline has checked that it is there."""
+        return self.signals[signal]
+
+    def by_head(self, signal: Signal) -> Float32[Tensor, "s h dh n"]:
+        """Return keys or queries of each token, likewise."""
         return self.signals[signal]
 
     @property

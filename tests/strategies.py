@@ -63,14 +63,24 @@ def build(
     n = grid[0] * grid[1]
     embeds = np.stack([FEATURES[kind](rng, n, d) for kind, _ in kinds])
     attention = np.stack([ATTENTION[kind](rng, heads, n) for _, kind in kinds])
+    signals = {
+        Signal.ENCODER_ATTENTION: torch.from_numpy(attention).float(),
+        Signal.ENCODER_SCORES: torch.from_numpy(rng.normal(size=attention.shape)).float(),
+        Signal.PIXEL_HASH: torch.from_numpy(rng.integers(-(2**62), 2**62, len(kinds))),
+    }
+    of_class = np.stack([ATTENTION[kind](rng, heads, n) for _, kind in kinds])
+    signals[Signal.CLASS_ATTENTION] = torch.from_numpy(of_class).float()
+    for signal, own, size in (
+        (Signal.ENCODER_KEYS, heads, 4),
+        (Signal.LANGUAGE_QUERIES, 4, 5),
+    ):
+        rows = np.stack([FEATURES[kind](rng, n, own * size) for kind, _ in kinds])
+        by_head = rows.reshape(len(kinds), n, own, size).transpose(0, 2, 3, 1)
+        signals[signal] = torch.from_numpy(by_head.copy()).float()
     return VisualTokens(
         embeds=torch.from_numpy(embeds).to(dtype),
         grid=grid,
-        signals={
-            Signal.ENCODER_ATTENTION: torch.from_numpy(attention).float(),
-            Signal.ENCODER_SCORES: torch.from_numpy(rng.normal(size=attention.shape)).float(),
-            Signal.PIXEL_HASH: torch.from_numpy(rng.integers(-(2**62), 2**62, len(kinds))),
-        },
+        signals=signals,
     )
 
 
@@ -135,7 +145,7 @@ def repeats(draw: Draw) -> tuple[VisualTokens, torch.Tensor, int]:
     bases = draw(st.integers(1, 20))
     source = torch.tensor(draw(st.lists(st.integers(0, bases - 1), min_size=24, max_size=24)))
     signals = {
-        signal: x[..., source].contiguous() if x.ndim == 3 else x
+        signal: x[..., source].contiguous() if x.is_floating_point() else x
         for signal, x in tokens.signals.items()
     }
     copies = VisualTokens(tokens.embeds[:, source], (4, 6), signals)

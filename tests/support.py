@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from era_vllm.policies import policy_class, policy_names
-from era_vllm.types import Signal
+from era_vllm.types import OF_EVERY_MODEL
 from era_vllm.vllm_plugin.families import FAMILIES
 from tests.situations import LLAVA, ROOT, Result, load
 
@@ -42,7 +42,7 @@ NAMES: Final = {
     "Qwen3VLForConditionalGeneration": "Qwen3-VL",
     "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL with experts",
 }
-MEASURED: Final = frozenset({LLAVA})
+MEASURED: Final = frozenset({LLAVA, "Qwen3VLForConditionalGeneration"})
 """Families of which a trained model was measured: docs/accuracy.md."""
 _MARKS: Final = "<!-- support -->", "<!-- end of support -->"
 
@@ -76,7 +76,7 @@ def _said(family: str, cell: str) -> str:
 def _policies(target: str) -> str:
     module, _, cls = target.partition(":")
     provides = getattr(importlib.import_module(module), cls).adapter.provides
-    known = provides | {Signal.PIXEL_HASH}
+    known = provides | OF_EVERY_MODEL
     names = [name for name in policy_names() if policy_class(name)().needs <= known]
     return "all" if len(names) == len(policy_names()) else ", ".join(names)
 

@@ -15,7 +15,7 @@ from era_vllm.lab.screen import bar
 from era_vllm.layout import cut, one_grid
 from era_vllm.plan import plan
 from era_vllm.policies import make_policy
-from era_vllm.types import Signal
+from era_vllm.types import OF_ENCODER, Signal
 from era_vllm.vllm_plugin.encoder_pass import Encoded
 from era_vllm.vllm_plugin.fields import Planned
 from era_vllm.vllm_plugin.reducer import Reducer
@@ -71,14 +71,14 @@ def prune_cell(
     """Return a pass of an engine's reducer over one picture of noise, cut into blocks."""
     n, most, policy = case
     config = EraConfig(policy=policy, max_segment=most)
-    tokens = random_tokens(Size(n, 1), width, dtype, place)
+    chosen = make_policy(config)
+    tokens = random_tokens(Size(n, 1), width, dtype, place, chosen.needs)
     layout = cut(one_grid(*tokens.grid, ()), most)
-    signals = {
-        Signal.ENCODER_ATTENTION: tokens.signals[Signal.ENCODER_ATTENTION][0],
-        Signal.PIXEL_HASH: torch.arange(len(layout.segments)),
-    }
+    wanted = chosen.needs | {Signal.ENCODER_ATTENTION}
+    signals = {signal: value[0] for signal, value in tokens.signals.items() if signal in wanted}
+    signals[Signal.PIXEL_HASH] = torch.arange(len(layout.segments))
     item = Encoded(Planned(plan(layout, rate, config), 0), tokens.embeds[0], signals)
-    reducer = Reducer(make_policy(config), config, None).to(place)
+    reducer = Reducer(chosen, config, None).to(place)
 
     @torch.inference_mode()
     def one() -> dict[str, float]:
@@ -93,7 +93,7 @@ def shares(samples: Samples, options: SegmentsOptions) -> dict[str, float]:
     read = samples.ratio("signal", "tower", "signal", "tower") or 0.0
     for case in cases(options, [options.patches // 4]):
         n, most, policy = case
-        reads = Signal.ENCODER_ATTENTION in make_policy(EraConfig(policy=policy)).needs
+        reads = bool(make_policy(EraConfig(policy=policy)).needs & OF_ENCODER)
         pruned = samples.ratio(named(case), "tower", "prune", "tower") or 0.0
         key = f"{policy} {'whole' if most >= n else most}"
         found[key] = pruned + (read if reads else 0.0)

@@ -278,10 +278,12 @@ def _engine(model: str, dtype: str, variant: "Variant", most: int) -> "Iterator[
 
 @contextmanager
 def _transformers(model: str, dtype: str, variant: "Variant", most: int) -> "Iterator[Asker]":
+    from era_vllm.calibration import calibrated
     from era_vllm.config import EraConfig
     from era_vllm.lab.asking import TransformersAsker
 
-    yield TransformersAsker(_oracle(model, dtype), EraConfig.parse(variant.settings), most)
+    config = EraConfig.parse(calibrated(model, variant.settings))
+    yield TransformersAsker(_oracle(model, dtype), config, most)
 
 
 @cache

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.cli import askers
+from era_vllm.cli.options import DEFAULT_MODEL
 from era_vllm.cli.preflight import check_folder
 from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.policies import make_policy, policy_names
@@ -125,13 +126,15 @@ def _variants(arguments: argparse.Namespace) -> "list[Variant]":
     Raises:
         ConfigError: a setting of another name, or one that is said elsewhere.
     """
+    from era_vllm.calibration import calibrated
     from era_vllm.config import EraConfig
     from era_vllm.lab.evaluation import Variant
 
+    model = arguments.model or DEFAULT_MODEL
     settings = [(), *(_settings(text) for text in arguments.variant)]
     variants: dict[EraConfig, Variant] = {}
     for policy, each in product(arguments.policies or ["era"], settings):
-        config = EraConfig.parse({"policy": policy, **dict(each)})
+        config = EraConfig.parse(calibrated(model, {"policy": policy, **dict(each)}))
         make_policy(config)  # refuses an unknown name
         variants.setdefault(config, Variant(policy, each))
     return list(variants.values())

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.calibration import calibrated
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
@@ -42,16 +43,17 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Draw, and say what was kept."""
     from era_vllm.cli.loading import lacking_memory, open_image, open_oracle, served_dtype
     from era_vllm.policies import make_policy
+    from era_vllm.types import Signal
 
-    config = EraConfig.parse(era_settings(arguments))
-    make_policy(config)
+    config = EraConfig.parse(calibrated(arguments.model, era_settings(arguments)))
+    language = Signal.LANGUAGE_QUERIES in make_policy(config).needs
     _check_out(arguments.out, arguments.image)
     image = open_image(arguments.image)
     dtype = served_dtype(arguments.model)
-    if lacking := lacking_memory(arguments.model, dtype, language=False):
+    if lacking := lacking_memory(arguments.model, dtype, language=language):
         raise ConfigError(f"--model {arguments.model!r}: {lacking}; run it where there is more")
     picture, pruned = kept_picture(
-        open_oracle(arguments.model, dtype, language=False), image, config
+        open_oracle(arguments.model, dtype, language=language), image, config
     )
     save(picture, arguments.out)
     n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]

@@ -18,6 +18,7 @@ DESCRIPTION = """Serve vision-language models in vLLM with a fraction of their v
   era-vllm serve                         OpenAI server with the sample model, 78 % pruned
   era-vllm inspect photo.png             a picture of the tokens that are kept
   era-vllm demo                          two servers, a dozen pictures, both answers
+  era-vllm calibrate                     how much of the log-bias each layer takes
   era-vllm recommend MODEL photos        how much can be pruned of pictures of your own
   era-vllm eval                          right answers by family, with intervals
   era-vllm bench serve                   time against stock vLLM, and where it goes
@@ -29,6 +30,8 @@ COMMANDS: Final = {
     "inspect": "draw the tokens that are kept of an image",
     "doctor": "check versions, plugin, model, and one live answer",
     "demo": "show answers with and without pruning, and the speed",
+    "calibrate": "measure how much of the bias each layer takes",
+    "ecl": "find the layer where visual tokens' matrix entropy collapses",
     "recommend": "find the pruning rate for pictures of your own",
     "eval": "measure accuracy under pruning, by family of questions",
     "bench": "measure what pruning costs and saves",

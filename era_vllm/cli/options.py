@@ -71,7 +71,7 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
     "attention_queries": (
         str,
         "all|cls",
-        "queries that the attention is averaged over (default all)",
+        "queries that the attention of policy era is averaged over (default all)",
     ),
     "positions": (
         str,
@@ -95,8 +95,13 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "JSON",
         "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] (default 1)",
     ),
+    "calibration": (
+        str,
+        "FILE",
+        "gamma of a file that era-vllm calibrate wrote for this model and policy",
+    ),
 }
-"""Field -> how its text is read, what stands for it in the help, what it means."""
+"""Field (or ``calibration``) -> how its text is read, what stands for it in the help, meaning."""
 _SWITCHES: Final = {
     "merge": "average pruned tokens into anchors",
     "bias": "add the log-bias to attention scores",

@@ -18,6 +18,7 @@ DESCRIPTION: Final = """Train a small model on generated pictures: on two CPU co
   era-vllm train --arch qwen3_vl --out run --minutes 60 --ranks 2 --resume   go on
   era-vllm train --arch qwen3_vl --out run --minutes 30 --resume --cooldown 30    end well
   era-vllm train --arch qwen3_vl --out new --minutes 30 --weights run/export    from weights alone
+  era-vllm train --arch smol --out smol --from-text --weights era_vllm/lab/checkpoint_smol --lr 5e-4
 
 OUT holds state.pt (weights, their average, optimizers, step: what --resume goes on from; the one
 before is kept), curve.jsonl and curve.png (losses, and held-out answers by family), and export, the
@@ -33,7 +34,7 @@ _DEVICES: Final = ("cpu", "cuda")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     add = parser.add_argument
-    text = "qwen3_vl: several pictures, video; llava: the shipped model's (one picture)"
+    text = "qwen3_vl: several pictures, video; llava: the shipped one (a picture); smol: on SmolLM2"
     add("--arch", choices=ARCHS, required=True, help=text)
     add("--out", type=Path, required=True, metavar="DIR", help="made if it is not there")
     text = "of training, from now on (default 60); pauses do not count"
@@ -115,9 +116,15 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_weights(folder: Path, arch: str) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"--weights: no config.json in {str(folder)!r}; name an exported folder")
-    found = json.loads(config.read_text()).get("model_type")
-    if found != arch:
-        raise ConfigError(f"--weights: {str(folder)!r} is of --arch {found}, got {arch}")
+    from era_vllm.lab.train.arch import architecture
+
+    needed = architecture(arch).weights_file
+    if not (folder / needed).is_file():
+        raise ConfigError(
+            f"--weights: no {needed} in {str(folder)!r}; name a folder that era-vllm train "
+            f"--arch {arch} exported"
+        )
+    if needed == "config.json":
+        found = json.loads((folder / needed).read_text()).get("model_type")
+        if found != arch:
+            raise ConfigError(f"--weights: {str(folder)!r} is of --arch {found}, got {arch}")

@@ -140,7 +140,8 @@ class TransformersAsker:
     def _about(self, subject: Subject, rate: float) -> list[Answer]:
         from era_vllm.lab.oracle import segments_of
 
-        media, started, oracle = subject.media, time.perf_counter(), self._oracle
+        media, started = subject.media, time.perf_counter()
+        oracle, config = self._oracle, self._config
         if any(medium.kind == "video" for medium in media):
             raise UnsupportedError(
                 "transformers: got a video, allowed: pictures, which alone it prunes by itself; "
@@ -155,7 +156,9 @@ class TransformersAsker:
             started = time.perf_counter()
             prompt = chat_prompt(oracle.processor, question.text, len(images))
             ids = oracle.prompt_ids(prompt, kept, add_special_tokens=False)
-            text, first = oracle.decode(ids, segments, self._max_tokens, self._config.positions)
+            text, first = oracle.decode(
+                ids, segments, self._max_tokens, config.positions, config.gamma
+            )
             seconds = shared_s + time.perf_counter() - started
             found.append(Answer(cleaned(text), sum(kept), seconds, _likely(first)))
         return found

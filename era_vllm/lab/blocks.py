@@ -49,7 +49,7 @@ def _of_blocks(
     signals = {
         signal: (value[:, None] + steps).flatten()
         if signal is Signal.PIXEL_HASH
-        else value[:, :, places].transpose(1, 2).flatten(0, 1)
+        else value[..., places].movedim(-2, 1).flatten(0, 1)
         for signal, value in tokens.signals.items()
     }
     return VisualTokens(tokens.embeds[:, places].flatten(0, 1), grid, signals)

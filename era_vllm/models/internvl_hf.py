@@ -17,7 +17,7 @@ from era_vllm.config import encoder_layer
 from era_vllm.contracts import ModelAdapter, TappedLayer
 from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout, equal_units
-from era_vllm.types import Signal
+from era_vllm.types import OF_ENCODER
 from era_vllm.vllm_plugin.models import pruned_model
 
 Info = interns1.InternS1ProcessingInfo
@@ -40,7 +40,7 @@ class InternVLProcessingInfo(Info):
 class InternVLAdapter(ModelAdapter):
     """Facts about InternVL. An item's shape is its number of tiles, thumbnail too, or frames."""
 
-    provides = frozenset({Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
+    provides = OF_ENCODER
     pixels = ("pixel_values", "pixel_values_videos")
 
     def check(self, hf_config: InternVLConfig) -> None:

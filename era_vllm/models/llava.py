@@ -12,14 +12,14 @@ from era_vllm.config import encoder_layer
 from era_vllm.contracts import ModelAdapter, TappedLayer
 from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout, one_grid
-from era_vllm.types import Signal
+from era_vllm.types import OF_ENCODER
 from era_vllm.vllm_plugin.models import pruned_model
 
 
 class LlavaAdapter(ModelAdapter):
     """Facts about LLaVA-1.5."""
 
-    provides = frozenset({Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
+    provides = OF_ENCODER
     tower: type = CLIPVisionConfig
     strategy = "default"
     """Which tokens of the tower are visual ones: all but the CLS token."""

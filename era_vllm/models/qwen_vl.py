@@ -23,7 +23,7 @@ from era_vllm.config import encoder_layer
 from era_vllm.contracts import ModelAdapter, TappedLayer
 from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout, SegmentLayout
-from era_vllm.types import Signal
+from era_vllm.types import OF_ENCODER
 
 Items = ImageProcessorItems | VideoProcessorItems
 _WIDEST = 200
@@ -33,7 +33,7 @@ _WIDEST = 200
 class QwenVLAdapter(ModelAdapter):
     """Facts about all of them."""
 
-    provides = frozenset({Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
+    provides = OF_ENCODER
     text_between: ClassVar[bool] = False
     """Frames of a video have text between them, and so runs of their own."""
 

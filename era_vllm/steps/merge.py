@@ -14,6 +14,7 @@ from era_vllm.steps.similarity import length, nearest_anchor, unit
 from era_vllm.types import Clusters, VisualTokens
 
 Matching = Literal["cosine", "dot"]
+Rest = Literal["dropped", "merged"]
 _LARGE: Final = 1e30
 
 
@@ -26,6 +27,18 @@ def nearest(
     """Assign each token to its most similar anchor."""
     lengths = length(tokens.embeds) if matching == "dot" else None
     return Clusters(anchors, nearest_anchor(unit(tokens.embeds), anchors, lengths))
+
+
+def alone(tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:
+    """Drop all tokens but the anchors."""
+    row = torch.arange(anchors.shape[1], device=anchors.device).expand_as(anchors)
+    dropped = torch.full((tokens.segments, tokens.n), -1, device=anchors.device)
+    return Clusters(anchors, dropped.scatter(1, anchors, row))
+
+
+def with_rest(tokens: VisualTokens, anchors: Int[Tensor, "s a"], rest: Rest) -> Clusters:
+    """Drop the pruned tokens, or merge each into its most similar anchor."""
+    return alone(tokens, anchors) if rest == "dropped" else nearest(tokens, anchors)
 
 
 def average(rows: Float[Tensor, "s n c"], clusters: Clusters) -> Float[Tensor, "s a c"]:

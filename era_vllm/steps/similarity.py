@@ -62,13 +62,33 @@ def nearest_anchor(
     segments, num_anchors = anchors.shape
     if num_anchors == 1:
         return torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
-    picked = x.gather(1, anchors[..., None].expand(-1, -1, x.shape[-1]))
-    similarity = x @ picked.transpose(1, 2)
+    similarity = _to_anchors(x, anchors)
     if lengths is not None:
         similarity = similarity * lengths.gather(1, anchors)[:, None]
     best = quantize(similarity).argmax(-1)
     own = torch.arange(num_anchors, device=x.device).expand(segments, -1)
     return best.scatter(1, anchors, own)
+
+
+def to_anchors(
+    x: Float32[Tensor, "s n p"], anchors: Int[Tensor, "s a"]
+) -> Float32[Tensor, "s n a"]:
+    """Return the similarity of each token to each anchor, rounded to 2**-20.
+
+    Args:
+        x: Padded unit rows.
+        anchors: Indices into n.
+    """
+    return quantize(_to_anchors(x, anchors))
+
+
+def _to_anchors(
+    x: Float32[Tensor, "s n p"], anchors: Int[Tensor, "s a"]
+) -> Float32[Tensor, "s n a"]:
+    picked = x.gather(1, anchors[..., None].expand(-1, -1, x.shape[-1]))
+    if anchors.shape[1] == 1:
+        return (x * picked).sum(-1, keepdim=True)
+    return x @ picked.transpose(1, 2)
 
 
 def quantize(x: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:

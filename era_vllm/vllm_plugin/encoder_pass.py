@@ -24,7 +24,7 @@ class Encoded:
     rows: Tensor
     """[length, d + r]: what vLLM's own encoder gave."""
     signals: Mapping[Signal, Tensor]
-    """Of tokens [c, length], of segments [segments]."""
+    """Of tokens [c, length] or [h, dh, length], of segments [segments]."""
 
 
 def passes(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from era_vllm.calibration import calibrated
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.policies import make_policy
@@ -73,7 +74,7 @@ def plan(
 
     Args:
         model: Model name or path.
-        settings: Fields of ``EraConfig``.
+        settings: Fields of ``EraConfig``, and ``calibration``, a file.
         hf_overrides: The user's own, merged; may not name other architectures.
         additional_config: The user's own, merged; may not hold ``era`` too.
         server: For a server, whose front reads the settings also where the engine is stock.
@@ -84,7 +85,7 @@ def plan(
     """
     check_vllm_version()
     model = os.fspath(model)
-    config = EraConfig.parse(settings)
+    config = EraConfig.parse(calibrated(model, settings))
     make_policy(config)
     overrides, additional = dict(hf_overrides or {}), dict(additional_config or {})
     if "era" in additional:

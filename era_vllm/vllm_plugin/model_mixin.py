@@ -19,7 +19,7 @@ from era_vllm.config import EraConfig
 from era_vllm.contracts import ModelAdapter
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
-from era_vllm.types import Signal
+from era_vllm.types import OF_EVERY_MODEL, Signal
 from era_vllm.vllm_plugin.encoder_pass import encoded, passes
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.fields import modality_of, shape_of, unpack_items
@@ -34,6 +34,7 @@ from era_vllm.vllm_plugin.reducer import Reducer
 from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.signals import SignalSource
 from era_vllm.vllm_plugin.signals.encoder_probe import EncoderProbe
+from era_vllm.vllm_plugin.signals.language_queries import LanguageQueries
 from era_vllm.vllm_plugin.signals.pixel_hash import PixelHash
 from era_vllm.vllm_plugin.step_state import StepState
 
@@ -84,7 +85,11 @@ class PrunedModelMixin(nn.Module):
             # a video among others of unequal lengths comes as [1, length, d]
             # (vllm/model_executor/models/llava_onevision.py:825, 0.32.0)
             rows = [own.flatten(0, -2) for own in super().embed_multimodal(**share)]
-            signals = {k: v for source in self.sources for k, v in source.after(of_pass).items()}
+            signals = {
+                signal: values
+                for source in self.sources
+                for signal, values in source.after(of_pass, rows).items()
+            }
             behind = encoded(of_pass, rows, signals)
             if not self._rehearsed:
                 self.reducer.rehearse(behind)
@@ -143,12 +148,16 @@ class PrunedModelMixin(nn.Module):
 
     def _sources(self) -> list[SignalSource]:
         """Return the sources of what the policy needs, and of the hash that an inspector needs."""
-        if missing := self.policy.needs - self.adapter.provides - {Signal.PIXEL_HASH}:
+        if missing := self.policy.needs - self.adapter.provides - OF_EVERY_MODEL:
             raise UnsupportedError(
                 f"policy {self.era.policy!r} needs {', '.join(s.value for s in missing)}, which "
-                f"{type(self).__name__} does not provide; choose dpp, pool, random or uniform"
+                f"{type(self).__name__} does not provide; choose divprune, dpp, pool, random or "
+                "uniform"
             )
         sources: list[SignalSource] = [PixelHash()]
+        if Signal.LANGUAGE_QUERIES in self.policy.needs:
+            width = self.adapter.width(self.config)
+            sources.append(LanguageQueries(self.adapter.language_model(self), width))
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         if layer is not None and (wanted := self.policy.needs & self.adapter.provides):
             queries = self.era.attention_queries

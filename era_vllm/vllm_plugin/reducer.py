@@ -166,7 +166,7 @@ def _groups(items: Sequence[Encoded]) -> Iterator[tuple[int, Members]]:
 
 def _of_segment(value: Tensor, segment: int, places: Int[Tensor, "n"]) -> Tensor:
     """Return a segment's share of an item's signal: of its tokens, or its own number."""
-    return value[:, places] if value.ndim == 2 else value[segment]
+    return value[..., places] if value.is_floating_point() else value[segment]
 
 
 def _packed(items: Sequence[Encoded], members: Members, result: PrunedTokens) -> Tensor:

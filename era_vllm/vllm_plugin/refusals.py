@@ -5,7 +5,7 @@ the model knows, such as its attention (``attention/layer.py``) or its rotary ta
 (``positions.py``). Names no vLLM at import.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -14,7 +14,7 @@ from era_vllm.compat import cpu_attention
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
-from era_vllm.types import Signal
+from era_vllm.types import OF_ENCODER, Signal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,7 +90,7 @@ REFUSALS: Final = (
         lambda config: bool(
             config.model_config.multimodal_config
             and config.model_config.multimodal_config.mm_encoder_tp_mode == "data"
-            and _reads_attention(config)
+            and _needs(config, OF_ENCODER)
         ),
     ),
     Refusal(
@@ -130,6 +130,12 @@ REFUSALS: Final = (
         lambda config: bool(config.lora_config and config.lora_config.enable_tower_connector_lora),
     ),
     Refusal(
+        "LoRA adapters (--enable-lora) with a policy that reads the language model's first layer",
+        "a picture is encoded once for all requests, whatever adapter each asks for",
+        "leave --enable-lora out, or use --era-policy dpp",
+        lambda config: bool(config.lora_config and _needs(config, {Signal.LANGUAGE_QUERIES})),
+    ),
+    Refusal(
         "other numbers in the KV cache (--kv-cache-dtype)",
         "the columns of the bias are rounded for float32, bfloat16, float16 and fp8 (e4m3)",
         "use auto or fp8",
@@ -155,9 +161,9 @@ REFUSALS: Final = (
 )
 
 
-def _reads_attention(config: "VllmConfig") -> bool:
+def _needs(config: "VllmConfig", signals: Set[Signal]) -> bool:
     policy = make_policy(EraConfig.parse(config.model_config.hf_config.era))
-    return bool(policy.needs & {Signal.ENCODER_ATTENTION, Signal.ENCODER_SCORES})
+    return bool(policy.needs & signals)
 
 
 def refuse(vllm_config: "VllmConfig") -> None:

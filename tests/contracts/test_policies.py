@@ -34,8 +34,26 @@ from tests.strategies import (
 )
 
 ATTENTION: Final = Signal.ENCODER_ATTENTION
-NOT_NESTED: Final = {"uniform": "the stride changes", "pool": "the cells change"}
-BY_POSITION: Final = {"uniform": "stride", "pool": "cell", "random": "hash of the position"}
+NOT_NESTED: Final = {
+    "uniform": "the stride changes",
+    "pool": "the cells change",
+    "mfpruner": "a ranking votes for its first K",
+    "vispruner": "both halves grow",
+    "visionzip": "the step changes",
+    "prumerge": "the stride changes",
+}
+BY_POSITION: Final = {
+    "uniform": "stride",
+    "pool": "cell",
+    "random": "hash of the position",
+    "vispruner": "every second token is held against the others",
+    "visionzip": "step",
+    "prumerge": "stride",
+    "holov": "crop",
+}
+TAKES_SOME: Final = tuple(map(policy_class, ("visionzip", "prumerge")))
+"""One anchor of theirs takes nothing, or its neighbours."""
+IN_ROUNDS: Final = {"vispruner": "a round for each eight duplicates, up to 64"}
 EXTREMES: Final[dict[str, dict[str, tuple[float, ...]]]] = {
     "era": {
         "profile_weight": (0.0, 1.0),
@@ -44,6 +62,11 @@ EXTREMES: Final[dict[str, dict[str, tuple[float, ...]]]] = {
         "mass_guard": (10.0,),
     },
     "dpp": {"ridge": (1e-9,)},
+    "entropyprune": {"trace_norm": (False,)},
+    "vispruner": {"important": (0.0, 1.0)},
+    "visionzip": {"dominant": (0.0, 1.0)},
+    "prumerge": {"salient": (0.0, 1.0), "neighbours": (1,)},
+    "holov": {"crops": (1, 1000), "variance": (0.0, 1000.0)},
 }
 """Numeric options at the ends of their ranges, beside the defaults."""
 
@@ -77,6 +100,11 @@ def _law(exempt: dict[str, str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("policy", held.values(), ids=held.keys())
 
 
+def _drops(policy: PruningPolicy) -> bool:
+    """Whether pruned tokens are dropped, all of them."""
+    return getattr(policy, "rest", "merged") == "dropped"
+
+
 def _bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
@@ -108,7 +136,7 @@ def test_policy_is_a_frozen_dataclass_that_keeps_the_protocol(name: str) -> None
 
 
 def test_exemptions_name_policies_that_exist() -> None:
-    assert {*NOT_NESTED, *BY_POSITION, *EXTREMES} <= set(policy_names())
+    assert {*NOT_NESTED, *BY_POSITION, *IN_ROUNDS, *EXTREMES} <= set(policy_names())
 
 
 @every_policy
@@ -240,12 +268,15 @@ def test_tokens_without_a_difference_are_taken_in_order(
     )
     if getattr(policy, "saliency", "share") in ("softmax", "zscore") and attention != "zero":
         tokens = with_signal(tokens, ATTENTION, torch.full((1, 3, 15), 1 / 15))
+    if attention != "zero":
+        tokens = with_signal(tokens, Signal.CLASS_ATTENTION, torch.full((1, 3, 15), 1 / 15))
     if getattr(policy, "mass_guard", 0.0) > 1:
         tokens = with_signal(tokens, ATTENTION, torch.zeros(1, 3, 15))
     for count in (1, 4, 14):
         pruned = prune(tokens, count, policy)
         assert pruned.anchors.tolist() == [list(range(count))]
-        assert pruned.assignment.tolist() == [[*range(count), *[0] * (15 - count)]]
+        pruned_tokens = [-1 if _drops(policy) else 0] * (15 - count)
+        assert pruned.assignment.tolist() == [[*range(count), *pruned_tokens]]
 
 
 @every_policy
@@ -276,11 +307,29 @@ def test_at_least_one_token_stays(policy: PruningPolicy, count: int, grid: tuple
 @every_policy
 @FEW
 @given(batch=batches())
-def test_one_anchor_takes_all(policy: PruningPolicy, batch: tuple[VisualTokens, int]) -> None:
+def test_one_anchor_takes_all_or_none(
+    policy: PruningPolicy, batch: tuple[VisualTokens, int]
+) -> None:
     tokens, _ = batch
     pruned = prune(tokens, 1, policy)
     assert pruned.anchors.shape == (tokens.segments, 1)
-    assert (pruned.assignment == 0).all()
+    if not _drops(policy) and not isinstance(policy, TAKES_SOME):
+        assert (pruned.assignment == 0).all()
+
+
+@every_policy
+@FEW
+@given(batch=batches())
+def test_what_is_dropped_leaves_no_trace(
+    policy: PruningPolicy, batch: tuple[VisualTokens, int]
+) -> None:
+    tokens, count = batch
+    pruned = prune(tokens, count, policy)
+    if not _drops(policy):
+        return
+    own = torch.stack([x[rows] for x, rows in zip(tokens.embeds, pruned.anchors, strict=True)])
+    assert torch.equal(_bits(pruned.embeds), _bits(own)) and not pruned.log_bias.any()
+    assert int((pruned.assignment >= 0).sum()) == tokens.segments * count
 
 
 @every_policy
@@ -336,7 +385,8 @@ def test_bad_numbers_are_repaired_counted_and_stay_in_their_segment(
     tokens, count = batch
     victim = data.draw(st.integers(0, tokens.segments - 1))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    names = ("embeds", ATTENTION, Signal.ENCODER_SCORES)
+    floats = [signal for signal, x in tokens.signals.items() if x.is_floating_point()]
+    names = ("embeds", *floats)
     spoiled: dict[object, Tensor] = {"embeds": tokens.embeds.clone()}
     spoiled |= {signal: x.clone() for signal, x in tokens.signals.items()}
     hits: dict[object, int] = {}
@@ -351,7 +401,7 @@ def test_bad_numbers_are_repaired_counted_and_stay_in_their_segment(
     assert (pruned.log_bias >= 0).all() and (pruned.anchors.diff(dim=1) > 0).all()
     counts = pruned.degenerate.tolist()
     assert counts[Degenerate.NON_FINITE_EMBEDS] == hits["embeds"]
-    assert counts[Degenerate.NON_FINITE_ATTENTION] == hits[ATTENTION] + hits[Signal.ENCODER_SCORES]
+    assert counts[Degenerate.NON_FINITE_ATTENTION] == sum(hits[signal] for signal in floats)
     dark = spoiled[ATTENTION].nan_to_num(0, 0, 0).sum(1) == 0
     assert counts[Degenerate.NO_ATTENTION] == int(dark.sum())
     for index in set(range(tokens.segments)) - {victim}:
@@ -360,11 +410,14 @@ def test_bad_numbers_are_repaired_counted_and_stay_in_their_segment(
 
 @every_policy
 def test_negative_attention_counts_as_none(policy: PruningPolicy) -> None:
-    tokens = build(2, (4, 5))
+    tokens, of_class = build(2, (4, 5)), Signal.CLASS_ATTENTION
     bad, zero = tokens.signals[ATTENTION].clone(), tokens.signals[ATTENTION].clone()
     bad[:, :, 3:9] = -1.0
     zero[:, :, 3:9] = 0.0
-    one, other = (prune(with_signal(tokens, ATTENTION, x), 5, policy) for x in (bad, zero))
+    one, other = (
+        prune(with_signal(with_signal(tokens, ATTENTION, x), of_class, x), 5, policy)
+        for x in (bad, zero)
+    )
     _assert_same(one, other, "negative attention")
     assert one.degenerate[Degenerate.NO_ATTENTION] == 6
 
@@ -438,7 +491,7 @@ def test_shapes_do_not_depend_on_values(policy: PruningPolicy, device: str, coun
         assert (left.shape, left.dtype) == (right.shape, right.dtype), name
 
 
-@every_policy
+@_law(IN_ROUNDS)
 def test_work_is_batched_over_segments_and_tokens(policy: PruningPolicy) -> None:
     few = build(4, (4, 6), kinds=(("generic", "peaked"),) * 2)
     more_segments = build(4, (4, 6), kinds=(("generic", "peaked"),) * 7)

@@ -81,6 +81,37 @@ def test_tensor_parallel_2(apart, check, tmp_path, settings):
     check(oracle, settings, saved)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["tensor parallel 2", "torch.compile"])
+def test_queries_of_the_language_model(apart, check, tmp_path, how):
+    """All heads on every rank, and as transformers has them; the layer is called uncompiled."""
+    settings = {"policy": "entropyprune", "policy_options": {"rest": "merged"}}
+    build = "from random_llava import save_random_llava as save; import pathlib, sys; "
+    python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
+    ranks = 2 if how == "tensor parallel 2" else 1
+    saved = apart(
+        {"tensor_parallel_size": ranks, "enforce_eager": ranks == 2},
+        settings=settings,
+        questions=QUESTIONS,
+        checkpoint=str(tmp_path / "model"),
+        **(EAGER if ranks == 2 else {}),
+    )
+    assert len(saved["ranks"]) == ranks and all(one == saved["ranks"][0] for one in saved["ranks"])
+    oracle = Oracle(str(tmp_path / "model"))
+    images = {
+        pixel_hash(oracle.pixels(image)[0]): image
+        for image in (sample.image for sample in load_samples())
+    }
+    for queries, _, _, seeds, _ in saved["ranks"][0]:
+        expected = oracle.tokens([images[seed] for seed in seeds])
+        found = torch.tensor(queries)
+        difference = (found - expected.signals[Signal.LANGUAGE_QUERIES]).abs().max()
+        largest = found.abs().max()
+        print(f"queries {tuple(found.shape)}: difference {difference:.1e} of {largest:.2g}")
+        assert found.shape[1] == 4 and difference < 1e-5 * max(1.0, float(largest))
+    check(oracle, settings, saved)
+
+
 @pytest.mark.situation("torch.compile")
 @modes
 def test_torch_compile(apart, check, oracle, settings):

@@ -44,36 +44,45 @@ STEPS = {  # pictures and options -> tokens of each, pictures encoded, found by 
 
 
 @pytest.fixture(scope="module")
-def answers(servers, uncached):
-    """Every step, one after another, asked of both servers; (answers, figures) of each."""
-    found = {}
-    last = {server: settled(server, ENCODED, HITS, PREFIX) for server in (servers[0], uncached)}
-    for name, (pictures, options, *_) in STEPS.items():
-        for server, before in last.items():
-            answer = chat(server, *pictures, logprobs=True, top_logprobs=10, **options)
-            last[server] = settled(server, ENCODED, HITS, PREFIX)
-            counted = {name: last[server][name] - before[name] for name in before}
-            found.setdefault(name, []).append((answer, counted))
+def answers(servers):
+    """Every step, one after another: answer and figures."""
+    return _every_step(servers[0])
+
+
+@pytest.fixture(scope="module")
+def plain_answers(uncached):
+    """The same of a server without caches."""
+    return _every_step(uncached)
+
+
+def _every_step(server):
+    found, last = {}, settled(server, ENCODED, HITS, PREFIX)
+    for step, (pictures, options, *_) in STEPS.items():
+        answer = chat(server, *pictures, logprobs=True, top_logprobs=10, **options)
+        before, last = last, settled(server, ENCODED, HITS, PREFIX)
+        found[step] = answer, {name: last[name] - before[name] for name in before}
     return found
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_picture_is_encoded_once_a_rate_whatever_stands_beside_it(answers, step):
     _, _, tokens, encoded, hits = STEPS[step]
-    (answer, counted), (plain, uncounted) = answers[step]
+    answer, counted = answers[step]
     print(f"{step}: encoded {counted[ENCODED]:.0f}, found {counted[HITS]:.0f}")
     assert [kept for *_, kept in rates(answer)] == list(tokens)
     assert (counted[ENCODED], counted[HITS]) == (encoded, hits)
-    distinct = 1 if "twice" in step else len(tokens)
-    assert distinct <= uncounted[ENCODED] <= len(tokens)
-    assert uncounted[HITS] == uncounted[PREFIX] == 0
     if step == "another question":
         assert counted[PREFIX] >= N // 2, "whole blocks of the first picture"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
-def test_answers_are_those_of_a_server_without_caches(answers, step):
-    (answer, _), (plain, _) = answers[step]
+def test_answers_are_those_of_a_server_without_caches(answers, plain_answers, step):
+    (answer, _), (plain, uncounted) = answers[step], plain_answers[step]
+    tokens = STEPS[step][2]
+    distinct = 1 if "twice" in step else len(tokens)
+    assert distinct <= uncounted[ENCODED] <= len(tokens)
+    assert uncounted[HITS] == uncounted[PREFIX] == 0
     assert answer["era"] == plain["era"]
     assert answer["usage"] == plain["usage"]
     ours, theirs = (one["choices"][0] for one in (answer, plain))
@@ -87,6 +96,6 @@ def test_answers_are_those_of_a_server_without_caches(answers, step):
 
 def test_answers_tell_one_step_from_another(answers):
     """Or the comparison above could not see a wrong picture."""
-    tops = {step: found[0][0]["choices"][0]["logprobs"] for step, found in answers.items()}
+    tops = {step: answer["choices"][0]["logprobs"] for step, (answer, _) in answers.items()}
     same = {"B strong by rate", "B by default", "A light"}
     assert len({str(tops[step]) for step in same}) == len(same)

@@ -252,7 +252,8 @@ def test_refusals_are_counted_by_reason(pair):
     assert metric(pair.ours, "era:responses_total") == told + len(before)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_setting_that_cannot_be_used_ends_the_plain_line(tmp_path, count):
     """``era-vllm serve`` says so before the model is loaded; this line does not pass there."""
     (tmp_path / "keys").write_text("# nobody\n")

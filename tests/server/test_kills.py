@@ -125,6 +125,7 @@ def test_an_engine_that_hangs_is_not_ready_and_dies_with_its_server(tmp_path: Pa
         kill(server, "main")
 
 
+@pytest.mark.slow
 def test_a_server_ends_with_its_engine(tmp_path: Path) -> None:
     with server_of(tmp_path) as server:
         kill(server, "engine")

@@ -57,7 +57,7 @@ if __name__ == "__main__":
     ("connector", "method"),
     [
         ("era", "spawn"),
-        ("http", "spawn"),
+        pytest.param("http", "spawn", marks=pytest.mark.slow),
         pytest.param("era", "fork", marks=pytest.mark.slow),
         pytest.param("era", "forkserver", marks=pytest.mark.slow),
     ],

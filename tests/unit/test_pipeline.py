@@ -245,7 +245,8 @@ def test_missing_signals_are_all_named() -> None:
             return frozenset(Signal)
 
     tokens = VisualTokens(torch.zeros(1, 4, 2), (2, 2), {ATTENTION: torch.zeros(1, 2, 4)})
-    with pytest.raises(PolicyError, match="needs encoder attention scores, pixel hash, which"):
+    missing = ", ".join(sorted(signal.value for signal in Signal if signal is not ATTENTION))
+    with pytest.raises(PolicyError, match=f"needs {missing}, which"):
         prune(tokens, 2, Needy())
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.calibration import calibrated
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
 from era_vllm.config import EraConfig
 from era_vllm.lab.screen import IN_PROCESS, muted, progress
@@ -53,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Print the page; return 0 if all is well, else 1."""
-    settings = era_settings(arguments)
+    settings = calibrated(arguments.model, era_settings(arguments))
     make_policy(EraConfig.parse(settings))  # a bad flag is no finding: it is refused
     trusted = {"trust_remote_code": True} if arguments.trust_remote_code else {}
     found = list(_examine(arguments.model, settings, trusted, check=not arguments.no_check))

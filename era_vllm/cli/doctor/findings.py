@@ -24,7 +24,7 @@ from era_vllm.errors import EraError, UnsupportedError
 from era_vllm.layout import Layout as ItemLayout
 from era_vllm.plan import plan
 from era_vllm.policies import policy_class, policy_names
-from era_vllm.types import Signal
+from era_vllm.types import OF_EVERY_MODEL, Signal
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.launch import plugins_to_allow
 from era_vllm.vllm_plugin.names import PLUGIN
@@ -181,7 +181,7 @@ def _vllm_version(section: str) -> Finding:
 def _policies(provides: frozenset[Signal], chosen: str) -> Iterator[Finding]:
     works: list[str] = []
     for name in policy_names():
-        missing = policy_class(name)().needs - provides - {Signal.PIXEL_HASH}
+        missing = policy_class(name)().needs - provides - OF_EVERY_MODEL
         if not missing:
             works.append(name)
             continue

@@ -2,5 +2,5 @@
 
 from typing import Final
 
-ARCHS: Final = ("qwen3_vl", "llava")
+ARCHS: Final = ("qwen3_vl", "llava", "smol")
 """Architectures: a file of this folder each."""

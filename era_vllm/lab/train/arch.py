@@ -15,7 +15,9 @@ from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.lab.synth.tasks import Kind, Task
 from era_vllm.lab.train import ARCHS
 from era_vllm.lab.train.batch import Batch
+from era_vllm.lab.train.optim import optimizers
 from era_vllm.lab.train.packing import NO_TARGET, Form, Row, pack
+from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -47,10 +49,14 @@ class Learner(nn.Module, ABC):
     def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
         """Return "tower", a loss, and shares that are right by name."""
 
+    def scored(self, states: Tensor) -> Tensor:
+        """Return scores of the vocabulary, [t, vocabulary]."""
+        return self.model.lm_head(states)
+
     def answer(self, batch: Batch, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return scores [t, vocabulary] and what is right [t], where something is to be said."""
         told = batch.targets != NO_TARGET
-        return self.model.lm_head(self.speak(batch, outputs)), batch.targets[told]
+        return self.scored(self.speak(batch, outputs)), batch.targets[told]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss", what is minimised, its parts, and shares that are right, by name."""
@@ -73,6 +79,8 @@ class Architecture(ABC):
     """Held-out tasks by kind."""
     form: Form
     """How it writes a prompt."""
+    weights_file: str = "config.json"
+    """What an exported folder is known by."""
 
     @abstractmethod
     def tokenizer(self) -> "Tokenizer":
@@ -85,6 +93,10 @@ class Architecture(ABC):
     @abstractmethod
     def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
         """Return pictures, alone or with a packed row for each task."""
+
+    def optimizers(self, model: nn.Module, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
+        """Return what steps; a group's "share" is multiplied with the learning rate."""
+        return optimizers(model, ranks, lr)
 
     @abstractmethod
     def export(self, model: nn.Module, folder: Path) -> None:

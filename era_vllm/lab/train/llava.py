@@ -9,7 +9,7 @@ Leaves out the loop (``loop.py``).
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ _MEAN, _STD = 0.45, 0.25
 _PAD, _IMAGE = 0, 4
 _OF_CLASS: Final = 10.0
 """Weight of what the class token says: most of its classes are absent from most pictures."""
-_QUOTAS: Final[Mapping[TaskFamily, int]] = {
+QUOTAS: Final[Mapping[TaskFamily, int]] = {
     **dict.fromkeys(FAMILIES, 1), "exist": 2, "count": 2, "spatial": 2, "where": 2, "chart": 2
 }  # fmt: skip
 _NAMES: Final = (
@@ -78,11 +78,9 @@ class LlavaLearner(Learner):
     def see(self, batch: Batch) -> list[Tensor]:
         """Return patches of the last layer but one [v, width], and class tokens [b, width]."""
         tower = self.model.model.vision_tower
+        hidden = before_last(tower, batch.pixels)
         tower = getattr(tower, "vision_model", tower)
-        hidden = tower.pre_layrnorm(tower.embeddings(batch.pixels))
-        *layers, last = tower.encoder.layers
-        for layer in layers:
-            hidden = layer(hidden, attention_mask=None)
+        last = tower.encoder.layers[-1]
         of_class = tower.post_layernorm(last(hidden, attention_mask=None)[:, 0])
         return [hidden[:, 1:].flatten(0, 1), of_class]
 
@@ -114,7 +112,7 @@ class Llava(Architecture):
         alone=Stage({"standard": 1.0}, {"standard": 24}),
         first=Stage({"standard": 1.0}, {"standard": 16}),
         then=Stage({"standard": 1.0}, {"standard": 16}),
-        quotas=_QUOTAS,
+        quotas=QUOTAS,
     )
 
     def tokenizer(self) -> "Tokenizer":
@@ -129,7 +127,7 @@ class Llava(Architecture):
 
     def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
         """Return pictures, alone or with a packed row for each task."""
-        return _batch(tasks, rows)
+        return pictures(tasks, rows, _PAD)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the weights beside copies of the shipped checkpoint's other files."""
@@ -155,7 +153,17 @@ def shared_name(name: str) -> str:
     return name
 
 
-def _batch(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
+def before_last(tower: Any, pixels: Tensor) -> Tensor:
+    """Return what the last layer but one of a CLIP tower gives, class token first [b, 1 + n, d]."""
+    tower = getattr(tower, "vision_model", tower)
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in tower.encoder.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None)
+    return hidden
+
+
+def pictures(tasks: Sequence[Task], rows: Sequence[Row], pad: int) -> Batch:
+    """Return pictures of one size, alone or with a packed row for each."""
     scenes = [task.items[0].scenes[0] for task in tasks]
     frames = [np.asarray(task.items[0].frames[0], np.float32) for task in tasks]
     pixels = (np.stack(frames) / 255 - _MEAN) / _STD
@@ -166,5 +174,5 @@ def _batch(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
         labels=torch.from_numpy(labels),
         present=torch.from_numpy(np.stack([things(scene) for scene in scenes])),
         rows=tuple(rows),
-        **padded(rows, _PAD),
+        **padded(rows, pad),
     )

@@ -30,7 +30,6 @@ from era_vllm.lab.synth.tasks import TASK_FAMILIES, Kind, draw_task
 from era_vllm.lab.train.arch import Architecture, Learner, architecture
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.curve import append, draw
-from era_vllm.lab.train.optim import optimizers
 from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe
 from era_vllm.lab.train.state import Average, Progress, load, save
@@ -89,6 +88,7 @@ def train(settings: Settings) -> None:
     Raises: ConfigError: a rank ended with an error, which is above.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
+    architecture(settings.arch).tokenizer()  # what has to be fetched is fetched once
     os.environ.update(ALLOCATOR)
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
     context = multiprocessing.get_context("spawn")
@@ -142,7 +142,7 @@ class _Training:
             self.model.read(settings.weights)
         self.model.to(settings.device)
         self.average = Average(self.model)
-        self.optimizers = optimizers(self.model, ranks, settings.lr)
+        self.optimizers = self.arch.optimizers(self.model, ranks, settings.lr)
         self.progress = Progress(settings.arch, settings.seed)
         if settings.resume:
             self.progress = load(
@@ -236,7 +236,7 @@ class _Training:
             rate *= max(0.05, left / settings.cooldown)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("share", 1.0)
 
     def _precision(self) -> Any:
         if self.settings.bf16:

@@ -169,10 +169,11 @@ class _Maker:
     def add_picture(self, pad: str, rows: int, columns: int) -> None:
         token = self._words.token_to_id(pad)
         assert token is not None
+        self.add(self._form.marks[0])
         if not self._form.grid:
             self.extend([token] * (rows * columns))
+            self.add(self._form.marks[1])
             return
-        self.add(self._form.marks[0])
         start = self.position
         self.ids += [token] * (rows * columns)
         self._targets += [NO_TARGET] * (rows * columns)

@@ -21,9 +21,14 @@ class SignalSource(Protocol):
         """Get ready for a pass of these items; what an earlier pass may have left is forgotten."""
         ...
 
-    def after(self, items: Sequence[Planned]) -> Mapping[Signal, Sequence[Tensor]]:
+    def after(
+        self, items: Sequence[Planned], rows: Sequence[Tensor]
+    ) -> Mapping[Signal, Sequence[Tensor]]:
         """Return each signal for each item of the pass.
 
-        Of tokens: float32 [c, length]; of segments: int64 [segments].
+        Of tokens: float32 [c, length] or [h, dh, length]; of segments: int64 [segments].
+
+        Args:
+            rows: [length, d + r] of each item, as the encoder gave them.
         """
         ...

@@ -1,4 +1,4 @@
-"""Reads attention out of one layer of a vision tower while it runs: no second pass, no patch.
+"""Reads one layer of a vision tower while it runs: no second pass, no patch.
 
 A forward pre-hook on the layer's attention sees its queries and keys. Under tensor parallelism
 each rank holds some heads; the results are gathered, so that every rank chooses the same anchors.
@@ -36,7 +36,7 @@ class EncoderProbe:
 
         Args:
             layer: Where to read.
-            signals: What to compute; attention, its scores, or both.
+            signals: What to compute, of ``OF_ENCODER``.
             queries: Queries that are averaged over.
             adapter, hf_config: Of the family, which knows where a key's token stands.
         """
@@ -55,16 +55,22 @@ class EncoderProbe:
             layouts = [item.plan.layout for item in items]
             self._units = [(layout.units, keys(layout)) for layout in layouts]
 
-    def after(self, items: Sequence[Planned]) -> Mapping[Signal, Sequence[Tensor]]:
+    def after(
+        self, items: Sequence[Planned], rows: Sequence[Tensor]
+    ) -> Mapping[Signal, Sequence[Tensor]]:
         """Return what was read, at the items' places."""
         assert self._read is not None, "after without before"
         read, self._read = self._read, None
         layouts = [item.plan.layout for item in items]
         together = torch.cat if self._layer.keys is None else list
-        return {
+        found = {
             signal: self._adapter.signals(self._hf_config, together(parts), layouts)
             for signal, parts in read.items()
         }
+        if (keys := found.get(Signal.ENCODER_KEYS)) is not None:
+            by_head = (self._layer.heads, -1)
+            found[Signal.ENCODER_KEYS] = [one.unflatten(0, by_head) for one in keys]
+        return found
 
     def _on_call(
         self, attention: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
@@ -75,18 +81,30 @@ class EncoderProbe:
         shape = attention.num_heads, attention.head_size
         query, key = (x.reshape(*x.shape[:2], *shape) for x in named)
         for signal, parts in self._read.items():
-            compute = received_attention if signal == Signal.ENCODER_ATTENTION else mean_scores
             of_items = [
-                compute(*one, attention.scale, self._queries) for one in self._items(query, key)
+                self._computed(signal, *one, attention.scale) for one in self._items(query, key)
             ]
             if self._layer.keys is None:
                 (only,) = of_items
                 parts.append(self._all_heads(only)[..., self._layer.skipped_keys :])
                 continue
-            # [u, h, m] of each item -> one sequence, so that ranks gather once
+            # [u, c, m] of each item -> one sequence, so that ranks gather once
             in_one = torch.cat([x.transpose(0, 1).flatten(1) for x in of_items], 1)
             counts = [keys for units, keys in self._units for _ in range(units)]
             parts += self._all_heads(in_one[None])[0].split(counts, 1)
+
+    def _computed(
+        self, signal: Signal, query: Tensor, key: Tensor, scale: float
+    ) -> Float[Tensor, "u c m"]:
+        """Return a signal of this rank's heads: one channel a head, or its ``head_size``."""
+        if signal is Signal.ENCODER_KEYS:
+            return key.permute(0, 2, 3, 1).flatten(1, 2).to(torch.float32, copy=True)
+        if signal is Signal.ENCODER_SCORES:
+            return mean_scores(query, key, scale, self._queries)
+        queries = self._queries
+        if signal is Signal.CLASS_ATTENTION:
+            queries = "cls" if self._layer.skipped_keys else "all"
+        return received_attention(query, key, scale, queries)
 
     def _items(self, query: Tensor, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield queries and keys of units of one size, [u, m, h, dh]."""
@@ -101,7 +119,8 @@ class EncoderProbe:
                 key[0, share].unflatten(0, (units, keys)),
             )
 
-    def _all_heads(self, x: Float[Tensor, "u h m"]) -> Float[Tensor, "u hv m"]:
-        if x.shape[1] == self._layer.heads or get_tensor_model_parallel_world_size() == 1:
+    def _all_heads(self, x: Float[Tensor, "u c m"]) -> Float[Tensor, "u all m"]:
+        whole = self._layer.attention.num_heads == self._layer.heads
+        if whole or get_tensor_model_parallel_world_size() == 1:
             return x
         return tensor_model_parallel_all_gather(x, dim=1)

@@ -21,7 +21,9 @@ class PixelHash:
     def before(self, items: Sequence[Planned]) -> None:
         """Nothing to get ready."""
 
-    def after(self, items: Sequence[Planned]) -> Mapping[Signal, Sequence[Tensor]]:
+    def after(
+        self, items: Sequence[Planned], rows: Sequence[Tensor]
+    ) -> Mapping[Signal, Sequence[Tensor]]:
         """Return int64 [segments] of each item, on the CPU."""
         return {Signal.PIXEL_HASH: [_of_segments(item) for item in items]}
 

@@ -15,6 +15,7 @@ from era_vllm.cli.main import COMMANDS, main
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server, wait_for
+from era_vllm.policies import policy_names
 from era_vllm.viz import Kept, cell_box, draw
 from era_vllm.vllm_plugin.launch import plugins_to_allow
 
@@ -133,6 +134,16 @@ def test_inspect_draws_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
         bright = [_is_bright(drawn.convert("RGB"), token, (12, 12)) for token in range(144)]
         assert min(drawn.size) > 700
     assert sum(bright) == 16
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_inspect_shows_every_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
+) -> None:
+    """Also one that reads the language model, which the others do without."""
+    out = ["--out", str(tmp_path / "kept.png")]
+    assert main(["inspect", str(SAMPLE), "--era-policy", policy, *out]) == 0
+    assert f"kept 32 of 144 visual tokens ({policy}, " in capsys.readouterr().out
 
 
 def _is_bright(drawn: Image.Image, token: int, grid: tuple[int, int]) -> bool:

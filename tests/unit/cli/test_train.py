@@ -18,6 +18,7 @@ from era_vllm.lab import CHECKPOINT
         (["--resume"], "no state.pt"),
         (["--weights", "nowhere"], "no config.json in 'nowhere'"),
         (["--weights", str(CHECKPOINT)], "is of --arch llava, got qwen3_vl"),
+        (["--arch", "smol", "--weights", str(CHECKPOINT)], "no delta.safetensors in"),
         (["--device", "cuda", "--ranks", "2"], "--ranks: got 2"),
         (["--device", "cuda"], "--device: got cuda, allowed here: cpu"),
     ],

@@ -146,6 +146,16 @@ def test_eval_asks_plain_transformers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert pruned[0]["kl"] != pruned[1]["kl"], "compact positions are others"
 
 
+def test_plain_transformers_weigh_the_bias_as_configured() -> None:
+    oracle, samples = Oracle(str(CHECKPOINT)), load_samples()[:1]
+    configs = (EraConfig(gamma=0.0), EraConfig(bias=False), EraConfig(), EraConfig(gamma=2.0))
+    none, off, one, two = (
+        ask(TransformersAsker(oracle, config), samples, 0.889)[0][0].first for config in configs
+    )
+    assert none == off
+    assert len({str(first) for first in (none, one, two)}) == 3
+
+
 def test_plain_transformers_refuse_what_they_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ def test_blocks_are_the_engines(tokens: VisualTokens, policy: str, most: int) ->
     layout = cut(one_grid(7, 13, ()), most)
     own = plan(layout, 0.8, config)
     items = [Planned(own, int(name)) for name in tokens.pixel_hash]
-    hashes = PixelHash().after(items)[Signal.PIXEL_HASH]
+    hashes = PixelHash().after(items, [])[Signal.PIXEL_HASH]
     heard = []
     reducer = Reducer(make_policy(config), config, None)
     reducer.listeners.append(heard.extend)

@@ -174,6 +174,7 @@ def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
         (["--rates", "0", ".99"], "--rates: got 0.99, allowed: numbers in [0, 0.95]"),
         (["--count", "1"], "--count: got 1, allowed: 2 or more"),
         (["--policies", "eral"], "eral"),
+        (["--variant", "calibration=nosuch.json"], "calibration 'nosuch.json': No such file"),
         (["--variant", "bias"], "--variant: got 'bias', needed NAME=VALUE"),
         (["--variant", "biass=false"], "biass"),
         (["--variant", "policy=dpp"], "name it with --policies"),

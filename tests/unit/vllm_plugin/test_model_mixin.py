@@ -23,17 +23,24 @@ class Tower(ModelAdapter):
     def __init__(self, skipped_keys):
         self.skipped_keys = skipped_keys
 
+    def language_model(self, model):
+        return model.language_model
+
     def tapped_layer(self, model, hf_config, layer):
         return TappedLayer(nn.Identity(), 4, self.skipped_keys)
 
 
-def sources(skipped_keys, **settings):
+def sources(skipped_keys, language_model=None, **settings):
     """Return the sources of a model with such a tower."""
     from era_vllm.vllm_plugin.model_mixin import PrunedModelMixin
 
     era = EraConfig(**settings)
     model = SimpleNamespace(
-        era=era, policy=make_policy(era), adapter=Tower(skipped_keys), config=None
+        era=era,
+        policy=make_policy(era),
+        adapter=Tower(skipped_keys),
+        config=None,
+        language_model=language_model,
     )
     return PrunedModelMixin._sources(model)
 
@@ -50,3 +57,42 @@ def test_a_tower_without_cls_token_is_not_read_from_it():
 
 def test_a_policy_that_reads_no_attention_does_not_ask_whose():
     assert len(sources(0, attention_queries="cls", policy="uniform")) == 1
+
+
+class LlamaAttention(nn.Module):
+    """Its name is what is asked for."""
+
+
+def language(attention):
+    """Return a language model with such a first layer."""
+    layer = nn.Module()
+    layer.self_attn, layer.input_layernorm = attention, nn.Identity()
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([layer])
+    return model
+
+
+def test_a_first_layer_is_read_where_a_policy_needs_its_queries():
+    (_, queries) = sources(1, language(LlamaAttention()), policy="entropyprune")
+    assert queries.gives == {Signal.LANGUAGE_QUERIES}
+    assert len(sources(1, policy="dpp")) == 1, "and is not looked for where none does"
+
+
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [
+        (language(nn.Identity()), "Identity"),
+        (nn.Module(), "NoneType"),
+    ],
+)
+def test_a_first_layer_of_another_kind_is_refused(model, got):
+    with pytest.raises(UnsupportedError, match=f"first layer of Module: got {got}, allowed: Llama"):
+        sources(1, model, policy="entropyprune")
+
+
+def test_a_tower_that_gives_too_little_is_refused_by_name():
+    with pytest.raises(
+        UnsupportedError, match="'visionzip' needs .*encoder keys.* choose divprune"
+    ):
+        sources(1, policy="visionzip")

@@ -28,7 +28,7 @@ def item(layout: Layout, rate: float, seed: int, config: EraConfig) -> Encoded:
     planned = Planned(plan(layout, rate, config), seed - 7)
     rows = torch.randn(layout.length, D + RIDERS, generator=generator)
     attention = torch.rand(HEADS, layout.length, generator=generator)
-    (hashes,) = PixelHash().after([planned])[Signal.PIXEL_HASH]
+    (hashes,) = PixelHash().after([planned], [])[Signal.PIXEL_HASH]
     signals = {Signal.ENCODER_ATTENTION: attention, Signal.PIXEL_HASH: hashes}
     return Encoded(planned, rows, signals)
 
@@ -113,5 +113,5 @@ def test_a_call_of_the_pipeline_is_bounded(monkeypatch) -> None:
 def test_segments_of_an_item_have_hashes_of_their_own() -> None:
     layout = Layout((), 2, (SegmentLayout((1, 2), torch.arange(2)),))
     plans = Plan(layout, (1, 1, 1))
-    (found,) = PixelHash().after([Planned(plans, 2**62 + 5)])[Signal.PIXEL_HASH]
+    (found,) = PixelHash().after([Planned(plans, 2**62 + 5)], [])[Signal.PIXEL_HASH]
     assert found[0] == 2**62 + 5 and len(set(found.tolist())) == 3

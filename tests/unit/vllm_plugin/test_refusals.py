@@ -85,7 +85,10 @@ def test_a_cpu_without_a_kernel_for_fp8_is_refused_in_words_of_ours(
 @pytest.mark.parametrize("mode", ["weights", "data"])
 @pytest.mark.parametrize(
     ("policy", "reads"),
-    [("era", True), ("dpp", False), ("pool", False), ("random", False), ("uniform", False)],
+    [
+        *(("era", True), ("dpp", False), ("pool", False), ("random", False), ("uniform", False)),
+        *(("visionzip", True), ("mfpruner", True), ("entropyprune", False)),
+    ],
 )
 def test_images_are_shared_out_only_where_no_attention_is_read(
     mode: str, policy: str, reads: bool

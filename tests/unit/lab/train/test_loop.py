@@ -19,6 +19,7 @@ from era_vllm.lab.train.loop import EXPORT, Settings, run
 from era_vllm.lab.train.optim import SharedMuon, orthogonalised
 from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe, Stage
+from tests.unit.lab.train.small_decoder import use
 
 STEPS = 4
 ALL: dict[Kind, float] = {"picture": 1, "several": 1, "film": 1}
@@ -27,12 +28,13 @@ RECIPES = {
     "qwen3_vl": Recipe(
         2, 4, Stage({"picture": 1}, ROWS, True), Stage(ALL, ROWS, True), Stage(ALL, ROWS)
     ),
-    "llava": Recipe(2, 2, *[Stage({"standard": 1}, ROWS)] * 3),
+    **dict.fromkeys(("llava", "smol"), Recipe(2, 2, *[Stage({"standard": 1}, ROWS)] * 3)),
 }
 
 
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch)
     for name in ARCHS:
         arch = architecture(name)
         monkeypatch.setattr(arch, "dev", dict.fromkeys(arch.dev, 2))

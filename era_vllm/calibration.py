@@ -1,0 +1,154 @@
+"""Calibration files: what was measured on one model with one way of pruning, and what it is for.
+
+    {"format": 1, "gamma": {"values": [[...], ...], "model": "<hash>", "settings": {...}}}
+
+A section each for what can be calibrated, with its own validity; today ``gamma``. ``calibrated``
+turns ``calibration = FILE`` among settings into the field that it sets, so that its content is in
+the fingerprint of every cache. Leaves out the measuring (``lab/calibrate.py``).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from era_vllm.config import EraConfig
+from era_vllm.errors import ConfigError
+
+FORMAT: Final = 1
+SETTING: Final = "calibration"
+"""The key among settings that names a file."""
+_WEIGHTS: Final = (".safetensors", ".bin")
+_SAMPLE: Final = 1 << 16
+"""Bytes read at the beginning, middle and end of a file of weights."""
+_NOT_THE_MODEL: Final = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+
+
+def settings_of(config: EraConfig) -> dict[str, object]:
+    """Return the settings that a calibrated gamma depends on."""
+    values = config.as_dict()
+    names = ("policy", "policy_options", "merge", "positions", "attention_queries")
+    return {name: values[name] for name in (*names, "attention_layer")}
+
+
+def model_identity(folder: Path) -> str:
+    """Hash what makes a checkpoint: its config, and 192 KiB of each file of weights.
+
+    Raises:
+        ConfigError: no folder with a config.json and weights.
+    """
+    files = sorted(
+        file for file in (folder.iterdir() if folder.is_dir() else ()) if file.suffix in _WEIGHTS
+    )
+    config = folder / "config.json"
+    if not config.is_file() or not files:
+        raise ConfigError(
+            f"calibration: got the model {str(folder)!r}, needed a folder with config.json and "
+            "weights, which say whether the file belongs to it; download the model first"
+        )
+    found = hashlib.sha256()
+    found.update(json.dumps(_plain(json.loads(config.read_text("utf-8"))), sort_keys=True).encode())
+    for file in files:
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for start in (0, size // 2, max(0, size - _SAMPLE)):
+                opened.seek(start)
+                found.update(opened.read(_SAMPLE))
+    return found.hexdigest()
+
+
+def _plain(config: Any) -> Any:  # noqa: ANN401  # JSON
+    if isinstance(config, dict):
+        return {key: _plain(value) for key, value in config.items() if key not in _NOT_THE_MODEL}
+    return config
+
+
+def write_gamma(
+    path: Path,
+    model: Path,
+    config: EraConfig,
+    values: list[list[float]],
+    about: Mapping[str, object],
+) -> None:
+    """Write a file with one section.
+
+    Args:
+        values: [layers][KV heads], or [layers][1].
+        about: What else a reader should know: command, pictures, commit.
+    """
+    section = {
+        "values": values,
+        "model": model_identity(model),
+        "settings": settings_of(config),
+        **about,
+    }
+    text = json.dumps({"format": FORMAT, "gamma": section}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def calibrated(model: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """Return settings in which ``calibration`` has become ``gamma``; without it the same ones.
+
+    Args:
+        model: The folder that is served.
+
+    Raises:
+        ConfigError: the file cannot be read, is of another model or way of pruning, or gamma is
+            set beside it.
+    """
+    found = dict(settings)
+    path = found.pop(SETTING, None)
+    if path is None:
+        return found
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"{SETTING}: got {path!r}, needed the name of a file")
+    if found.get("gamma") is not None:
+        raise ConfigError(f"{SETTING} and gamma: choose one; {str(path)!r} sets gamma")
+    section = _section(Path(path))
+    config = EraConfig.parse(found)
+    if section["model"] != model_identity(Path(model)):
+        raise ConfigError(
+            f"{SETTING} {str(path)!r}: was measured on another model than {model!r}, or its "
+            "weights have changed; measure this one: era-vllm calibrate MODEL"
+        )
+    ours = settings_of(config)
+    differing = [name for name in ours if ours[name] != section["settings"].get(name)]
+    if differing or not config.bias:
+        name = differing[0] if differing else "bias"
+        was = section["settings"].get(name, True)
+        raise ConfigError(
+            f"{SETTING} {str(path)!r}: was measured with {name} = {json.dumps(was)}, got "
+            f"{json.dumps(ours.get(name, config.bias))}; prune as it was measured, or measure anew"
+        )
+    found["gamma"] = [row[0] if len(row) == 1 else row for row in section["values"]]
+    EraConfig.parse(found)
+    return found
+
+
+def _section(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{SETTING} {str(path)!r}: {error.strerror}; name a file") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{SETTING} {str(path)!r}: is no JSON ({error}); needed what era-vllm calibrate writes"
+        ) from error
+    section = content.get("gamma") if isinstance(content, dict) else None
+    if not isinstance(section, dict) or content.get("format") != FORMAT:
+        raise ConfigError(
+            f"{SETTING} {str(path)!r}: has no section gamma of format {FORMAT}; needed what "
+            "era-vllm calibrate writes"
+        )
+    kinds = {"values": list, "model": str, "settings": dict}
+    if bad := [name for name, kind in kinds.items() if not isinstance(section.get(name), kind)]:
+        raise ConfigError(
+            f"{SETTING} {str(path)!r}: gamma has no {bad[0]}; write it anew: era-vllm calibrate"
+        )
+    rows = section["values"]
+    if not rows or not all(isinstance(row, list) and row for row in rows):
+        raise ConfigError(f"{SETTING} {str(path)!r}: gamma's values are no [layer][KV head]")
+    return section

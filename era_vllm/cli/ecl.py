@@ -1,0 +1,120 @@
+"""``era-vllm ecl``: matrix entropy of visual tokens by layer, and where it collapses.
+
+Leaves out the entropy (``lab/ecl.py``).
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from era_vllm.cli.options import DEFAULT_MODEL
+from era_vllm.cli.preflight import check_folder
+from era_vllm.config import EraConfig
+from era_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+DESCRIPTION: Final = """Find the layer where the visual tokens' matrix entropy collapses.
+
+  era-vllm ecl                         the sample model, generated pictures
+  era-vllm ecl MODEL pictures/         a LLaVA-1.5 folder, your own pictures
+
+EntropyPrune prunes by the states of that layer (its paper: 2 for LLaVA-1.5, 1 for Qwen2.5-VL). The
+entropy says how many directions the tokens of a picture spread over; the layer in the first half of
+the language model behind which it falls most is printed, with how many pictures agree. Writes
+ecl.json and ecl.png to --out. Plain transformers, float32.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    add = parser.add_argument
+    add("model", nargs="?", default=DEFAULT_MODEL, help="a folder (default: the sample model)")
+    add("pictures", nargs="?", type=Path, help="a folder of pictures (default: generated ones)")
+    add("--count", type=int, default=32, metavar="N", help="at most so many pictures (default 32)")
+    add("--seed", type=int, default=31, help="of generated pictures (default 31)")
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Measure, write, print."""
+    del rest
+    out: Path = arguments.out
+    check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
+    if arguments.count < 1:
+        raise ConfigError(f"--count: got {arguments.count}, allowed: 1 or more")
+    import torch
+
+    from era_vllm.bench.provenance import provenance
+    from era_vllm.cli.loading import open_oracle, open_pictures
+    from era_vllm.lab.asking import chat_prompt
+    from era_vllm.lab.ecl import collapse, layer_entropies
+    from era_vllm.lab.oracle import segments_of
+    from era_vllm.lab.screen import bar
+
+    pictures = islice(
+        open_pictures(arguments.pictures, arguments.count, arguments.seed), arguments.count
+    )
+    images = [image for image, _ in pictures]
+    if not images:
+        raise ConfigError(f"PICTURES: {str(arguments.pictures)!r} has no picture")
+    oracle = open_oracle(arguments.model)
+    text = chat_prompt(oracle.processor.tokenizer, "What is shown?")
+    rows: list[Float[Tensor, l]] = []
+    with bar(len(images), "matrix entropy", "picture") as shown:
+        for image in images:
+            segments = segments_of(oracle.reduce([image], EraConfig(), 0.0))
+            rows.append(layer_entropies(oracle, text, segments))
+            shown.update()
+    mean = torch.stack(rows).mean(0)
+    found = collapse(mean)
+    agree = sum(collapse(row) == found for row in rows)
+    figures = {
+        **provenance(),
+        "command": shlex.join(["era-vllm", *sys.argv[1:]]),
+        "pictures": len(rows),
+        "ecl": found,
+        "agree": agree,
+        "entropy": mean.tolist(),
+    }
+    (out / "ecl.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    draw(out / "ecl.png", torch.stack(rows), found)
+    print(table(mean))
+    where = "none: entropy falls behind no layer" if found is None else f"behind layer {found}"
+    print(f"\nEntropy Collapse Layer: {where} ({agree} of {len(rows)} pictures agree)")
+    print(f"{out / 'ecl.json'} and .png")
+    return 0
+
+
+def table(mean: "Float[Tensor, l]") -> str:
+    """Return the mean by layer, and how it changed, as Markdown."""
+    lines = ["| behind layer | entropy, nats | change |", "|---|---|---|"]
+    change = ["", *(f"{value:+.3f}" for value in mean.diff().tolist())]
+    for layer, value in enumerate(mean.tolist()):
+        lines.append(f"| {layer or 'none'} | {value:.3f} | {change[layer]} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, rows: "Float[Tensor, p l]", found: int | None) -> None:
+    """Draw each picture's entropies over layers, and their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    layers: Sequence[int] = range(rows.shape[1])
+    for row in rows.tolist():
+        axis.plot(layers, row, color="0.8", lw=0.6)
+    axis.plot(layers, rows.mean(0).tolist(), "C0.-", label="mean")
+    if found is not None:
+        axis.axvline(found, color="C3", lw=0.8, ls="--", label=f"collapse: layer {found}")
+    axis.set_xlabel("layers of the language model passed")
+    axis.set_ylabel("matrix entropy of visual tokens, nats")
+    axis.legend()
+    figure.savefig(path, dpi=110)

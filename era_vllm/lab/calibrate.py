@@ -1,0 +1,168 @@
+"""Fit gamma: how much of the log-bias each layer takes, so that it attends as unpruned.
+
+The bias that restores attention in one layer is too little in the next: anchors are the tokens that
+early layers look at, and late layers look elsewhere. With b_s the bias of an anchor, a layer's
+odds of attending to a picture grow by about exp(gamma E[b]), E by attention. So from one pass
+unpruned and one pruned, over the text behind the pictures:
+
+    gamma <- gamma + sum w m (ln odds unpruned - ln odds pruned) / sum w m^2,   m = E[b]
+
+with w = a (1 - a), a the unpruned attention to the picture: where nearly all or nothing is on it,
+a change of odds changes nothing. Closed form, no labels, no gradients; a second pass measures with
+the first one's gamma, as a layer sees what the layers before it did.
+
+Source: docs/method.md, ideas beyond the paper; the paper has gamma = 1 in all layers. Leaves out
+the file (``calibration.py``) and the command (``cli/calibrate.py``).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from era_vllm.config import Gamma
+from era_vllm.lab.oracle import LanguageOracle, Segment
+
+PASSES: Final = 2
+MOST: Final = 4.0
+"""Largest gamma."""
+_TINY: Final = 1e-6
+Progress = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One question about pictures, unpruned and pruned: text ids are the same behind them."""
+
+    whole_ids: Sequence[int]
+    whole: Sequence[Segment]
+    pruned_ids: Sequence[int]
+    pruned: Sequence[Segment]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What rows of text do, [layers, query heads, rows] each."""
+
+    odds: Float[Tensor, "l h r"]
+    """Logarithm of the odds of attending to a picture."""
+    share: Float[Tensor, "l h r"]
+    bias: Float[Tensor, "l h r"]
+    """Mean log-bias of what is attended to in pictures."""
+    log_probs: Float[Tensor, "v"]
+    """Behind the last row."""
+
+
+def attend(
+    oracle: LanguageOracle,
+    ids: Sequence[int],
+    segments: Sequence[Segment],
+    *,
+    bias: bool,
+    gamma: Gamma = None,
+) -> Seen:
+    """Run the language model over a prompt, and read what text behind its pictures attends to."""
+    visual: Bool[Tensor, t] = oracle.is_visual(torch.tensor([list(ids)]), 1)[0]
+    first = int(visual.nonzero().max()) + 1
+    of_slot = torch.cat([segment.log_bias for segment in segments]).float()
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_: object, __: object, given: tuple[Tensor, Tensor]) -> None:
+        on_pictures = given[1][0, :, first:].float()[..., visual]
+        share = on_pictures.sum(-1)
+        found.append((share, (on_pictures @ of_slot) / share.clamp_min(_TINY)))
+
+    with ExitStack() as stack:
+        for layer in oracle.model.model.language_model.layers:
+            stack.callback(layer.self_attn.register_forward_hook(keep).remove)
+        last = oracle.log_probs(ids, segments, 1, bias=bias, gamma=gamma)[0]
+    share = torch.stack([of_layer for of_layer, _ in found]).clamp(_TINY, 1 - _TINY)
+    return Seen(share.logit(), share, torch.stack([mean for _, mean in found]), last)
+
+
+def fit(
+    oracle: LanguageOracle, cases: Sequence[Case], *, per_head: bool = False, step: Progress
+) -> list[list[float]]:
+    """Return gamma, [layers][KV heads], or [layers][1] where heads share it.
+
+    Args:
+        oracle: With eager attention.
+        cases: A few dozen.
+        per_head: Whether each KV head has its own.
+        step: Called after each case of each pass.
+    """
+    text = oracle.model.config.get_text_config()
+    layers, heads = text.num_hidden_layers, text.num_key_value_heads if per_head else 1
+    gamma = torch.ones(layers, heads)
+    wholes: list[Seen] = []
+    for number in range(PASSES):
+        sums = torch.zeros(2, layers, heads)
+        for index, case in enumerate(cases):
+            if not number:
+                wholes.append(attend(oracle, case.whole_ids, case.whole, bias=False))
+            pruned = attend(
+                oracle, case.pruned_ids, case.pruned, bias=True, gamma=as_setting(gamma.tolist())
+            )
+            sums += _sums(wholes[index], pruned, heads)
+            step()
+        gamma = (gamma + sums[0] / sums[1].clamp_min(_TINY)).clamp(0.0, MOST)
+    return [[round(value, 4) for value in row] for row in gamma.tolist()]
+
+
+def _sums(whole: Seen, pruned: Seen, heads: int) -> Float[Tensor, "2 l h"]:
+    weight = whole.share * (1 - whole.share)
+    missing = whole.odds - pruned.odds
+    parts = torch.stack([weight * pruned.bias * missing, weight * pruned.bias.square()])
+    return parts.unflatten(2, (heads, -1)).sum((3, 4))
+
+
+def as_setting(rows: Sequence[Sequence[float]]) -> Gamma:
+    """Return gamma as ``EraConfig`` takes it."""
+    if all(len(row) == 1 for row in rows):
+        return tuple(row[0] for row in rows)
+    return tuple(map(tuple, rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How far pruned attention and answers are from unpruned ones, on other pictures."""
+
+    odds: Float[Tensor, "s l"]
+    """By setting and layer: mean of ln(odds unpruned / odds pruned), weighted as in the fit."""
+    kl: Float[Tensor, "s c"]
+    """By setting and case: KL of the next token, unpruned against pruned, in nats."""
+    agree: Float[Tensor, "s c"]
+    """Whether the likeliest next token is the same."""
+
+
+def check(
+    oracle: LanguageOracle,
+    cases: Sequence[Case],
+    settings: Sequence[tuple[bool, Gamma]],
+    *,
+    step: Progress,
+) -> Check:
+    """Measure settings of (bias, gamma) against unpruned."""
+    odds: list[list[Tensor]] = [[] for _ in settings]
+    kl: list[list[Tensor]] = [[] for _ in settings]
+    agree: list[list[Any]] = [[] for _ in settings]
+    for case in cases:
+        whole = attend(oracle, case.whole_ids, case.whole, bias=False)
+        weight = whole.share * (1 - whole.share)
+        for index, (bias, gamma) in enumerate(settings):
+            seen = attend(oracle, case.pruned_ids, case.pruned, bias=bias, gamma=gamma)
+            missing = (weight * (whole.odds - seen.odds)).sum((1, 2)) / weight.sum((1, 2))
+            odds[index].append(missing)
+            ratio = whole.log_probs - seen.log_probs
+            kl[index].append((whole.log_probs.exp() * ratio).sum())
+            agree[index].append(whole.log_probs.argmax() == seen.log_probs.argmax())
+        step()
+    return Check(
+        torch.stack([torch.stack(rows).mean(0) for rows in odds]),
+        torch.stack([torch.stack(rows) for rows in kl]),
+        torch.tensor(agree, dtype=torch.float32),
+    )

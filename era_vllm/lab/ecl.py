@@ -1,0 +1,72 @@
+"""Matrix entropy of visual tokens, layer by layer, and the layer where it collapses.
+
+H = - sum of lambda ln lambda over the eigenvalues of the tokens' covariance, divided by its trace:
+how many directions the tokens of a picture spread over. EntropyPrune prunes where it falls sharply,
+the Entropy Collapse Layer (ECL).
+
+Source: EntropyPrune (arXiv 2602.17196) for entropy and ECL; its rule for "sharply" is not stated,
+ours is ``collapse``: reconstructed. Leaves out the command (``cli/ecl.py``).
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from era_vllm.lab.oracle import Oracle, Segment
+
+
+def matrix_entropy(tokens: Float[Tensor, "n d"]) -> float:
+    """Return the entropy of a covariance's spectrum, in nats, 0 to ln(min(n, d)).
+
+    Worked out in float64 from whichever of the two Gram matrices is smaller: their spectra agree.
+    """
+    centred = tokens.double() - tokens.double().mean(0)
+    n, d = centred.shape
+    gram = centred @ centred.T if n <= d else centred.T @ centred
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    if not (total := values.sum()):
+        return 0.0
+    share = values / total
+    return float(-torch.special.xlogy(share, share).sum())
+
+
+@torch.inference_mode()
+def layer_entropies(
+    oracle: Oracle, text: str, segments: Sequence[Segment]
+) -> Float[Tensor, "layers_and_1"]:
+    """Return the entropy of a picture's tokens before the first layer and behind each."""
+    ids = oracle.prompt_ids(text, [len(segment.anchors) for segment in segments])
+    visual = oracle.is_visual(torch.tensor([ids]), 1)[0]
+    found: list[float] = []
+
+    def keep(states: Tensor) -> None:
+        found.append(matrix_entropy(states[0, visual]))
+
+    layers = oracle.model.model.language_model.layers
+    with ExitStack() as stack:
+        before = layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        stack.callback(before.remove)
+        for layer in layers:
+            hook = layer.register_forward_hook(
+                lambda _, __, given: keep(given[0] if isinstance(given, tuple) else given)
+            )
+            stack.callback(hook.remove)
+        oracle.log_probs(ids, segments, 1, bias=False)
+    return torch.tensor(found)
+
+
+def collapse(entropies: Float[Tensor, "layers_and_1"]) -> int | None:
+    """Return the number of layers before the ECL's pruning: the one behind which entropy fell most.
+
+    Only the first half of the layers counts, as pruning later saves little; None where entropy
+    falls behind none of them.
+    """
+    drops = -entropies.diff()[: max(1, (len(entropies) - 1) // 2)]
+    layer = int(drops.argmax())
+    return layer + 1 if drops[layer] > 0 else None

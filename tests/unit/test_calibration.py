@@ -1,0 +1,114 @@
+"""Calibration files: what they set, and that they belong to a model and a way of pruning."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from era_vllm.calibration import calibrated, model_identity, write_gamma
+from era_vllm.config import EraConfig
+from era_vllm.errors import ConfigError
+
+DPP = {"policy": "dpp"}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"hidden_size": 8, "dtype": "float32"}))
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 2048)
+    return folder
+
+
+@pytest.fixture
+def file(model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.json"
+    write_gamma(path, model, EraConfig.parse(DPP), [[0.5], [1.25]], {"pictures": 8})
+    return path
+
+
+def test_it_sets_gamma_and_enters_every_cache_key(model: Path, file: Path) -> None:
+    found = calibrated(str(model), {**DPP, "calibration": str(file)})
+    assert found == {**DPP, "gamma": [0.5, 1.25]}
+    ours = EraConfig.parse(found)
+    assert ours.exponents(2, 3) == ((0.5,) * 3, (1.25,) * 3)
+    assert ours.fingerprint() != EraConfig.parse(DPP).fingerprint()
+    assert calibrated(str(model), DPP) == DPP
+
+
+def test_heads_of_a_layer_may_differ(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "heads.json"
+    write_gamma(path, model, EraConfig(), [[0.5, 1.0], [2.0, 0.0]], {})
+    found = calibrated(str(model), {"calibration": path})
+    assert EraConfig.parse(found).exponents(2, 2) == ((0.5, 1.0), (2.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"policy": "era"}, 'measured with policy = "dpp", got "era"'),
+        ({**DPP, "policy_options": {"ridge": 0.2}}, "measured with policy_options = {}"),
+        ({**DPP, "merge": False}, "measured with merge = true, got false"),
+        ({**DPP, "positions": "compact"}, 'measured with positions = "original"'),
+        ({**DPP, "bias": False}, "measured with bias = true, got false"),
+        ({**DPP, "gamma": 0.5}, "calibration and gamma: choose one"),
+    ],
+)
+def test_another_way_of_pruning_is_refused(
+    settings: dict[str, object], said: str, model: Path, file: Path
+) -> None:
+    with pytest.raises(ConfigError, match="calibration") as caught:
+        calibrated(str(model), {**settings, "calibration": str(file)})
+    assert said in str(caught.value)
+
+
+def test_rates_and_levels_may_differ(model: Path, file: Path) -> None:
+    settings = {**DPP, "pruning_rate": 0.9, "calibration": str(file)}
+    assert calibrated(str(model), settings)["pruning_rate"] == 0.9
+
+
+def test_other_weights_are_refused_and_a_copy_is_not(model: Path, file: Path) -> None:
+    copy = model.with_name("copy")
+    shutil.copytree(model, copy)
+    config = {"dtype": "bfloat16", "hidden_size": 8, "transformers_version": "9"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert model_identity(copy) == model_identity(model)
+    calibrated(str(copy), {**DPP, "calibration": str(file)})
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[len(weights) // 2 + 7] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match="another model"):
+        calibrated(str(copy), {**DPP, "calibration": str(file)})
+
+
+def test_a_name_of_the_hub_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match="needed a folder with config.json and weights"):
+        calibrated("llava-hf/llava-1.5-7b-hf", {**DPP, "calibration": str(file)})
+
+
+def _without(content: dict[str, Any], name: str) -> dict[str, Any]:
+    return {**content, "gamma": {key: v for key, v in content["gamma"].items() if key != name}}
+
+
+def test_a_file_that_is_none_is_refused(model: Path, file: Path) -> None:
+    settings = {**DPP, "calibration": str(file)}
+    whole = json.loads(file.read_text())
+    for text, said in (
+        ("", "is no JSON"),
+        ("[]", "has no section gamma"),
+        (json.dumps({**whole, "format": 2}), "has no section gamma of format 1"),
+        (json.dumps(_without(whole, "model")), "gamma has no model"),
+        (json.dumps({**whole, "gamma": {**whole["gamma"], "values": [1.0]}}), "no \\[layer\\]"),
+        (json.dumps({**whole, "gamma": {**whole["gamma"], "values": [[-1.0]]}}), "gamma"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            calibrated(str(model), settings)
+    file.unlink()
+    with pytest.raises(ConfigError, match="No such file"):
+        calibrated(str(model), settings)
+    with pytest.raises(ConfigError, match="needed the name of a file"):
+        calibrated(str(model), {"calibration": 3})
