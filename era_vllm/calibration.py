@@ -10,11 +10,13 @@ the fingerprint of every cache. Leaves out the measuring (``lab/calibrate.py``).
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
+from era_vllm.policies import make_policy
 
 FORMAT: Final = 1
 SETTING: Final = "calibration"
@@ -22,41 +24,67 @@ SETTING: Final = "calibration"
 _WEIGHTS: Final = (".safetensors", ".bin")
 _SAMPLE: Final = 1 << 16
 """Bytes read at the beginning, middle and end of a file of weights."""
+_OF_TENSOR: Final = 1 << 10
+"""Bytes read in the middle of each tensor."""
+_LARGEST: Final = 1 << 24
+"""Bytes of a calibration file, or of the head of a file of weights."""
 _NOT_THE_MODEL: Final = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 
 
 def settings_of(config: EraConfig) -> dict[str, object]:
     """Return the settings that a calibrated gamma depends on."""
     values = config.as_dict()
-    names = ("policy", "policy_options", "merge", "positions", "attention_queries")
-    return {name: values[name] for name in (*names, "attention_layer")}
+    names = ("policy", "merge", "positions", "attention_queries", "attention_layer")
+    blocks = ("max_segment", "min_anchors")
+    options = asdict(make_policy(config))  # type: ignore[call-overload]  # a dataclass
+    return {**{name: values[name] for name in (*names, *blocks)}, "policy_options": options}
 
 
 def model_identity(folder: Path) -> str:
-    """Hash what makes a checkpoint: its config, and 192 KiB of each file of weights.
+    """Hash what makes a checkpoint: its config, and a sample of every tensor.
 
     Raises:
         ConfigError: no folder with a config.json and weights.
     """
     files = sorted(
-        file for file in (folder.iterdir() if folder.is_dir() else ()) if file.suffix in _WEIGHTS
+        file
+        for file in (folder.iterdir() if folder.is_dir() else ())
+        if file.suffix in _WEIGHTS and file.is_file()
     )
-    config = folder / "config.json"
-    if not config.is_file() or not files:
+    path = folder / "config.json"
+    if not path.is_file() or not files:
         raise ConfigError(
             f"calibration: got the model {str(folder)!r}, needed a folder with config.json and "
-            "weights, which say whether the file belongs to it; download the model first"
+            "weights, which say whether the file belongs to it; name the folder that a model was "
+            "downloaded to, before any other folder"
         )
-    found = hashlib.sha256()
-    found.update(json.dumps(_plain(json.loads(config.read_text("utf-8"))), sort_keys=True).encode())
+    try:
+        config = _plain(json.loads(path.read_text("utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"calibration: {str(path)!r} is no JSON ({error})") from error
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in files:
         size = file.stat().st_size
         found.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:
-            for start in (0, size // 2, max(0, size - _SAMPLE)):
+            head = int.from_bytes(opened.read(8), "little")
+            starts = [(start, _SAMPLE) for start in (0, size // 2, max(0, size - _SAMPLE))]
+            if file.suffix == ".safetensors" and head < min(size, _LARGEST):
+                starts += [(start, _OF_TENSOR) for start in _middles(opened.read(head), 8 + head)]
+            for start, length in starts:
                 opened.seek(start)
-                found.update(opened.read(_SAMPLE))
+                found.update(opened.read(length))
     return found.hexdigest()
+
+
+def _middles(head: bytes, first: int) -> list[int]:
+    """Return the middle of each tensor of a safetensors file, from its head."""
+    try:
+        tensors = json.loads(head)
+        ends = [about["data_offsets"] for name, about in tensors.items() if name != "__metadata__"]
+        return sorted(first + (start + end) // 2 for start, end in ends)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []  # a loader will say what is wrong with it
 
 
 def _plain(config: Any) -> Any:  # noqa: ANN401  # JSON
@@ -86,7 +114,9 @@ def write_gamma(
     }
     text = json.dumps({"format": FORMAT, "gamma": section}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    new = path.with_suffix(".new")
+    new.write_text(text + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def calibrated(model: str, settings: Mapping[str, object]) -> dict[str, object]:
@@ -118,22 +148,27 @@ def calibrated(model: str, settings: Mapping[str, object]) -> dict[str, object]:
     differing = [name for name in ours if ours[name] != section["settings"].get(name)]
     if differing or not config.bias:
         name = differing[0] if differing else "bias"
-        was = section["settings"].get(name, True)
+        known = section["settings"]
+        was = json.dumps(known[name]) if name in known else "true" if name == "bias" else "nothing"
         raise ConfigError(
-            f"{SETTING} {str(path)!r}: was measured with {name} = {json.dumps(was)}, got "
+            f"{SETTING} {str(path)!r}: was measured with {name} = {was}, got "
             f"{json.dumps(ours.get(name, config.bias))}; prune as it was measured, or measure anew"
         )
     found["gamma"] = [row[0] if len(row) == 1 else row for row in section["values"]]
-    EraConfig.parse(found)
+    try:
+        EraConfig.parse(found)
+    except ConfigError as error:
+        raise ConfigError(f"{SETTING} {str(path)!r}: {error}") from error
     return found
 
 
 def _section(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        with path.open("rb") as opened:
+            content = json.loads(opened.read(_LARGEST))
     except OSError as error:
         raise ConfigError(f"{SETTING} {str(path)!r}: {error.strerror}; name a file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{SETTING} {str(path)!r}: is no JSON ({error}); needed what era-vllm calibrate writes"
         ) from error

@@ -173,15 +173,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_engine_options(kind, rates=(0.5, 0.889), eager=True)
     text = "start each engine twice, in mirrored order (default: %(default)s)"
     add_switch(kind, "--mirror", True, text)
-    add_era_options(kind)
+    add_era_options(kind, without=("calibration",))
     kind = add("serve", SERVE, "requests to engines side by side", 7)
     add_engine_options(kind, rates=(0.5, 0.778, 0.889, 0.944))
     text = "one more pruned request under torch.profiler (default: %(default)s)"
     add_switch(kind, "--profile", True, text)
-    add_era_options(kind)
+    add_era_options(kind, without=("calibration",))
     kind = add("gap", GAP, "what a stream waits for while pictures arrive", 1)
     add_gap_options(kind)
-    add_era_options(kind)
+    add_era_options(kind, without=("calibration",))
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:

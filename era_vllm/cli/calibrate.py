@@ -7,14 +7,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
 from era_vllm.cli.preflight import check_folder
 from era_vllm.config import EraConfig
-from era_vllm.errors import ConfigError
+from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.policies import make_policy
 
 if TYPE_CHECKING:
@@ -34,137 +33,154 @@ No labels: unpruned attention and pruned attention are compared, on a few dozen 
 exponent of the mass (gamma) is worked out for each layer. Every second picture is kept back and
 says what it is worth: attention, KL of the next word and equal next words, without bias, with the
 paper's, and with gamma. Writes calibration.json and .png to --out. The file belongs to the model's
-weights and to the policy; a server refuses it with others. Plain transformers, LLaVA-1.5.
+weights and to the policy; a server refuses it with others. Plain transformers, LLaVA-1.5, float32:
+a 7B takes 28 GB, and some ten passes a picture.
 """
 RATES: Final = (0.778, 0.889, 0.944)
-PROMPTS: Final = (
-    "What is shown in this picture?",
-    "Describe the picture in one sentence.",
-    "What text is in the picture?",
-)
+NAME: Final = "calibration"
 _SETTINGS: Final = ("no bias", "bias", "gamma")
+_NOT_HERE: Final = (
+    "calibration", "gamma", "bias", "pruning_rate", "min_pruning_rate", "max_pruning_rate",
+    "levels", "bias_store", "bias_columns", "separators", "frames_per_segment",
+    "allow_extrapolation",
+)  # fmt: skip
+"""Settings that are what is worked out, said by --rates, or nothing to what is measured."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     add = parser.add_argument
     add("model", nargs="?", default=DEFAULT_MODEL, help="a folder (default: the sample model)")
-    add("pictures", nargs="?", type=Path, help="a folder of pictures (default: generated ones)")
-    text = "questions about each, a line each (default: three; generated pictures have their own)"
+    text = "a folder of pictures (default: generated ones, which suit the sample models)"
+    add("pictures", nargs="?", type=Path, help=text)
+    text = "questions, as recommend reads them (default: a photo's; generated pictures have theirs)"
     add("--prompts", type=Path, metavar="FILE", help=text)
-    add("--count", type=int, default=48, metavar="N", help="at most so many pictures (default 48)")
+    add("--count", type=int, default=48, metavar="N", help="pictures at most (default 48)")
     text = "rates that gamma is to suit together (default .778 .889 .944)"
     add("--rates", nargs="+", type=float, default=RATES, metavar="R", help=text)
     text = "a gamma for each KV head of a layer, not one a layer"
     add("--per-head", action="store_true", help=text)
     add("--seed", type=int, default=31, help="of generated pictures (default 31)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
-    add_era_options(parser)
+    add_era_options(parser, without=_NOT_HERE)
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Fit, check, write."""
     del rest
     config = _config(arguments)
-    check_folder(
-        arguments.out,
-        f"--out: the folder {str(arguments.out)!r} cannot be written to",
-        "name another",
-    )
+    path = arguments.out / f"{NAME}.json"
+    check_out(arguments.out, (path.name, f"{NAME}.png"))
     from era_vllm.bench.provenance import provenance
     from era_vllm.calibration import model_identity, write_gamma
-    from era_vllm.cli.loading import open_oracle
-    from era_vllm.lab.calibrate import PASSES, as_setting, check, fit
+    from era_vllm.cli.loading import lacking_memory, open_oracle
+    from era_vllm.lab.calibrate import PASSES, as_setting, cases_of, check, fit
     from era_vllm.lab.screen import bar
 
+    if arguments.count < 4:
+        raise ConfigError(f"--count: got {arguments.count}, allowed: 4 or more; a few dozen")
     model_identity(Path(arguments.model))  # refuses what is no folder
-    asked = list(islice(_asked(arguments), arguments.count))
-    if len(asked) < 4:
-        raise ConfigError(f"pictures: got {len(asked)}, needed 4 or more; a few dozen are right")
+    import torch
+
+    if lacking := lacking_memory(arguments.model, torch.float32):
+        raise ConfigError(f"MODEL {arguments.model!r}: {lacking}; run it where there is more")
+    asked = list(enumerate(_asked(arguments)))
     oracle = open_oracle(arguments.model)
-    make = [_cases(oracle, config, arguments.rates, image, prompts) for image, prompts in asked]
-    fitted = [case for cases in make[::2] for case in cases]
-    held_out = [case for cases in make[1::2] for case in cases]
+    with bar(len(asked), "pruning", "picture") as shown:
+        found: list[list[Case]] = []
+        for number, (image, prompts) in asked:
+            found.append(cases_of(oracle, config, arguments.rates, (number, image, prompts)))
+            shown.update()
+    fitted, held_out = ([case for own in found[at::2] for case in own] for at in (0, 1))
+    _check_cases(oracle, [*fitted, *held_out])
     with bar(PASSES * len(fitted) + len(held_out), "calibrating", "question") as shown:
-        values = fit(oracle, fitted, per_head=arguments.per_head, step=shown.update)
+        common: dict[str, Any] = {"positions": config.positions, "step": shown.update}
+        values = fit(oracle, fitted, per_head=arguments.per_head, **common)
         settings: list[tuple[bool, Gamma]] = [(False, None), (True, None)]
         settings.append((True, as_setting(values)))
-        found = check(oracle, held_out, settings, step=shown.update)
-    path = arguments.out / "calibration.json"
+        checked = check(oracle, held_out, settings, **common)
     about = {
         "command": shlex.join(["era-vllm", *sys.argv[1:]]),
         "commit": provenance()["commit"],
         "rates": list(arguments.rates),
         "pictures": len(asked),
-        "kl": dict(zip(_SETTINGS, found.kl.mean(1).tolist(), strict=True)),
-        "agree": dict(zip(_SETTINGS, found.agree.mean(1).tolist(), strict=True)),
+        "kl": dict(zip(_SETTINGS, checked.kl.mean(1).tolist(), strict=True)),
+        "agree": dict(zip(_SETTINGS, checked.agree.mean(1).tolist(), strict=True)),
+        "kl_saved": checked.gain,
     }
     write_gamma(path, Path(arguments.model), config, values, about)
-    draw(path.with_suffix(".png"), values, found)
-    print(table(values, found, len(held_out)))
-    print(f"\n{path} and .png; use it: --era-calibration {path}")
+    draw(path.with_suffix(".png"), values, checked)
+    print(table(values, checked, len(held_out)))
+    print(f"\n{path} and .png; {verdict(checked, path)}")
     return 0
+
+
+def check_out(out: Path, names: Sequence[str]) -> None:
+    """Refuse a folder that cannot be written to, and a machine that cannot draw, before the work.
+
+    Raises:
+        ConfigError: the folder, or what stands in a file's place.
+        UnsupportedError: matplotlib is not installed.
+    """
+    from importlib.util import find_spec
+
+    check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
+    for name in names:
+        if (out / name).exists() and not (out / name).is_file():
+            raise ConfigError(f"--out: {str(out / name)!r} is no file; name another folder")
+    if find_spec("matplotlib") is None:
+        raise UnsupportedError("needs the package matplotlib: pip install matplotlib (or [lab])")
 
 
 def _config(arguments: argparse.Namespace) -> EraConfig:
     settings = era_settings(arguments)
-    for name in ("gamma", "calibration"):
-        if settings.get(name) is not None:
-            raise ConfigError(f"--era-{name}: is what is worked out here; leave it out")
     if bad := [rate for rate in arguments.rates if not 0 < rate <= 0.99]:
         raise ConfigError(f"--rates: got {bad[0]:g}, allowed: above 0, at most 0.99")
     config = EraConfig.parse({**settings, "max_pruning_rate": max(0.95, *arguments.rates)})
     make_policy(config)
-    if not config.bias:
-        raise ConfigError("--era-no-bias: gamma is an exponent of the bias; leave it out")
     return config
 
 
 def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str]]]":
-    """Yield pictures with questions."""
-    from era_vllm.cli.loading import open_pictures
+    """Yield pictures with questions.
+
+    Raises:
+        ConfigError: too few pictures, or a question with a picture's mark in it.
+    """
+    from era_vllm.cli.own_pictures import open_pictures
 
     if arguments.pictures is None and arguments.prompts:
         raise ConfigError("--prompts: needs pictures of your own; generated ones have theirs")
-    prompts = _prompts(arguments.prompts)
-    for image, own in open_pictures(arguments.pictures, arguments.count, arguments.seed):
-        yield image, own or prompts
+    given = open_pictures(arguments.pictures, arguments.prompts, arguments.count, arguments.seed)
+    count = 0
+    for image, questions in given:
+        if bad := [question for question in questions if "<image>" in question]:
+            raise ConfigError(f"--prompts: got {bad[0][:80]!r}; a question holds no <image>")
+        count += 1
+        yield image, questions
+    if count < 4:
+        raise ConfigError(f"PICTURES: got {count}, needed 4 or more; a few dozen are right")
 
 
-def _prompts(file: Path | None) -> Sequence[str]:
-    if file is None:
-        return PROMPTS
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {str(file)!r}: cannot be read ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError(f"--prompts {str(file)!r}: has no line; needed a question a line")
-    return prompts
+def _check_cases(oracle: "Oracle", cases: "Sequence[Case]") -> None:
+    """Refuse prompts longer than the model, and a policy that gives no bias."""
+    most = oracle.model.config.get_text_config().max_position_embeddings
+    if (longest := max(len(case.whole_ids) for case in cases)) > most:
+        raise ConfigError(f"--prompts: one has {longest} tokens with its picture, allowed: {most}")
+    if not any(segment.log_bias.any() for case in cases for segment in case.pruned):
+        raise ConfigError(
+            "--era-policy: this one gives no bias, of which gamma is the exponent; choose one "
+            "that merges, or the option of it that weighs"
+        )
 
 
-def _cases(
-    oracle: "Oracle",
-    config: EraConfig,
-    rates: Sequence[float],
-    image: "Image",
-    prompts: Sequence[str],
-) -> "list[Case]":
-    """Return each question, at one of the rates in turn."""
-    from era_vllm.lab.asking import chat_prompt
-    from era_vllm.lab.calibrate import Case
-    from era_vllm.lab.oracle import segments_of
-
-    whole = segments_of(oracle.reduce([image], config, 0.0))
-    pruned = [segments_of(oracle.reduce([image], config, rate)) for rate in rates]
-    cases: list[Case] = []
-    for index, prompt in enumerate(prompts):
-        text = chat_prompt(oracle.processor.tokenizer, prompt)
-        kept = pruned[index % len(pruned)]
-        ids = [oracle.prompt_ids(text, [len(each[0].anchors)]) for each in (whole, kept)]
-        cases.append(Case(ids[0], whole, ids[1], kept))
-    return cases
+def verdict(found: "Check", path: Path) -> str:
+    """Say whether to use it."""
+    gain, error = found.gain
+    if gain > error:
+        return f"use it: --era-calibration {path}"
+    said = "loses" if gain < -error else "gains nothing that these pictures show"
+    return f"it {said} in the next word: measure answers before you use it (era-vllm eval)"
 
 
 def table(values: Sequence[Sequence[float]], found: "Check", cases: int) -> str:
@@ -174,13 +190,13 @@ def table(values: Sequence[Sequence[float]], found: "Check", cases: int) -> str:
         span = f"{min(row):.2f}" + (f" to {max(row):.2f}" if len(row) > 1 else "")
         missing = [f"{found.odds[index, layer].exp():.2f}" for index in (1, 2)]
         lines.append(f"| {layer} | {span} | {missing[0]} | {missing[1]} |")
+    lines += ["", "Odds missing: of attending to a picture, unpruned over pruned; 1 = as unpruned."]
     lines += ["", f"{cases} questions about pictures that were kept back:", ""]
     lines += ["| | KL of the next word | next word the same |", "|---" * 3 + "|"]
     for name, kl, agree in zip(_SETTINGS, found.kl.mean(1), found.agree.mean(1), strict=True):
         lines.append(f"| {name} | {kl:.4f} | {100 * agree:.1f} % |")
-    gain = found.kl[1] - found.kl[2]
-    error = 1.96 * gain.std() / len(gain) ** 0.5
-    lines += ["", f"KL that gamma saves beside the bias: {gain.mean():+.4f} +- {error:.4f}"]
+    gain, error = found.gain
+    lines += ["", f"KL that gamma saves beside the bias: {gain:+.4f} +- {error:.4f} (95 %)"]
     return "\n".join(lines)
 
 

@@ -8,12 +8,11 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from era_vllm.cli.calibrate import check_out
 from era_vllm.cli.options import DEFAULT_MODEL
-from era_vllm.cli.preflight import check_folder
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 
@@ -47,29 +46,27 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Measure, write, print."""
     del rest
     out: Path = arguments.out
-    check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
+    check_out(out, ("ecl.json", "ecl.png"))
     if arguments.count < 1:
         raise ConfigError(f"--count: got {arguments.count}, allowed: 1 or more")
     import torch
 
     from era_vllm.bench.provenance import provenance
-    from era_vllm.cli.loading import open_oracle, open_pictures
+    from era_vllm.cli.loading import lacking_memory, open_oracle
+    from era_vllm.cli.own_pictures import open_pictures
     from era_vllm.lab.asking import chat_prompt
-    from era_vllm.lab.ecl import collapse, layer_entropies
+    from era_vllm.lab.ecl import SHARP, collapse, layer_entropies
     from era_vllm.lab.oracle import segments_of
     from era_vllm.lab.screen import bar
 
-    pictures = islice(
-        open_pictures(arguments.pictures, arguments.count, arguments.seed), arguments.count
-    )
-    images = [image for image, _ in pictures]
-    if not images:
-        raise ConfigError(f"PICTURES: {str(arguments.pictures)!r} has no picture")
+    pictures = open_pictures(arguments.pictures, None, arguments.count, arguments.seed)
+    if lacking := lacking_memory(arguments.model, torch.float32):
+        raise ConfigError(f"MODEL {arguments.model!r}: {lacking}; run it where there is more")
     oracle = open_oracle(arguments.model)
-    text = chat_prompt(oracle.processor.tokenizer, "What is shown?")
+    text = chat_prompt(oracle.processor, "What is shown?")
     rows: list[Float[Tensor, l]] = []
-    with bar(len(images), "matrix entropy", "picture") as shown:
-        for image in images:
+    with bar(arguments.count, "matrix entropy", "picture") as shown:
+        for image, _ in pictures:
             segments = segments_of(oracle.reduce([image], EraConfig(), 0.0))
             rows.append(layer_entropies(oracle, text, segments))
             shown.update()
@@ -87,8 +84,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     (out / "ecl.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     draw(out / "ecl.png", torch.stack(rows), found)
     print(table(mean))
-    where = "none: entropy falls behind no layer" if found is None else f"behind layer {found}"
+    where = (
+        "none: entropy falls sharply behind no layer" if found is None else f"behind layer {found}"
+    )
     print(f"\nEntropy Collapse Layer: {where} ({agree} of {len(rows)} pictures agree)")
+    print(f"A fall below {100 * SHARP:.0f} % of the entropy before it is none; the bound is ours.")
     print(f"{out / 'ecl.json'} and .png")
     return 0
 

@@ -5,6 +5,7 @@ Leaves out who answers (``askers.py``), the asking (``lab/evaluation.py``), the 
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shlex
@@ -105,6 +106,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     head = {**source.head, "tasks": dict.fromkeys(kinds, arguments.count), "seed": arguments.seed}
     head |= {"commit": origin["commit"], "versions": origin["versions"]}
     head |= {"backgrounds": str(photos.resolve())} if photos else {}
+    head |= _calibrations(variants)
     head |= {"families": sorted(arguments.families)} if arguments.families else {}
     rows = askers.answered("eval", out, head, subjects, wanted, source.asker_of)
     scored = eval_report.scored(subjects, rows)
@@ -138,6 +140,13 @@ def _variants(arguments: argparse.Namespace) -> "list[Variant]":
         make_policy(config)  # refuses an unknown name
         variants.setdefault(config, Variant(policy, each))
     return list(variants.values())
+
+
+def _calibrations(variants: "Sequence[Variant]") -> dict[str, object]:
+    """Return what the files of calibrated variants hold, so that other files are other answers."""
+    paths = [variant.settings.get("calibration") for variant in variants]
+    found = {str(path): hashlib.sha256(Path(str(path)).read_bytes()) for path in paths if path}
+    return {"calibrations": {path: of.hexdigest() for path, of in found.items()}} if found else {}
 
 
 def _settings(text: str) -> tuple[tuple[str, object], ...]:

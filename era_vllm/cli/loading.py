@@ -5,7 +5,6 @@ Decoders and hubs have their own error texts, long or leaking; these are replace
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -58,26 +57,6 @@ def open_image(path: Path) -> Image.Image:
             f"image {str(path)!r} cannot be decoded: the file is damaged or cut off, or may not "
             "be read; save it anew and try again"
         ) from error
-
-
-def open_pictures(
-    folder: Path | None, count: int, seed: int
-) -> Iterator[tuple[Image.Image, Sequence[str]]]:
-    """Yield a folder's pictures by name; or, of none, generated ones with their questions.
-
-    Raises:
-        ConfigError: no folder, or a file in it that is no picture.
-    """
-    if folder is None:
-        from era_vllm.lab.synth.dataset import generate
-
-        for example in generate(count, seed):
-            yield example.image, [question.text for question in example.questions]
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"PICTURES: got {str(folder)!r}, needed a folder of picture files")
-    for file in sorted(file for file in folder.iterdir() if file.is_file()):
-        yield open_image(file), ()
 
 
 def model_config(model: str) -> dict[str, object]:

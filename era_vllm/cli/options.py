@@ -5,7 +5,7 @@ A server takes them from ``ERA_<FIELD>`` variables too; the flag wins.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -113,10 +113,17 @@ _ON: Final = frozenset({"merge", "bias"})
 _PREFIX: Final = "ERA_"
 
 
-def add_era_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags to a subcommand's parser."""
+def add_era_options(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Add the flags to a subcommand's parser.
+
+    Args:
+        without: Fields that mean nothing there; their flags are unknown.
+    """
+    parser.set_defaults(**{f"era_{name}": None for name in without})
     group = parser.add_argument_group("pruning")
     for name, (read, metavar, text) in _FLAGS.items():
+        if name in without:
+            continue
         flag = "--era-" + name.replace("_", "-")
         group.add_argument(flag, dest=f"era_{name}", type=read, metavar=metavar, help=text)
     group.add_argument(
@@ -127,6 +134,8 @@ def add_era_options(parser: argparse.ArgumentParser) -> None:
         help="option of the policy, repeatable; e.g. --era-option mass_scale=0.39",
     )
     for name, what in _SWITCHES.items():
+        if name in without:
+            continue
         on, *off = _switch(name)
         yes, no = (f"{what} (default)", "do not") if name in _ON else (what, "do not (default)")
         for flags, value, said in (([on], True, yes), (off, False, no)):

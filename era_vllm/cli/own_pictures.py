@@ -4,15 +4,18 @@ Leaves out asking (``recommend.py``).
 """
 
 import hashlib
+import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from era_vllm.lab.media import Medium
     from era_vllm.lab.recommendation import Shown
 
@@ -50,7 +53,7 @@ def read(folder: Path, prompts: Path | None, kind: str, count: int) -> "list[Sho
         try:
             media = (_medium(file),)
         except ConfigError as error:
-            print(f"era-vllm recommend: left out: {error}", file=sys.stderr)
+            print(f"era-vllm: left out: {error}", file=sys.stderr)
             continue
         asked = tuple(map(Prompt, own.get(file.name, common)))
         found.append(Shown(file.name, media, asked))
@@ -60,6 +63,30 @@ def read(folder: Path, prompts: Path | None, kind: str, count: int) -> "list[Sho
             f"2 or more (fifty say something) that end in {', '.join(sorted(_ENDINGS))}"
         )
     return found
+
+
+def open_pictures(
+    folder: Path | None, prompts: Path | None, count: int, seed: int
+) -> "Iterator[tuple[Image.Image, Sequence[str]]]":
+    """Yield a folder's pictures with questions; or, of none, generated ones with theirs.
+
+    Raises:
+        ConfigError: no folder, fewer than two pictures in it, or a bad file of prompts.
+    """
+    if folder is None:
+        from era_vllm.lab.synth.dataset import generate
+
+        for example in generate(count, seed):
+            yield example.image, [question.text for question in example.questions]
+        return
+    from PIL import Image
+
+    from era_vllm.pictures import shown
+
+    for picture in read(folder, prompts, "photo", count):
+        (medium,) = picture.media
+        with Image.open(io.BytesIO(medium.data)) as opened:
+            yield shown(opened)[0], [question.text for question in picture.questions]
 
 
 def _medium(file: Path) -> "Medium":

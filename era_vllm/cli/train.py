@@ -18,7 +18,7 @@ DESCRIPTION: Final = """Train a small model on generated pictures: on two CPU co
   era-vllm train --arch qwen3_vl --out run --minutes 60 --ranks 2 --resume   go on
   era-vllm train --arch qwen3_vl --out run --minutes 30 --resume --cooldown 30    end well
   era-vllm train --arch qwen3_vl --out new --minutes 30 --weights run/export    from weights alone
-  era-vllm train --arch smol --out smol --from-text --weights era_vllm/lab/checkpoint_smol --lr 5e-4
+  era-vllm train --arch smol --out smol --minutes 60 --ranks 2    a LLaVA on SmolLM2 (fetches 93 MB)
 
 OUT holds state.pt (weights, their average, optimizers, step: what --resume goes on from; the one
 before is kept), curve.jsonl and curve.png (losses, and held-out answers by family), and export, the
@@ -125,6 +125,9 @@ def _check_weights(folder: Path, arch: str) -> None:
             f"--arch {arch} exported"
         )
     if needed == "config.json":
-        found = json.loads((folder / needed).read_text()).get("model_type")
+        try:
+            found = json.loads((folder / needed).read_text()).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"--weights: {str(folder / needed)!r} is no config") from error
         if found != arch:
             raise ConfigError(f"--weights: {str(folder)!r} is of --arch {found}, got {arch}")

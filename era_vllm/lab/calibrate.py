@@ -18,14 +18,21 @@ the file (``calibration.py``) and the command (``cli/calibrate.py``).
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from era_vllm.config import Gamma
-from era_vllm.lab.oracle import LanguageOracle, Segment
+from era_vllm.config import EraConfig, Gamma
+from era_vllm.lab.asking import chat_prompt
+from era_vllm.lab.blocks import prune_blocks
+from era_vllm.lab.oracle import LanguageOracle, Oracle, Segment, segments_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Positions = Literal["original", "compact"]
 
 PASSES: Final = 2
 MOST: Final = 4.0
@@ -42,6 +49,35 @@ class Case:
     whole: Sequence[Segment]
     pruned_ids: Sequence[int]
     pruned: Sequence[Segment]
+    picture: int = 0
+    """Questions about one picture are not independent."""
+
+
+def cases_of(
+    oracle: Oracle,
+    config: EraConfig,
+    rates: Sequence[float],
+    picture: "tuple[int, Image, Sequence[str]]",
+) -> list[Case]:
+    """Return a case for each question about a picture, at one of the rates in turn.
+
+    Args:
+        rates: Which is first changes with every second picture, as every second one is kept back.
+        picture: Its number, itself, and questions.
+    """
+    number, image, questions = picture
+    tokens = oracle.tokens([image], config)
+    whole, *pruned = [segments_of(prune_blocks(tokens, config, rate)) for rate in (0.0, *rates)]
+    found: list[Case] = []
+    for index, question in enumerate(questions, number // 2):
+        text = chat_prompt(oracle.processor, question)
+        kept = pruned[index % len(pruned)]
+        ids = [
+            oracle.prompt_ids(text, [len(each[0].anchors)], add_special_tokens=False)
+            for each in (whole, kept)
+        ]
+        found.append(Case(ids[0], whole, ids[1], kept, number))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +100,7 @@ def attend(
     *,
     bias: bool,
     gamma: Gamma = None,
+    positions: Positions = "original",
 ) -> Seen:
     """Run the language model over a prompt, and read what text behind its pictures attends to."""
     visual: Bool[Tensor, t] = oracle.is_visual(torch.tensor([list(ids)]), 1)[0]
@@ -79,19 +116,25 @@ def attend(
     with ExitStack() as stack:
         for layer in oracle.model.model.language_model.layers:
             stack.callback(layer.self_attn.register_forward_hook(keep).remove)
-        last = oracle.log_probs(ids, segments, 1, bias=bias, gamma=gamma)[0]
+        last = oracle.log_probs(ids, segments, 1, bias=bias, gamma=gamma, positions=positions)[0]
     share = torch.stack([of_layer for of_layer, _ in found]).clamp(_TINY, 1 - _TINY)
     return Seen(share.logit(), share, torch.stack([mean for _, mean in found]), last)
 
 
 def fit(
-    oracle: LanguageOracle, cases: Sequence[Case], *, per_head: bool = False, step: Progress
+    oracle: LanguageOracle,
+    cases: Sequence[Case],
+    *,
+    positions: Positions = "original",
+    per_head: bool = False,
+    step: Progress,
 ) -> list[list[float]]:
     """Return gamma, [layers][KV heads], or [layers][1] where heads share it.
 
     Args:
         oracle: With eager attention.
         cases: A few dozen.
+        positions: Of ``EraConfig``.
         per_head: Whether each KV head has its own.
         step: Called after each case of each pass.
     """
@@ -104,8 +147,9 @@ def fit(
         for index, case in enumerate(cases):
             if not number:
                 wholes.append(attend(oracle, case.whole_ids, case.whole, bias=False))
+            now = as_setting(gamma.tolist())
             pruned = attend(
-                oracle, case.pruned_ids, case.pruned, bias=True, gamma=as_setting(gamma.tolist())
+                oracle, case.pruned_ids, case.pruned, bias=True, gamma=now, positions=positions
             )
             sums += _sums(wholes[index], pruned, heads)
             step()
@@ -133,10 +177,16 @@ class Check:
 
     odds: Float[Tensor, "s l"]
     """By setting and layer: mean of ln(odds unpruned / odds pruned), weighted as in the fit."""
-    kl: Float[Tensor, "s c"]
-    """By setting and case: KL of the next token, unpruned against pruned, in nats."""
-    agree: Float[Tensor, "s c"]
-    """Whether the likeliest next token is the same."""
+    kl: Float[Tensor, "s p"]
+    """By setting and picture: KL of the next token, unpruned against pruned, in nats."""
+    agree: Float[Tensor, "s p"]
+    """How often the likeliest next token is the same."""
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """Return the KL that the last setting saves beside the last but one, and 1.96 errors."""
+        saved = self.kl[-2] - self.kl[-1]
+        return float(saved.mean()), float(1.96 * saved.std() / len(saved) ** 0.5)
 
 
 def check(
@@ -144,6 +194,7 @@ def check(
     cases: Sequence[Case],
     settings: Sequence[tuple[bool, Gamma]],
     *,
+    positions: Positions = "original",
     step: Progress,
 ) -> Check:
     """Measure settings of (bias, gamma) against unpruned."""
@@ -154,15 +205,19 @@ def check(
         whole = attend(oracle, case.whole_ids, case.whole, bias=False)
         weight = whole.share * (1 - whole.share)
         for index, (bias, gamma) in enumerate(settings):
-            seen = attend(oracle, case.pruned_ids, case.pruned, bias=bias, gamma=gamma)
+            ids, segments = case.pruned_ids, case.pruned
+            seen = attend(oracle, ids, segments, bias=bias, gamma=gamma, positions=positions)
             missing = (weight * (whole.odds - seen.odds)).sum((1, 2)) / weight.sum((1, 2))
             odds[index].append(missing)
             ratio = whole.log_probs - seen.log_probs
             kl[index].append((whole.log_probs.exp() * ratio).sum())
             agree[index].append(whole.log_probs.argmax() == seen.log_probs.argmax())
         step()
+    numbers = torch.tensor([case.picture for case in cases])
+    of_picture = torch.stack([(numbers == number).float() for number in numbers.unique()])
+    of_picture = of_picture / of_picture.sum(1, keepdim=True)
     return Check(
         torch.stack([torch.stack(rows).mean(0) for rows in odds]),
-        torch.stack([torch.stack(rows) for rows in kl]),
-        torch.tensor(agree, dtype=torch.float32),
+        torch.stack([torch.stack(rows) for rows in kl]) @ of_picture.T,
+        torch.tensor(agree, dtype=torch.float32) @ of_picture.T,
     )

@@ -10,12 +10,16 @@ ours is ``collapse``: reconstructed. Leaves out the command (``cli/ecl.py``).
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from era_vllm.lab.oracle import Oracle, Segment
+
+SHARP: Final = 0.05
+"""Share of the entropy that has to go for a fall to be a collapse."""
 
 
 def matrix_entropy(tokens: Float[Tensor, "n d"]) -> float:
@@ -38,7 +42,8 @@ def layer_entropies(
     oracle: Oracle, text: str, segments: Sequence[Segment]
 ) -> Float[Tensor, "layers_and_1"]:
     """Return the entropy of a picture's tokens before the first layer and behind each."""
-    ids = oracle.prompt_ids(text, [len(segment.anchors) for segment in segments])
+    counts = [len(segment.anchors) for segment in segments]
+    ids = oracle.prompt_ids(text, counts, add_special_tokens=False)
     visual = oracle.is_visual(torch.tensor([ids]), 1)[0]
     found: list[float] = []
 
@@ -65,8 +70,9 @@ def collapse(entropies: Float[Tensor, "layers_and_1"]) -> int | None:
     """Return the number of layers before the ECL's pruning: the one behind which entropy fell most.
 
     Only the first half of the layers counts, as pruning later saves little; None where entropy
-    falls behind none of them.
+    falls sharply behind none of them.
     """
-    drops = -entropies.diff()[: max(1, (len(entropies) - 1) // 2)]
+    half = max(1, (len(entropies) - 1) // 2)
+    drops = -entropies.diff()[:half]
     layer = int(drops.argmax())
-    return layer + 1 if drops[layer] > 0 else None
+    return layer + 1 if drops[layer] > SHARP * entropies[layer] else None

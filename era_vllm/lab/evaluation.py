@@ -34,6 +34,10 @@ class Variant:
     options: tuple[tuple[str, object], ...] = ()
     """Fields of ``EraConfig`` beside it."""
 
+    def __hash__(self) -> int:
+        """By its name: a value may be a table."""
+        return hash(self.name)
+
     @property
     def name(self) -> str:
         """Return ``era``, ``era bias=false``."""

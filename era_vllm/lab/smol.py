@@ -93,7 +93,13 @@ def kept_gguf() -> Path:
     kept = _cache() / f"smollm2-{WHEEL_SHA256[:12]}"
     if not (kept / _GGUF).is_file():
         _check_gguf_reader()
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnsupportedError(
+                f"the decoder is kept in {str(kept.parent)!r}: {error.strerror}; set "
+                "XDG_CACHE_HOME to a folder that can be written to"
+            ) from error
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".smollm2-") as scratch:
             made = Path(scratch) / "made"
             made.mkdir()
@@ -175,6 +181,7 @@ def assemble(folder: Path, wheel: Path | None = None, delta: Path = DELTA) -> Pa
             f"sample-model smol: {free >> 20} MiB are free in {str(folder.parent)!r}, needed "
             f"{_SPACE >> 20}; name another folder with --out"
         )
+    _check_delta(delta)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
@@ -187,6 +194,27 @@ def assemble(folder: Path, wheel: Path | None = None, delta: Path = DELTA) -> Pa
         (made / _MADE_OF).write_text(made_of(delta) + "\n")
         _moved(made, folder, delta)
     return folder
+
+
+def _check_delta(delta: Path) -> None:
+    """Refuse what is no delta, before anything is fetched."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(DELTA, "pt") as ours, safe_open(delta, "pt") as theirs:
+            names = set(ours.keys())
+            differing = names ^ set(theirs.keys()) or {
+                name
+                for name in names
+                if ours.get_slice(name).get_shape() != theirs.get_slice(name).get_shape()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"--delta: {str(delta)!r} cannot be read ({error})") from error
+    if differing:
+        raise ConfigError(
+            f"--delta: {str(delta)!r} has other weights ({min(differing)}); needed what era-vllm "
+            "train --arch smol exported"
+        )
 
 
 def _is_whole(folder: Path, delta: Path) -> bool:
@@ -273,7 +301,7 @@ def _write(gguf: Path, folder: Path, delta_file: Path) -> None:
     greedy = {"do_sample": True, "top_k": 1, "eos_token_id": end_id, "pad_token_id": end_id}
     for name, values in {"generation_config": greedy, "config": config}.items():
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    for name in _OWN:
+    for name in _OWN if delta_file == DELTA else _OWN[:1]:  # the card is the shipped model's
         shutil.copy(CHECKPOINT_SMOL / name, folder)
     shutil.copy(CHECKPOINT / "processor_config.json", folder)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from era_vllm.calibration import calibrated, model_identity, write_gamma
 from era_vllm.config import EraConfig
@@ -50,7 +52,11 @@ def test_heads_of_a_layer_may_differ(model: Path, tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"policy": "era"}, 'measured with policy = "dpp", got "era"'),
-        ({**DPP, "policy_options": {"ridge": 0.2}}, "measured with policy_options = {}"),
+        (
+            {**DPP, "policy_options": {"ridge": 0.2}},
+            'policy_options = {"ridge": 0.1}, got {"ridge"',
+        ),
+        ({**DPP, "max_segment": 64}, "measured with max_segment = 4096, got 64"),
         ({**DPP, "merge": False}, "measured with merge = true, got false"),
         ({**DPP, "positions": "compact"}, 'measured with positions = "original"'),
         ({**DPP, "bias": False}, "measured with bias = true, got false"),
@@ -66,7 +72,8 @@ def test_another_way_of_pruning_is_refused(
 
 
 def test_rates_and_levels_may_differ(model: Path, file: Path) -> None:
-    settings = {**DPP, "pruning_rate": 0.9, "calibration": str(file)}
+    settings: dict[str, object] = {**DPP, "policy_options": {"ridge": 0.1}}  # as by default
+    settings |= {"pruning_rate": 0.9, "calibration": str(file)}
     assert calibrated(str(model), settings)["pruning_rate"] == 0.9
 
 
@@ -84,6 +91,23 @@ def test_other_weights_are_refused_and_a_copy_is_not(model: Path, file: Path) ->
         calibrated(str(copy), {**DPP, "calibration": str(file)})
 
 
+@pytest.mark.parametrize("name", ["a.weight", "z.weight"])
+def test_a_changed_tensor_is_seen_wherever_it_lies(name: str, tmp_path: Path) -> None:
+    tensors = {key: torch.zeros(300, 300) for key in ("a.weight", "m.weight", "z.weight")}
+    (tmp_path / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = model_identity(tmp_path)
+    tensors[name] = torch.ones(300, 300)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert model_identity(tmp_path) != before
+    (tmp_path / "y.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "x.bin").mkdir()
+    model_identity(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is no JSON"):
+        model_identity(tmp_path)
+
+
 def test_a_name_of_the_hub_is_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match="needed a folder with config.json and weights"):
         calibrated("llava-hf/llava-1.5-7b-hf", {**DPP, "calibration": str(file)})
@@ -99,6 +123,7 @@ def test_a_file_that_is_none_is_refused(model: Path, file: Path) -> None:
     for text, said in (
         ("", "is no JSON"),
         ("[]", "has no section gamma"),
+        ("[" * 100_000, "is no JSON"),
         (json.dumps({**whole, "format": 2}), "has no section gamma of format 1"),
         (json.dumps(_without(whole, "model")), "gamma has no model"),
         (json.dumps({**whole, "gamma": {**whole["gamma"], "values": [1.0]}}), "no \\[layer\\]"),

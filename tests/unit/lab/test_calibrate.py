@@ -1,15 +1,18 @@
 """The fit of gamma: attention as unpruned on pictures it has not seen; nothing to fit, nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from era_vllm.calibration import calibrated
-from era_vllm.cli.calibrate import _cases
+from era_vllm.cli.calibrate import verdict
 from era_vllm.cli.main import main
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.calibrate import Case, as_setting, check, fit
+from era_vllm.lab.asking import chat_prompt
+from era_vllm.lab.calibrate import Case, Check, Seen, _sums, as_setting, cases_of, check, fit
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 
@@ -21,14 +24,13 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def cases(oracle: Oracle) -> list[Case]:
-    config = EraConfig()
-    return [
-        case
-        for sample in load_samples()[:8]
-        for case in _cases(
-            oracle, config, (0.889,), sample.image, [question.text for question in sample.questions]
-        )
-    ]
+    return [case for number in range(8) for case in _cases(oracle, EraConfig(), (0.889,), number)]
+
+
+def _cases(oracle: Oracle, config: EraConfig, rates: Sequence[float], number: int) -> list[Case]:
+    sample = load_samples()[number]
+    questions = [question.text for question in sample.questions]
+    return cases_of(oracle, config, rates, (number, sample.image, questions))
 
 
 def _nothing() -> None:
@@ -47,6 +49,48 @@ def test_layers_attend_as_unpruned_on_other_pictures(oracle: Oracle, cases: list
 def test_what_was_not_pruned_keeps_the_papers_bias(oracle: Oracle, cases: list[Case]) -> None:
     whole = [Case(case.whole_ids, case.whole, case.whole_ids, case.whole) for case in cases[:2]]
     assert fit(oracle, whole, step=_nothing) == [[1.0]] * 4
+
+
+def test_query_heads_count_for_their_own_kv_head() -> None:
+    """Four query heads of two KV heads: the first two want ln 2 more, the others ln 4."""
+    share, bias = torch.full((1, 4, 3), 0.5), torch.full((1, 4, 3), 0.5)
+    odds = torch.tensor([2.0, 2.0, 4.0, 4.0]).log().view(1, 4, 1).expand(1, 4, 3)
+    whole = Seen(odds, share, bias, torch.zeros(1))
+    pruned = Seen(torch.zeros(1, 4, 3), share, bias, torch.zeros(1))
+    numerator, denominator = _sums(whole, pruned, 2)
+    wanted = torch.tensor([[2.0, 4.0]]).log() / 0.5
+    assert torch.allclose(numerator / denominator, wanted)
+
+
+def test_every_rate_is_measured_on_both_halves(oracle: Oracle) -> None:
+    kept = [
+        [len(case.pruned[0].anchors) for case in _cases(oracle, EraConfig(), (0.5, 0.944), number)]
+        for number in range(4)
+    ]
+    assert [counts[0] for counts in kept] == [72, 72, 8, 8]
+    assert all({72, 8} == set(counts) for counts in kept)
+
+
+def test_prompts_and_positions_are_those_that_are_served(oracle: Oracle) -> None:
+    config = EraConfig(positions="compact")
+    cases = _cases(oracle, config, (0.889,), 0)
+    sample = load_samples()[0]
+    prompt = chat_prompt(oracle.processor, sample.questions[0].text)
+    assert list(cases[0].whole_ids).count(oracle.processor.tokenizer.bos_token_id) == 1
+    assert cases[0].whole_ids == oracle.prompt_ids(prompt, [144], add_special_tokens=False)
+    original = fit(oracle, cases, step=_nothing)
+    assert fit(oracle, cases, positions="compact", step=_nothing) != original
+
+
+def test_it_is_recommended_where_it_helps_alone() -> None:
+    def saved(*values: float) -> Check:
+        kl = torch.stack([torch.zeros(len(values)), torch.tensor(values), torch.zeros(len(values))])
+        return Check(torch.zeros(3, 1), kl, torch.zeros(3, len(values)))
+
+    path = Path("c.json")
+    assert verdict(saved(0.2, 0.3, 0.25), path) == "use it: --era-calibration c.json"
+    assert "gains nothing that these pictures show" in verdict(saved(0.3, -0.3, 0.1), path)
+    assert "loses" in verdict(saved(-0.2, -0.3, -0.25), path)
 
 
 def test_each_kv_head_may_have_its_own(oracle: Oracle, cases: list[Case]) -> None:
@@ -71,20 +115,31 @@ def test_the_command_writes_what_a_server_takes(
     file = tmp_path / "calibration.json"
     assert file.with_suffix(".png").stat().st_size > 10_000
     found = calibrated(str(CHECKPOINT), {"policy": "dpp", "calibration": str(file)})
-    assert EraConfig.parse(found).gamma is not None
+    gamma = EraConfig.parse(found).gamma
+    assert isinstance(gamma, tuple) and len(gamma) == 4 and gamma != (1.0,) * 4
+    refused = tmp_path / "refused"
+    (refused / "calibration.json").mkdir(parents=True)
+    assert main([*command, "--out", str(refused)]) == 2
+    assert "is no file" in capsys.readouterr().err
+    prompts = tmp_path / "prompts.txt"
+    for text, said in (("what is in <image>?", "no <image>"), ("word " * 3000, "allowed: 2048")):
+        prompts.write_text(text)
+        assert main([*command, "--prompts", str(prompts), "--out", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
+    command = ["calibrate", str(CHECKPOINT), str(pictures), "--era-policy", "visionzip"]
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "gives no bias" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--era-gamma", "1"], "--era-gamma: is what is worked out here"),
-        (["--era-no-bias"], "--era-no-bias"),
         (["--rates", "0"], "--rates: got 0"),
-        (["--count", "3"], "pictures: got 3, needed 4"),
+        (["--count", "3"], "--count: got 3, allowed: 4 or more"),
+        (["--count", "-1"], "--count: got -1, allowed: 4 or more"),
         (["nosuch"], "needed a folder with config.json"),
         ([str(CHECKPOINT), "nosuch"], "PICTURES: got 'nosuch', needed a folder"),
         (["--prompts", "x"], "--prompts: needs pictures of your own"),
-        (["--era-calibration", "x"], "--era-calibration"),
     ],
 )
 def test_refusals(
@@ -93,3 +148,29 @@ def test_refusals(
     assert main(["calibrate", *words, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.rstrip().count("\n") == 0
+
+
+@pytest.mark.parametrize("flag", ["--era-gamma=1", "--era-no-bias", "--era-pruning-rate=.5"])
+def test_what_means_nothing_here_is_unknown(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["calibrate", flag])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_every_command_with_the_flag_reads_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = str(tmp_path / "nosuch.json")
+    picture = tmp_path / "a.png"
+    load_samples()[0].image.save(picture)
+    flag = ["--era-calibration", missing]
+    for words in (["inspect", str(picture)], ["doctor"], ["serve", "--print-command"]):
+        assert main([*words, *flag]) == 2, words
+        assert "nosuch.json': No such file" in capsys.readouterr().err
+    monkeypatch.setenv("ERA_CALIBRATION", missing)
+    assert main(["serve", "--print-command"]) == 2
+    assert "nosuch.json': No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "serve", *flag])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import LlamaConfig, LlamaModel
 
 from era_vllm.cli.main import main
@@ -58,7 +58,7 @@ def test_another_wheel_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sorted(file.name for file in tmp_path.iterdir()) == ["other.whl"]
 
 
-def test_a_delta_of_ones_own_is_looked_for_first(
+def test_a_delta_of_ones_own_is_looked_at_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "delta.safetensors"
@@ -68,6 +68,12 @@ def test_a_delta_of_ones_own_is_looked_for_first(
     assert smol.cache_folder(own) == smol.cache_folder()
     own.write_bytes(own.read_bytes() + b"x")
     assert smol.cache_folder(own) != smol.cache_folder()
+    for content in (b"nonsense", save({"layers.0.o.A": torch.zeros(1)})):
+        own.write_bytes(content)
+        command = ["sample-model", "smol", "--delta", str(own), "--out", str(tmp_path / "out")]
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "cannot be read" in said or "has other weights" in said
 
 
 def test_a_folder_of_something_else_is_left_alone(

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from era_vllm.lab import CHECKPOINT_SMOL
 from era_vllm.lab import smol as assembling
-from era_vllm.lab.synth.assets import load_material
+from era_vllm.lab.synth.assets import SHAPES, WORDS, load_material
+from era_vllm.lab.synth.scene import COLORS
 from era_vllm.lab.synth.tasks import draw_task
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.smol import ARCH, SmolLearner
@@ -78,6 +79,11 @@ def test_a_token_is_drawn_to_the_words_for_what_it_shows(
     learner: SmolLearner, batch: Batch
 ) -> None:
     """The loss falls to nothing where the projector says just that."""
+    table, words = learner._given[1].get_input_embeddings().weight, tokenizer()
+    for row, word in ((1 + 7, "7"), (10 + 3, "3"), (17 + 2, WORDS[2])):  # a digit, a bar, a word
+        assert torch.equal(learner._shown[2][row], table[words.token_to_id(word)])
+    assert torch.equal(learner._shown[1][1 + 4], table[words.token_to_id(COLORS[4])])
+    assert torch.equal(learner._shown[0][1 + 1], table[words.token_to_id(SHAPES[1])])
     shown = sum(t[label] for t, label in zip(learner._shown, batch.labels[:3], strict=True))
     assert learner.tower_loss(batch, [shown])["tower"] < 1e-6  # type: ignore[list-item]
     alone = replace(batch, rows=())
