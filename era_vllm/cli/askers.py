@@ -32,6 +32,8 @@ MOST_RATE: Final = 0.95
 """``EraConfig.max_pruning_rate``, of what is started here."""
 SERVER: Final = "--enforce-eager --max-model-len 1024 --max-num-seqs 8 --kv-cache-memory-bytes 256M"
 _OWN_FLAGS: Final = ("--era-", "--no-era-", "--host", "--port", "--served-model-name", "--dtype")
+_SECRETS: Final = ("--api-key", "--hf-token")
+"""Flags whose values would be written to answers and reports."""
 _KV_BYTES: Final = 256 << 20  # of an engine, as of SERVER
 _KEY: Final = "OPENAI_API_KEY"
 _LLAVA: Final = "LlavaForConditionalGeneration"
@@ -140,6 +142,11 @@ def _server_flags(given: str) -> list[str]:
         raise ConfigError(
             f"--server: got {own[0]}, which is said by a flag of this command; see --help"
         )
+    if secret := [flag for flag in flags if flag.startswith(_SECRETS)]:
+        raise ConfigError(
+            f"--server: {secret[0].partition('=')[0]}: its value would stand in the report; set "
+            "VLLM_API_KEY or HF_TOKEN in the environment"
+        )
     if found := sorted(_variables() & os.environ.keys()):
         raise ConfigError(
             f"{found[0]}: is set in the environment, and the servers would read it; unset it "
@@ -205,15 +212,24 @@ def _of_folder(
     return Source(head, folder.name, family.modalities, None, dict(LEVELS), asker_of)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A key goes to the address that was named, and to no other."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Follow none."""
+
+
 def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerAsker]") -> Source:
     """Return a server that is up, by what it says it is.
 
     Raises:
         ConfigError: nothing of ours answers there, or it serves other rates.
     """
-    key = os.environ.get(_KEY)
+    key = (os.environ.get(_KEY) or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"${_KEY}: has characters that no key has; set it anew")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
     try:
         asked = urllib.request.Request(f"{url}/v1/era", headers=headers)
         with direct.open(asked, timeout=10) as reply:
@@ -222,18 +238,18 @@ def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerA
         head = {"url": url, "model": title, "settings": about["settings"], "asker": "http"}
         head["server"] = about["versions"]
         takes, policy = list(about["modalities"]), str(about["policy"])
+        low, high = limits["min_pruning_rate"], limits["max_pruning_rate"]
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
         raise ConfigError(
             f"--url: {url}/v1/era: {type(error).__name__}: {error}; needed the address of a server "
             "of era-vllm serve, like http://127.0.0.1:8000 (without /v1)"
             f"{'' if key else f'; a server with keys wants one in ${_KEY}'}"
         ) from error
-    low, high = limits["min_pruning_rate"], limits["max_pruning_rate"]
     if bad := [rate for rate in rates if not low <= rate <= high]:
         raise ConfigError(f"--rates: got {bad[0]:g}, the server allows [{low:g}, {high:g}]")
 
     def asker_of(_: "Variant") -> "AbstractContextManager[Asker]":
-        return connect(url, key=key)
+        return connect(url, key=key or None)
 
     return Source(head, title, takes, policy, levels, asker_of)
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -39,10 +39,15 @@ def read(folder: Path, prompts: Path | None, kind: str, count: int) -> "list[Sho
 
     if not folder.is_dir():
         raise ConfigError(f"PICTURES: got {str(folder)!r}, needed a folder of pictures")
-    files = sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file()
-    )
-    common, own = _prompts(prompts, [file.name for file in files])
+    try:
+        files = sorted(
+            file for file in folder.iterdir() if file.suffix.lower() in _ENDINGS and file.is_file()
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"PICTURES: {str(folder)!r}: {error.strerror}; make it readable"
+        ) from error
+    common, own = _prompts(prompts, {file.name for file in files})
     if own:
         files = [file for file in files if file.name in own]
     common = common or PROMPTS[kind]
@@ -102,7 +107,9 @@ def _medium(file: Path) -> "Medium":
     return Medium("image", file.read_bytes(), mime) if mime else png(picture)
 
 
-def _prompts(path: Path | None, names: Sequence[str]) -> tuple[Sequence[str], dict[str, list[str]]]:
+def _prompts(
+    path: Path | None, names: Collection[str]
+) -> tuple[Sequence[str], dict[str, list[str]]]:
     """Return what is asked about every picture, and what about one.
 
     Raises:

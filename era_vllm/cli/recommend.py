@@ -128,8 +128,11 @@ def _write(
     words += ["--era-policy", arguments.policy] if arguments.policy else []
     command = shlex.join(filter(None, words))
     said = report.verdict(best, pruned, number, arguments.target, command)
+    if refused := list(map(str, about["refused"])):  # type: ignore[call-overload]
+        more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""
+        said.append(f"left out, as the server refused them: {', '.join(refused[:5])}{more}")
     page, figures = (arguments.out / name for name in _PAGES)
-    page.write_text(report.page(about, said, whole, pruned, best, cases), encoding="utf-8")
+    print(report.text_of(report.table(whole, pruned)), "", *said, "", sep="\n")
     found = {
         **about,
         "source": head,
@@ -142,7 +145,8 @@ def _write(
         },
     }
     figures.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(report.text_of(report.table(whole, pruned)), "", *said, "", sep="\n")
+    text = report.page(about, said, whole, pruned, best, cases)
+    page.write_text(text, encoding="utf-8", errors="replace")  # a file's name may be any bytes
     print(f"{page} shows what changed; {figures}")
 
 

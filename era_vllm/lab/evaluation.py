@@ -22,6 +22,7 @@ from era_vllm.lab.asking import Answer, Asker, Subject
 ANSWERS: Final = "answers.jsonl"
 FORMAT: Final = 2
 """Of that file: since 2 each answer's seconds and first token are in it."""
+_BEGINNING: Final = b'{"format": '
 UNPRUNED: Final = "unpruned"
 """The row at rate 0."""
 
@@ -79,7 +80,7 @@ class Answers:
         self._path = folder / ANSWERS
         self._known: dict[tuple[str, float], list[list[Answer]]] = {}
         try:
-            self._file = self._path.open("a+", encoding="utf-8")
+            self._file = self._path.open("a+", encoding="utf-8", newline="")
         except OSError as error:
             raise ConfigError(
                 f"--out: {str(self._path)!r}: {error.strerror}; name another folder"
@@ -98,16 +99,20 @@ class Answers:
                 f"--out: another evaluation is writing to {str(self._path)!r}; wait for it, or "
                 "name another folder"
             ) from error
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]  # the last line may be cut off
-        self._file.truncate(len(whole.encode()))
-        if not whole:
+        content = self._path.read_bytes()
+        if not content:
+            self._file.write(json.dumps(head) + "\n")
+            self._file.flush()
+            return
+        whole = content[: content.rfind(b"\n") + 1]  # the last line may be cut off
+        if not whole and content.startswith(_BEGINNING):  # the head was
+            self._file.truncate(0)
             self._file.write(json.dumps(head) + "\n")
             self._file.flush()
             return
         try:
-            self._read(whole.splitlines(), head)
+            self._read((whole or content).decode().splitlines(), head)
+            self._file.truncate(len(whole))  # it is ours
         except ConfigError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -91,11 +91,12 @@ def verdict(
     field = f'{{"era": {{"pruning_rate": {best.rate:g}}}}}'
     needed = best.pictures_needed(pictures)
     enough = "these are enough" if needed <= pictures else f"about {needed} are needed"
+    too_few = "" if best.sure >= 0.5 else " (these are too few pictures to trust it)"
     return [
         f"recommended: {name_of(best)} (rate {best.rate:g}), {100 * best.saved_tokens:.0f} % of "
         "the visual tokens less",
         f"agreement with the unpruned answers: {best.agreement.text()} %; {aim} is reached with a "
-        f"probability of {100 * best.sure:.0f} %",
+        f"probability of {100 * best.sure:.0f} %{too_few}",
         f"{pictures} pictures were asked about; for an interval of +-2 points {enough}",
         f"for every request: {command} --era-pruning-rate {best.rate:g}",
         f"in a request: {field}{f' or {level}' if level else ''}",
@@ -191,8 +192,8 @@ def _html(rows: Sequence[Sequence[str]], levels: Sequence[Level | None], best: L
         for cell in row:
             value, bracket, interval = cell.partition(" (")
             unit = " %" if interval.endswith("%") else ""
-            small = f"<small>{interval.split(')')[0]}</small>" if bracket else ""
-            found.append(f"<td>{value}{unit if bracket else ''}{small}</td>")
+            small = f"<small>{escape(interval.split(')')[0])}</small>" if bracket else ""
+            found.append(f"<td>{escape(value)}{unit if bracket else ''}{small}</td>")
         found.append("</tr>")
     return f"<table>{''.join(found)}</table>"
 

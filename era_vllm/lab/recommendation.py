@@ -6,6 +6,7 @@ unpruned. Leaves out the asking (``evaluation.py``), and the page (``recommend_r
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,21 @@ PROMPTS: Final[Mapping[str, tuple[str, ...]]] = {
 """Kind of pictures -> what they are asked, where the user names no questions."""
 
 
+_DRAWS: Final = 4000
+_NO_BLANKS: Final = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+"""Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
+_MARKS: Final = "\u0300-\u036f\u0900-\u0dff\u200d"
+"""Letters' own marks, and the scripts of India, whose vowels are marks."""
+_WORD: Final = re.compile(
+    rf"[{_NO_BLANKS}]"
+    r"|(?:(?<!\w)[-+\u2212<>\u2264\u2265~])?[$\u20ac\u00a3\u00a5]?\d+(?:[.,:/]\d+)*[%\u00b0\u2030$\u20ac\u00a3\u00a5]?"
+    rf"|(?:(?![{_NO_BLANKS}])[\w{_MARKS}])+"
+    r"|[^\w\s.,:;!?'\"()\[\]{}\u3001\u3002\uff0c\u201c\u201d\u2018\u2019*_`#-]"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A question without a known answer."""
@@ -80,7 +96,7 @@ class Level:
     agreement: Estimate
     """Mean over questions of ``likeness``."""
     sure: float
-    """How likely the agreement reaches the target: share of resamples of the pictures."""
+    """How likely the agreement reaches the target (``posterior``)."""
     same: Estimate
     """Answers that are the same to the letter, but for case and punctuation."""
     f1: Estimate
@@ -108,8 +124,12 @@ class Disagreement:
 
 
 def words_of(answer: str) -> list[str]:
-    """Return an answer's words and numbers, without case or punctuation."""
-    return re.findall(r"\w+(?:[.,]\d+)*", answer.lower())
+    """Return an answer's words and numbers, without case or punctuation.
+
+    Numbers keep sign and unit, what is no word or punctuation counts as it is, and scripts without
+    blanks go by the letter.
+    """
+    return _WORD.findall(unicodedata.normalize("NFC", answer.lower()))
 
 
 def word_f1(whole: str, other: str) -> float:
@@ -154,15 +174,14 @@ def levels(
     found: list[Level] = []
     for row in rows:
 
-        def mean(of: Any, row: Row = row) -> "np.ndarray[Any, Any]":
-            sums = [
+        def sums(of: Any, row: Row = row) -> list[float]:
+            return [
                 sum(float(of(a.text, b.text)) for a, b in zip(*both, strict=True))
                 for both in zip(whole.answers, row.answers, strict=True)
             ]
-            return ratio(kinds, sums, asked)
 
-        agreed, seconds = mean(likeness), _seconds(row)
-        agreement = share(agreed, len(kinds))
+        seconds = _seconds(row)
+        agreement, sure = posterior(sums(likeness), asked, target)
         found.append(
             Level(
                 row.rate,
@@ -172,9 +191,9 @@ def levels(
                 1 - _tokens(row) / before,
                 estimate(1 - ratio(kinds, seconds, asked) / ratio(kinds, before_s, asked)),
                 agreement,
-                _sure(agreed, len(kinds), target),
-                share(mean(is_same), len(kinds)),
-                share(mean(word_f1), len(kinds)),
+                sure,
+                share(ratio(kinds, sums(is_same), asked), len(kinds)),
+                share(ratio(kinds, sums(word_f1), asked), len(kinds)),
                 divergence(kinds, row.answers, whole.answers),
             )
         )
@@ -189,14 +208,29 @@ def _seconds(row: Row) -> list[float]:
     return [sum(answer.seconds for answer in given) for given in row.answers]
 
 
-def _sure(agreed: "np.ndarray[Any, Any]", pictures: int, target: float) -> float:
-    """Return how likely the target is reached.
+def posterior(
+    agreed: Sequence[float], asked: Sequence[int], target: float
+) -> tuple[Estimate, float]:
+    """Return an agreement with its interval, and how likely the target is reached.
 
-    Where all agree, resamples say nothing: then of a share that may be any, seen n times of n.
+    Bayesian bootstrap over pictures, with one more whose agreement may be any: pictures weigh as
+    exponential draws do. Resamples alone would call an agreement of all certain, and one of nearly
+    all surer than that.
+
+    Args:
+        agreed: Sum over each picture's questions.
+        asked: How many they are.
+
+    Source: Rubin 1981, "The Bayesian Bootstrap"; the further picture is ours.
     """
-    if agreed.min() == 1.0:
-        return 1.0 - target ** (pictures + 1)
-    return float((agreed[1:] >= target).mean())
+    lots, sums, counts = np.random.default_rng(0), np.asarray(agreed), np.asarray(asked)
+    weights = lots.exponential(size=(_DRAWS, len(sums)))
+    more = lots.exponential(size=_DRAWS) * counts.mean()
+    drawn = (weights @ sums + more * lots.random(_DRAWS)) / (weights @ counts + more)
+    value = float(sums.sum() / counts.sum())
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    found = Estimate(value, min(float(low), value), max(float(high), value))
+    return found, float((drawn >= target).mean())
 
 
 def recommended(found: Sequence[Level], target: float) -> Level | None:

@@ -130,11 +130,27 @@ def test_lines_of_two_runs_are_no_answers(tmp_path: Path) -> None:
 
 
 def test_a_head_that_was_cut_off_begins_anew(tmp_path: Path) -> None:
-    (tmp_path / evaluation.ANSWERS).write_text('{"model"')
+    (tmp_path / evaluation.ANSWERS).write_text('{"format": 2, "mod')
     with Answers(tmp_path, HEAD) as answers:
         answers.add("era", 0.5, [Answer("x", 3)])
     with Answers(tmp_path, HEAD) as answers:
         assert answers.of("era", 0.5) == [[Answer("x", 3)]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"id": 1, "answer": "my only line"}',
+        b'{"id": 1}\n{"id": 2}',
+        b'{"id": 1}\r\n{"id": 2}\r\n',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_file_of_somebody_else_is_left_as_it_is(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / evaluation.ANSWERS).write_bytes(content)
+    with pytest.raises(ConfigError, match="no file of answers|another evaluation"):
+        Answers(tmp_path, HEAD)
+    assert (tmp_path / evaluation.ANSWERS).read_bytes() == content
 
 
 def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
@@ -181,6 +197,7 @@ def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
         (["--variant", "pruning_rate=.5"], "each request says its rate: --rates"),
         (["--server", '"'], "--server: got '\"': No closing quotation"),
         (["--server", "--era-policy random"], "--server: got --era-policy, which is said by a fl"),
+        (["--server", "--api-key sk-x"], "--server: --api-key: its value would stand in"),
         (["--server", "--dtype half"], "--server: got --dtype, which is said by a flag"),
         (["--server=--enforce-eager", "--asker", "engine"], "is for --asker http, got engine"),
         (["--url", "http://x", "--asker", "engine"], "leave them out with --url"),

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from era_vllm.lab.recommendation import (
     Shown,
     levels,
     likeness,
+    posterior,
     recommended,
     without_refused,
     word_f1,
@@ -66,8 +68,8 @@ def test_each_level_stands_against_the_unpruned_answers() -> None:
     assert (whole.tokens, strong.tokens, strong.saved_tokens) == (100, 11, pytest.approx(0.89))
     assert (whole.seconds, strong.saved_seconds.value) == (2.0, pytest.approx(0.5))
     assert (strong.agreement.value, strong.same.value) == (pytest.approx(0.96),) * 2
-    assert 0.9 < strong.agreement.low < 0.95 < strong.agreement.high < 1
-    assert 0.6 < strong.sure < 0.95 and extreme.sure == 0
+    assert 0.88 < strong.agreement.low < 0.95 < strong.agreement.high < 1
+    assert 0.5 < strong.sure < 0.95 and extreme.sure == 0
     assert (light.agreement.value, extreme.agreement.value) == (1, 0.5)
     assert light.kl is not None and strong.kl is not None
     assert light.kl.value == 0 and strong.kl.value > 1
@@ -76,9 +78,39 @@ def test_each_level_stands_against_the_unpruned_answers() -> None:
 def test_agreement_of_all_is_no_certainty() -> None:
     """Of 50 pictures of which all agree, .98 is likely and not sure; of 300 it is."""
     sure = [levels(rows(number, 0), NAMES, 0.98)[1][0] for number in (50, 300)]
-    assert sure[0].sure == pytest.approx(1 - 0.98**51)
-    assert 0.6 < sure[0].sure < 0.7 and sure[1].sure > 0.99
+    assert 0.8 < sure[0].sure < 0.9 and sure[1].sure > 0.99
     assert sure[0].agreement.low < 0.98 < sure[1].agreement.low
+
+
+def test_an_answer_that_changed_makes_nothing_surer() -> None:
+    """One, two, three ... of five answers about each of 50 pictures."""
+    sums = [[5.0 - min(5, max(0, wrong - 5 * at)) for at in range(50)] for wrong in range(30)]
+    found = [posterior(one, [5] * 50, 0.98) for one in sums]
+    sure = [share for _, share in found]
+    assert sure == sorted(sure, reverse=True) and sure[0] > sure[1] > sure[5]
+    lows = [agreement.low for agreement, _ in found]
+    assert lows == sorted(lows, reverse=True)
+    assert all(one.low <= one.value <= one.high for one, _ in found)
+    best = levels(rows(2, 0), NAMES, 0.98)[1]
+    assert "too few pictures" in report.verdict(best[0], best, 2, 0.98, "x")[1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *(("-5", "5"), ("+3", "-3"), ("50%", "50"), ("$5", "\u20ac5"), ("<5", ">5"), ("3.5", "35")),
+        ("\u2605\u2605\u2605", "\u2605"),
+        ("\u0915\u0940", "\u0915\u093f"),  # two vowels of Hindi
+    ],
+)
+def test_signs_units_and_marks_count(one: str, other: str) -> None:
+    assert likeness(one, one) == 1 and likeness(one, other) == 0
+
+
+def test_scripts_without_blanks_go_by_the_letter() -> None:
+    whole = "\u4e00\u53ea\u7ea2\u8272\u7684\u732b\u7ad9\u5728\u8def\u8fb9\u7684\u6811\u4e0b"
+    assert 0.8 < likeness(whole, whole[:-1] + "\u4e0a") < 1
+    assert likeness("Stop!", "stop") == likeness("a 5-year plan", "A 5 year plan.") == 1
 
 
 def test_the_pictures_that_an_interval_needs() -> None:
@@ -158,10 +190,13 @@ def page(target: float = 0.95) -> str:
     whole, found = levels(rows(50, 4), NAMES, target)
     best = recommended(found, target)
     (one,) = worst(shown(50), *[rows(50, 4)[at] for at in (0, 2)], 1)
+    script = "<script>alert(1)</script>"
+    bad = replace(one, question=script, whole=script, pruned=script)
+    found = [replace(level, name=script) if level.rate > 0.9 else level for level in found]
     buffer = io.BytesIO()
     Image.new("RGB", (30, 30)).save(buffer, "PNG")
     cases = {
-        "What changes": [report.Case("<b>.png", one, buffer.getvalue(), buffer.getvalue())],
+        "What changes": [report.Case("<b>.png", bad, buffer.getvalue(), buffer.getvalue())],
         "Not drawn": [report.Case("c.png", one, buffer.getvalue(), "not <drawn>")],
         "Nothing": [],
     }
@@ -174,6 +209,7 @@ def test_the_page_is_one_file_and_escapes_what_others_wrote() -> None:
     found = _Page(text)
     assert found.addresses and all(one.startswith("data:image/jpeg;") for one in found.addresses)
     assert not re.search(r"https?://|<script|<link|@import", text)
+    assert text.count("&lt;script&gt;") >= 4, "level, question and both answers"
     assert "&lt;b&gt;.png" in text and "&lt;m&gt;" in text and "not &lt;drawn&gt;" in text
     assert "every answer has the same words" in text
     assert found.tags.count("img") == 3 and found.tags.count("svg") == 1
@@ -185,7 +221,7 @@ def test_what_is_recommended_says_how_it_is_set_and_how_sure_it_is() -> None:
     lines = report.verdict(found[1], found, 50, 0.95, "era-vllm serve m")
     assert lines[0] == "recommended: strong (rate 0.889), 89 % of the visual tokens less"
     assert "96.0 (" in lines[1] and "probability of" in lines[1]
-    assert re.search(r"for an interval of \+-2 points about 1\d\d are needed$", lines[2])
+    assert re.search(r"for an interval of \+-2 points about 2\d\d are needed$", lines[2])
     enough = levels(rows(400, 4), NAMES, 0.95)[1]
     assert "these are enough" in report.verdict(enough[1], enough, 400, 0.95, "x")[2]
     assert lines[3] == "for every request: era-vllm serve m --era-pruning-rate 0.889"
