@@ -134,6 +134,7 @@ def _wait(happens: Callable[[], bool], limit_s: float = 15) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_hangup_that_is_ignored_stays_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def expected(held_out):
     return accuracy
 
 
+@pytest.mark.slow
 def test_accuracy_over_http(servers, held_out, expected):
     def ask(item):
         return chat(servers[0].url, item[1], item[0]).choices[0].message.content == item[2]
