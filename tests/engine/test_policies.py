@@ -33,7 +33,6 @@ def even(oracle: Oracle, image, count: int) -> list[Segment]:
     return [Segment(embeds[anchors], torch.zeros(count), anchors, len(embeds))]
 
 
-@pytest.mark.situation("one image")
 @pytest.mark.parametrize("policy", PEERS)
 def test_one_image(engine, setup, ask, images, oracle, difference, policy):
     live, image, request = engine(setup(policy=policy)), images[0], ask(QUESTION, images[0])
