@@ -165,3 +165,35 @@ def test_plain_transformers_refuse_what_they_cannot_read(
     oracle = Oracle(str(CHECKPOINT), language=False)
     with pytest.raises(UnsupportedError, match="got a video, allowed: pictures"):
         ask(TransformersAsker(oracle, EraConfig()), load_task_samples()[-1:], 0.5)
+
+
+def test_a_key_goes_to_the_address_that_was_named_and_to_no_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Redirect(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(302)
+            port = self.server.server_address[1]
+            self.send_header("Location", f"http://localhost:{port}/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
+        Thread(target=server.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}"
+            monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+            assert main(["eval", "--url", url, "--out", str(tmp_path)]) == 2
+        finally:
+            server.shutdown()
+    assert asked == [("/v1/era", "Bearer sk-secret")]
+    assert "302" in (said := capsys.readouterr().err) and "sk-secret" not in said
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-sec\nret")
+    assert main(["eval", "--url", url, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "$OPENAI_API_KEY: has characters that no key has" in said and "sk-sec" not in said
