@@ -1,6 +1,6 @@
 """README's table of results, out of the figures of ``era-vllm eval``.
 
-    .venv/bin/python -m tests.results      # docs/accuracy/sample.json -> README.md
+    .venv/bin/python -m tests.results      # docs/fidelity/sample.json -> README.md
 
 Rows are policies as they come, rows of a rate are means over families without yes/no questions.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[1]
-FIGURES: Final = ROOT / "docs" / "accuracy" / "sample.json"
+FIGURES: Final = ROOT / "docs" / "fidelity" / "sample.json"
 SHOWN: Final = {
     "dpp": "`dpp`",
     "era": "`era` (the paper)",

@@ -133,6 +133,35 @@ def answered(
             ) from error
 
 
+def check_reference(option: str, arguments: argparse.Namespace) -> None:
+    """Refuse what plain transformers cannot prune here.
+
+    Raises:
+        ConfigError: a server in place of a folder.
+        UnsupportedError: another family than LLaVA-1.5.
+    """
+    from era_vllm.cli.loading import architectures, model_config
+
+    if arguments.url:
+        raise ConfigError(f"{option}: is for a model's folder; leave it out with --url")
+    model = str(Path(arguments.model or DEFAULT_MODEL).resolve())
+    _check_reference(option, architectures(model_config(model)))
+
+
+def _check_reference(option: str, names: Sequence[str]) -> None:
+    if names != [_LLAVA]:
+        raise UnsupportedError(
+            f"{option}: got {', '.join(names)}, allowed: {_LLAVA}, the one whose tower and pruning "
+            "are here without vLLM"
+            f"{'; choose engine or http' if option.startswith('--asker') else '; leave it out'}"
+        )
+
+
+def reference(model: str) -> "Oracle":
+    """Return a checkpoint in plain transformers, float32."""
+    return _oracle(str(Path(model).resolve()), "float32")
+
+
 def _server_flags(given: str) -> list[str]:
     try:
         flags = shlex.split(given)
@@ -187,11 +216,8 @@ def _of_folder(
     family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     if family is None:
         raise ConfigError(f"MODEL: got {', '.join(names)}, allowed: {', '.join(sorted(FAMILIES))}")
-    if asker == "transformers" and names != [_LLAVA]:
-        raise UnsupportedError(
-            f"--asker transformers: got {', '.join(names)}, allowed: {_LLAVA}, the one whose tower "
-            "and pruning are here without vLLM; choose engine or http"
-        )
+    if asker == "transformers":
+        _check_reference("--asker transformers", names)
     files = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file():

@@ -23,6 +23,7 @@ from era_vllm.policies import make_policy, policy_names
 
 if TYPE_CHECKING:
     from era_vllm.lab.evaluation import Variant
+    from era_vllm.lab.mass import Mass
     from era_vllm.lab.synth.tasks import Task
 
 DESCRIPTION: Final = """Ask held-out questions about generated pictures, and score the answers.
@@ -36,11 +37,14 @@ DESCRIPTION: Final = """Ask held-out questions about generated pictures, and sco
 
 A row for each variant and rate: right answers, by family of questions too, and how far answers are
 from the unpruned ones (the same text; KL of the first token), with 95 % intervals; tokens, seconds.
+--mass adds the share of attention that falls on visual tokens, by layer (LLaVA-1.5 alone).
+Settle on options with --split dev (the photos and digits that the sample models learned from, in
+pictures of their own), and read --split test, which is held out, once.
 MODEL is a folder. One that takes videos is asked about pictures of any size, several pictures and
 videos; any other about pictures as the sample model's. The pictures suit the sample models alone:
 for a model and pictures of your own there is era-vllm recommend.
-Writes eval.md, eval.json, eval.png to --out, and each answer to answers.jsonl there: the same
-command goes on where it was stopped.
+Writes eval.md, eval.json, eval.png (and mass.png) to --out, and each answer to answers.jsonl there:
+the same command goes on where it was stopped.
 """
 RATES: Final = (0.0, 0.5, 0.778, 0.889, 0.944)
 _KINDS: Final = ("picture", "several", "film", "standard")
@@ -49,7 +53,7 @@ _NOT_VARIED: Final = {
     "policy": "name it with --policies",
     **dict.fromkeys(_RATE_FIELDS, "each request says its rate: --rates"),
 }
-_PAGES: Final = ("eval.md", "eval.json", "eval.png")
+_PAGES: Final = ("eval.md", "eval.json", "eval.png", "mass.png")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +74,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--families", nargs="+", metavar="NAME", help=text)
     add("--count", type=int, default=60, metavar="N", help="tasks of each kind (default 60)")
     add("--seed", type=int, default=777, help="of the tasks (default 777)")
-    text = "a folder of photos to paint them on (default: held-out ones of scikit-image)"
+    text = "what pictures are made of: test, held out (the default), or dev"
+    add("--split", choices=("dev", "test"), default="test", help=text)
+    text = "tasks whose attention on visual tokens is measured too, at every row (default 0)"
+    add("--mass", type=int, default=0, metavar="N", help=text)
+    text = "a folder of photos to paint them on (default: the split's)"
     add("--backgrounds", type=Path, metavar="DIR", help=text)
     add("--out", type=Path, default=Path("out/eval"), metavar="DIR", help="default: out/eval")
     askers.add_options(parser)
@@ -81,6 +89,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     del rest
     if arguments.count < 2:
         raise ConfigError(f"--count: got {arguments.count}, allowed: 2 or more")
+    if not 0 <= arguments.mass <= arguments.count:
+        raise ConfigError(
+            f"--mass: got {arguments.mass}, allowed: 0 to {arguments.count} (--count says)"
+        )
     if arguments.url and (arguments.variant or arguments.policies):
         raise ConfigError(
             "--policies, --variant: a server that is up has its own; leave them out with --url"
@@ -90,8 +102,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from era_vllm.lab import eval_report
     from era_vllm.lab.asking import MAX_TOKENS
     from era_vllm.lab.evaluation import Variant, cells
+    from era_vllm.lab.mass import draw
 
     source = askers.source(arguments, rates, MAX_TOKENS, arguments.asker)
+    if arguments.mass:
+        askers.check_reference("--mass", arguments)
     if source.policy:
         variants = [Variant(source.policy)]
     common = ("picture", "several", "film") if "video" in source.modalities else ("standard",)
@@ -104,6 +119,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             raise ConfigError(f"--out: {str(out / name)!r} is no file; name another folder")
     photos = arguments.backgrounds
     head = {**source.head, "tasks": dict.fromkeys(kinds, arguments.count), "seed": arguments.seed}
+    head |= {"split": arguments.split}
     head |= {"commit": origin["commit"], "versions": origin["versions"]}
     head |= {"backgrounds": str(photos.resolve())} if photos else {}
     head |= _calibrations(variants)
@@ -112,14 +128,38 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     scored = eval_report.scored(subjects, rows)
     command = shlex.join(["era-vllm", *sys.argv[1:]])
     head |= {**origin, "model": source.title, "command": command}
-    page = eval_report.markdown(head, scored)
-    (out / "eval.md").write_text(page, encoding="utf-8")
     figures = {**head, "rows": [row.as_dict() for row in scored]}
+    masses: list[Mass] = []
+    if arguments.mass:
+        masses = _masses(arguments, subjects[: arguments.mass], wanted)
+        head |= {"mass": arguments.mass}
+        figures |= {"mass": [row.as_dict() for row in masses]}
+        draw(out / "mass.png", f"{source.title}, {arguments.mass} tasks", masses)
+    page = eval_report.markdown(head, scored, masses)
+    (out / "eval.md").write_text(page, encoding="utf-8")
     (out / "eval.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     eval_report.draw(out / "eval.png", f"{source.title}, {len(subjects)} tasks", scored)
     print(page)
-    print(f"{out / 'eval.md'}, .json and .png")
+    print(f"{out / 'eval.md'}, .json and .png{' (and mass.png)' if masses else ''}")
     return 0
+
+
+def _masses(
+    arguments: argparse.Namespace,
+    subjects: "Sequence[Task]",
+    wanted: "Sequence[tuple[Variant, float]]",
+) -> "list[Mass]":
+    """Return attention on visual tokens at every row, in plain transformers."""
+    from era_vllm.calibration import calibrated
+    from era_vllm.config import EraConfig
+    from era_vllm.lab.mass import measure
+
+    model = arguments.model or DEFAULT_MODEL
+    rows = [
+        (variant.row(rate), EraConfig.parse(calibrated(model, variant.settings)), rate)
+        for variant, rate in wanted
+    ]
+    return measure(askers.reference(model), subjects, rows)
 
 
 def _variants(arguments: argparse.Namespace) -> "list[Variant]":
@@ -167,7 +207,7 @@ def _settings(text: str) -> tuple[tuple[str, object], ...]:
 
 
 def _tasks(kinds: Sequence[str], arguments: argparse.Namespace) -> "list[Task]":
-    """Draw held-out tasks that have questions.
+    """Draw tasks of the split that have questions.
 
     Raises:
         ConfigError: an unknown family, or a folder of photos that has none.
@@ -181,7 +221,8 @@ def _tasks(kinds: Sequence[str], arguments: argparse.Namespace) -> "list[Task]":
         raise ConfigError(unknown_name("family", unknown[0], sorted(QUOTAS)))
     quotas = {name: QUOTAS[name] for name in families}
     progress(f"painting {arguments.count} tasks of each kind: {', '.join(kinds)}")
-    material = load_material(arguments.backgrounds, "test")
+    split = "train" if arguments.split == "dev" else "test"
+    material = load_material(arguments.backgrounds, split)
     drawn = [
         draw_task(kind, arguments.seed, number, material, quotas=quotas)
         for kind in KINDS

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from era_vllm.lab.asking import Subject
 from era_vllm.lab.evaluation import Row
+from era_vllm.lab.mass import Mass
 from era_vllm.lab.scores import (
     RESAMPLES,
     Counts,
@@ -87,12 +88,13 @@ def scored(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[Scored]:
     return found
 
 
-def markdown(report: Mapping[str, Any], rows: Sequence[Scored]) -> str:
+def markdown(report: Mapping[str, Any], rows: Sequence[Scored], masses: Sequence[Mass] = ()) -> str:
     """Return the page.
 
     Args:
-        report: Its head: model, tasks, seed, command, commit, versions, hardware.
+        report: Its head: model, tasks, split, seed, command, commit, versions, hardware.
         rows: Scored.
+        masses: Attention on visual tokens, where it was measured.
     """
     asked_of = Counter(rows[0].counts.kinds)
     tasks = ", ".join(f"{number} {kind}" for kind, number in asked_of.items())
@@ -101,7 +103,8 @@ def markdown(report: Mapping[str, Any], rows: Sequence[Scored]) -> str:
     lines = [
         f"# Accuracy under pruning: {report['model']}",
         "",
-        f"Tasks: {tasks}, seed {report['seed']}, {asked} questions; exact match.",
+        f"Tasks: {tasks}, {report['split']} split, seed {report['seed']}, {asked} questions;",
+        "exact match.",
         f"`{report['command']}`, asker {report['asker']}, {origin}.",
         "",
         "*Right*: mean over families of questions, each counting the same, without yes/no",
@@ -128,7 +131,27 @@ def markdown(report: Mapping[str, Any], rows: Sequence[Scored]) -> str:
         for row in rows
     ]
     asked_row = ["questions", "", *(str(of) for _, of in rows[0].counts.by_family.values())]
-    return "\n".join([*lines, *_table(head, [*body, asked_row]), ""])
+    lines += [*_table(head, [*body, asked_row]), ""]
+    return "\n".join([*lines, *_masses(report, masses)])
+
+
+def _masses(report: Mapping[str, Any], masses: Sequence[Mass]) -> list[str]:
+    if not masses:
+        return []
+    head = ["policy and options", "rate", *map(str, range(len(masses[0].layers)))]
+    body = [
+        [row.variant, f"{row.rate:g}", *(f"{100 * share:.1f}" for share in row.layers)]
+        for row in masses
+    ]
+    return [
+        "## Attention on visual tokens, by layer",
+        "",
+        "In percent, of the row that gives the first word of an answer, the mean over heads and",
+        f"the questions of the first {report['mass']} tasks; plain transformers, float32.",
+        "",
+        *_table(head, body),
+        "",
+    ]
 
 
 def _cells(row: Scored) -> list[str]:

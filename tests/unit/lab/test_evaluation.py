@@ -24,7 +24,7 @@ from era_vllm.lab.samples import load_task_samples
 RATES = (0.0, 0.5, 0.9)
 RIGHT, WRONG = {3: -0.1, 4: -3.0}, {3: -3.0, 4: -0.1}
 PLAIN, WITHOUT = Variant("era"), Variant("era", (("bias", False),))
-HEAD = {"model": "m", "tasks": {"picture": 4}, "seed": 1}
+HEAD = {"model": "m", "tasks": {"picture": 4}, "split": "test", "seed": 1}
 
 
 class Rule:
@@ -177,7 +177,7 @@ def test_the_page_has_each_row_against_the_unpruned_one(tmp_path: Path) -> None:
     assert found[4].kl is not None and found[4].kl.value == pytest.approx(far)
     families = [line for line in page.splitlines()[22:] if line.startswith("| unpruned")]
     assert families[0].count("100 (") == len(found[0].families)
-    assert "Tasks: 4 picture, 4 several, 4 film, seed 1, 48 questions" in page
+    assert "Tasks: 4 picture, 4 several, 4 film, test split, seed 1, 48 questions" in page
     assert json.dumps([row.as_dict() for row in found])
     pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
     draw(tmp_path / "eval.png", "title", found)
