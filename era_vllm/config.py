@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from typing import Final, Literal, cast, get_args
 
 from era_vllm.errors import ConfigError, UnsupportedError, unknown_name
+from era_vllm.presets import SETTING, with_preset
 
 OptionValue = bool | int | float | str
 Gamma = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | None
@@ -157,7 +158,7 @@ class EraConfig:
 
     @classmethod
     def parse(cls, raw: Mapping[str, object]) -> "EraConfig":
-        """Build a config from plain values (JSON, flags).
+        """Build a config from plain values (JSON, flags); ``preset`` is a name of ``presets.py``.
 
         A default rate out of the bounds that were given comes to the nearer one; a rate that was
         asked for does not.
@@ -167,9 +168,9 @@ class EraConfig:
         """
         names = {field.name for field in fields(cls)}
         for key in raw:
-            if key not in names:
+            if key not in {SETTING, *names}:
                 raise ConfigError(unknown_name("era setting", str(key), names))
-        values = dict(raw)
+        values = with_preset(raw)
         values["policy_options"] = _options(values.get("policy_options"))
         values["gamma"] = _frozen(values.get("gamma"))
         if "levels" in values:

@@ -12,6 +12,7 @@ from typing import Final
 from era_vllm.config import LEVELS
 from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.policies import policy_names
+from era_vllm.presets import PRESETS
 
 DEFAULT_MODEL: Final = str(Path(__file__).parent.parent / "lab" / "checkpoint")
 """The small LLaVA-1.5 that ships with the package."""
@@ -63,6 +64,11 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         f"how tokens are chosen: {', '.join(policy_names())} (default era), or a class of "
         "your own as package.module:Class",
     ),
+    "preset": (
+        str,
+        "NAME",
+        f"settings by name, which others win over: {', '.join(PRESETS)} (docs/policies.md)",
+    ),
     "attention_layer": (
         int,
         "L",
@@ -101,7 +107,7 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "gamma of a file that era-vllm calibrate wrote for this model and policy",
     ),
 }
-"""Field (or ``calibration``) -> how its text is read, what stands for it in the help, meaning."""
+"""Field (or ``calibration``, ``preset``) -> how its text is read, what stands for it in the help, meaning."""
 _SWITCHES: Final = {
     "merge": "average pruned tokens into anchors",
     "bias": "add the log-bias to attention scores",

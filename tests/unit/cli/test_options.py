@@ -46,7 +46,7 @@ def _settings(words: list[str], variables: dict[str, str] | None = None) -> dict
 
 def test_every_field_has_a_flag_and_a_variable() -> None:
     assert set(VALUES) == {field.name for field in fields(EraConfig)}
-    assert era_variables() == {PREFIX + name.upper() for name in [*VALUES, "calibration"]}
+    assert era_variables() == {PREFIX + name.upper() for name in [*VALUES, "calibration", "preset"]}
     of_the_front = {PREFIX + name.upper() for name in ServerSettings.model_fields}
     assert not era_variables() & of_the_front
 
