@@ -28,6 +28,9 @@ LEVELS: Final = (
 """Names of rates: all of 576 tokens, 288, and the three budgets of those tables: 128, 64, 32."""
 NEEDED_LEVELS: Final = ("off", "strong")
 """What OpenAI's ``detail`` of an image stands for: high and low."""
+DEFAULT_POLICY: Final = "dpp"
+"""What measured best on the dev split of those that are served without a pass of their own and
+refuse nothing (docs/accuracy.md)."""
 BiasStoreName = Literal["key_columns", "value_column"]
 """The stores of ``attention/bias_store.py``, named here so that all settings are checked here."""
 
@@ -52,7 +55,7 @@ class EraConfig:
     frames_per_segment: int = 1
     """Frames of a video that are pruned together, >= 1, as many of them as ``max_segment`` allows;
     more than 1 only where a video is one run. Source: frame by frame is the reference."""
-    policy: str = "era"
+    policy: str = DEFAULT_POLICY
     """File name in ``era_vllm/policies``, or ``"package.module:Class"``."""
     policy_options: tuple[tuple[str, OptionValue], ...] = ()
     """Options of the policy (its dataclass fields), sorted by name."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from era_vllm.cli import askers
 from era_vllm.cli.options import DEFAULT_MODEL
 from era_vllm.cli.preflight import check_folder
+from era_vllm.config import DEFAULT_POLICY
 from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.policies import make_policy, policy_names
 
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION: Final = """Ask held-out questions about generated pictures, and score the answers.
 
-  era-vllm eval                                        the sample model, era at five rates
+  era-vllm eval                                        the sample model at five rates
   era-vllm eval MODEL --policies era dpp random uniform    a server each
-  era-vllm eval --variant bias=false --variant positions=compact     era, and era with either
+  era-vllm eval --variant bias=false --variant positions=compact     as it is, and with either
   era-vllm eval --url http://HOST:8000 --rates 0 .889   a server that is up: only rates differ
   era-vllm eval --asker engine                          no server: vLLM in this process
   era-vllm eval --asker transformers --rates 0          no vLLM (LLaVA-1.5 alone)
@@ -62,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", metavar="MODEL", help="a folder (default: the sample model)")
     text = "who answers: a server, vLLM in this process, plain transformers (default http)"
     add("--asker", choices=askers.ASKERS, default="http", help=text)
-    text = f"of {names} (default era); each is a server or an engine"
+    text = f"of {names} (default {DEFAULT_POLICY}); each is a server or an engine"
     add("--policies", nargs="+", metavar="NAME", help=text)
     text = "settings beside each policy as NAME=VALUE,..., e.g. bias=false; repeatable"
     add("--variant", action="append", default=[], metavar="SETTINGS", help=text)
@@ -175,7 +176,7 @@ def _variants(arguments: argparse.Namespace) -> "list[Variant]":
     model = arguments.model or DEFAULT_MODEL
     settings = [(), *(_settings(text) for text in arguments.variant)]
     variants: dict[EraConfig, Variant] = {}
-    for policy, each in product(arguments.policies or ["era"], settings):
+    for policy, each in product(arguments.policies or [DEFAULT_POLICY], settings):
         config = EraConfig.parse(calibrated(model, {"policy": policy, **dict(each)}))
         make_policy(config)  # refuses an unknown name
         variants.setdefault(config, Variant(policy, each))

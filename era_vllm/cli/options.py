@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from era_vllm.config import LEVELS
+from era_vllm.config import DEFAULT_POLICY, LEVELS
 from era_vllm.errors import ConfigError, unknown_name
 from era_vllm.policies import policy_names
 from era_vllm.presets import PRESETS
@@ -61,8 +61,8 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
     "policy": (
         str,
         "NAME",
-        f"how tokens are chosen: {', '.join(policy_names())} (default era), or a class of "
-        "your own as package.module:Class",
+        f"how tokens are chosen: {', '.join(policy_names())} (default {DEFAULT_POLICY}), or a "
+        "class of your own as package.module:Class",
     ),
     "preset": (
         str,
@@ -107,7 +107,8 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "gamma of a file that era-vllm calibrate wrote for this model and policy",
     ),
 }
-"""Field (or ``calibration``, ``preset``) -> how its text is read, what stands for it in the help, meaning."""
+"""Field (or ``calibration``, ``preset``) -> how its text is read, what stands for it in the help,
+meaning."""
 _SWITCHES: Final = {
     "merge": "average pruned tokens into anchors",
     "bias": "add the log-bias to attention scores",

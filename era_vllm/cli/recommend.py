@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from era_vllm.cli import askers
 from era_vllm.cli.own_pictures import fingerprint, read
 from era_vllm.cli.preflight import check_folder
+from era_vllm.config import DEFAULT_POLICY
 from era_vllm.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=64, metavar="N", help="of an answer (default 64)")
     text = "disagreements shown of a level at most (default 6)"
     add("--worst", type=int, default=6, metavar="N", help=text)
-    add("--policy", metavar="NAME", help="how MODEL's server prunes (default era)")
+    add("--policy", metavar="NAME", help=f"how MODEL's server prunes (default {DEFAULT_POLICY})")
     text = "default: out/recommend"
     add("--out", type=Path, default=Path("out/recommend"), metavar="DIR", help=text)
     askers.add_options(parser, _SERVER)
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     asked, out = (arguments.pictures, arguments.prompts, arguments.kind), arguments.out
     subjects = read(*asked, arguments.count)
     check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
-    origin, variant = provenance(), Variant(source.policy or arguments.policy or "era")
+    origin, variant = provenance(), Variant(source.policy or arguments.policy or DEFAULT_POLICY)
     head = {**source.head, "max_tokens": most, "asked": fingerprint(subjects)}
     head |= {"policy": variant.policy, "commit": origin["commit"], "versions": origin["versions"]}
     wanted = cells([variant], [0.0, *rates])

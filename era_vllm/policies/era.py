@@ -37,8 +37,8 @@ class Policy:
     """X2: of the softmax forms of ``saliency``, [0.001, 1000]."""
     mass_guard: float = 1e-3
     """X4: tokens below this fraction of the median attention mass get entropy 1."""
-    profile_weight: float = 0.5
-    """X5: lambda, share of the head profile in the dual view, [0, 1]."""
+    profile_weight: float = 0.1
+    """X5: lambda, share of the head profile in the dual view, [0, 1]. Source: docs/accuracy.md."""
     search: Literal["additive", "multiplicative", "dpp"] = "additive"
     """X6: how entropy enters the greedy search."""
     entropy_penalty: float = 0.3
@@ -47,8 +47,9 @@ class Policy:
     """X7: similarity by which a pruned token finds its anchor."""
     centroid: Literal["mean", "weighted"] = "mean"
     """X8: plain mean of the cluster, or weighted as in the bias (an anchor counts 1)."""
-    weighting: Literal["saliency", "literal", "log_size", "none"] = "saliency"
-    """X9: weight of a pruned token in b: rho s / mean(s), ``literal_scale`` s, 1, or 0."""
+    weighting: Literal["saliency", "literal", "log_size", "none"] = "log_size"
+    """X9: weight of a pruned token in b: rho s / mean(s), ``literal_scale`` s, 1, or 0. Source:
+    docs/accuracy.md."""
     mass_scale: float = 0.39
     """X9: rho, mean weight of a pruned token, [0, 1000]; 0.39 reproduces the paper's figure."""
     literal_scale: float = 5.3

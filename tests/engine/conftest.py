@@ -86,7 +86,10 @@ class Setup:
 
 @pytest.fixture(scope="session")
 def setup() -> Callable[..., Setup]:
-    """``setup(policy="dpp", llm={...})``: describe an engine by fields of ``EraConfig``."""
+    """``setup(policy="dpp", llm={...})``: describe an engine by fields of ``EraConfig``.
+
+    By default with ``era``, which reads attention, so that this is shown in every situation.
+    """
 
     def describe(
         *,
@@ -95,6 +98,8 @@ def setup() -> Callable[..., Setup]:
         model: str = MODEL,
         **settings: object,
     ):
+        if "preset" not in settings:
+            settings = {"policy": "era", **settings}
         return Setup(json.dumps(None if stock else settings), json.dumps(llm or {}), model)
 
     return describe

@@ -59,7 +59,7 @@ def main():
     family, checkpoint, raw, out = sys.argv[1:]
     case = next(one for one in (*CASES, EXPERTS) if one.name == family)
     arguments = json.loads(raw)
-    pruning = era_vllm.engine_args(checkpoint, **arguments.pop("settings", {}))
+    pruning = era_vllm.engine_args(checkpoint, **arguments.pop("settings"))
     llm = LLM(**pruning, **arguments, disable_log_stats=False)
     llm.collective_rpc(listen)
     params = SamplingParams(max_tokens=9, temperature=0, logprobs=-1, ignore_eos=True)

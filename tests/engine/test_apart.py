@@ -20,9 +20,11 @@ LONG_QUESTIONS = [
     [" ".join(["how many shapes?"] * 8), 1],
 ]
 MODES = [
-    pytest.param({"positions": "original"}, id="original"),
-    pytest.param({"positions": "compact"}, id="compact", marks=pytest.mark.slow),
-    pytest.param({"bias_store": "value_column"}, id="value_column", marks=pytest.mark.slow),
+    pytest.param({"policy": "era", "positions": "original"}, id="original"),
+    pytest.param({"policy": "era", "positions": "compact"}, id="compact", marks=pytest.mark.slow),
+    pytest.param(
+        {"policy": "era", "bias_store": "value_column"}, id="value_column", marks=pytest.mark.slow
+    ),
 ]
 EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # else a helper for log-probabilities compiles for 18 s
 modes = pytest.mark.parametrize("settings", MODES)

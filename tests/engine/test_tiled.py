@@ -260,6 +260,7 @@ def apart(case, folder, theirs, measured, tmp_path):
 
     def run(arguments, *, pruned=None, **variables):
         """Args: pruned: What an earlier run says of items that this one only loads."""
+        arguments = {"settings": {"policy": "era"}, **arguments}
         raw = json.dumps({**LLM, **case.llm, **APART, **arguments})
         out = tmp_path / "out.pt"
         python("run_family.py", case.name, str(folder), raw, str(out), **variables)
@@ -273,7 +274,7 @@ def apart(case, folder, theirs, measured, tmp_path):
             ]
             for pixels, counts, segments in [*(pruned or ()), *saved["ranks"][0]]
         }
-        config = EraConfig.parse(arguments.get("settings", {}))
+        config = EraConfig.parse(arguments["settings"])
         for ask, answer in zip(asks_apart(case), saved["answers"], strict=True):
             far = compared(config, found.__getitem__, theirs, ask, answer)
             print(far)

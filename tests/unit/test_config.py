@@ -24,7 +24,7 @@ OTHER: dict[str, object] = {
     "min_anchors": 4,
     "max_segment": 1024,
     "frames_per_segment": 4,
-    "policy": "dpp",
+    "policy": "era",
     "policy_options": {"ridge": 0.2},
     "merge": False,
     "bias": False,

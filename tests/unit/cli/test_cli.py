@@ -69,7 +69,7 @@ def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         (["--pruning-rate", "2"], "allowed: [0, 0.95]"),
         (["--era-policy", "erra"], "did you mean 'era'?"),
         (["--era-option", "alpha"], "NAME=VALUE"),
-        (["--era-option", "entropy_penalti=1"], "did you mean 'entropy_penalty'?"),
+        (["--era-option", "rigde=1"], "did you mean 'ridge'?"),
         (["--model", str(SAMPLE.parent)], "no config.json could be read"),
         (["--out", "kept.txt"], ".png"),
         (["--out", str(SAMPLE)], "the image itself"),

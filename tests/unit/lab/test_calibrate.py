@@ -16,6 +16,8 @@ from era_vllm.lab.calibrate import Case, Check, Seen, _sums, as_setting, cases_o
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 
+PAPER = EraConfig.parse({"preset": "paper"})
+
 
 @pytest.fixture(scope="module")
 def oracle() -> Oracle:
@@ -24,7 +26,7 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="module")
 def cases(oracle: Oracle) -> list[Case]:
-    return [case for number in range(8) for case in _cases(oracle, EraConfig(), (0.889,), number)]
+    return [case for number in range(8) for case in _cases(oracle, PAPER, (0.889,), number)]
 
 
 def _cases(oracle: Oracle, config: EraConfig, rates: Sequence[float], number: int) -> list[Case]:

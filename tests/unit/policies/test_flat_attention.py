@@ -30,7 +30,7 @@ def clusters_of(embeds: Tensor) -> Clusters:
 
 def log_bias(embeds: Tensor, attention: Tensor, clusters: Clusters) -> Tensor:
     tokens = VisualTokens(embeds, (12, 12), {Signal.ENCODER_ATTENTION: attention.float()})
-    return Policy().log_bias(tokens, clusters)
+    return Policy(weighting="saliency").log_bias(tokens, clusters)
 
 
 def exact(attention: Tensor, clusters: Clusters, floor: float) -> tuple[Tensor, Tensor]:

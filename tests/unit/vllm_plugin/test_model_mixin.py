@@ -47,12 +47,12 @@ def sources(skipped_keys, language_model=None, **settings):
 
 @pytest.mark.parametrize(("skipped_keys", "queries"), [(0, "all"), (1, "all"), (1, "cls")])
 def test_a_tower_is_read(skipped_keys, queries):
-    assert len(sources(skipped_keys, attention_queries=queries)) == 2
+    assert len(sources(skipped_keys, attention_queries=queries, policy="era")) == 2
 
 
 def test_a_tower_without_cls_token_is_not_read_from_it():
     with pytest.raises(UnsupportedError, match=r"attention_queries: got 'cls', .* allowed: 'all'"):
-        sources(0, attention_queries="cls")
+        sources(0, attention_queries="cls", policy="era")
 
 
 def test_a_policy_that_reads_no_attention_does_not_ask_whose():
