@@ -95,6 +95,17 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "JSON",
         "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] (default 1)",
     ),
+    "scout": (
+        int,
+        "K",
+        "layers of the language model that are run on each picture alone, by whose states tokens "
+        "are compared (default 0: by the projector's output)",
+    ),
+    "scout_prefix": (
+        _json,
+        "JSON",
+        "token ids before the picture there (default: what the chat template writes)",
+    ),
     "calibration": (
         str,
         "FILE",

@@ -19,8 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from era_vllm.config import EraConfig, Gamma, encoder_layer
+from era_vllm.contracts import query_layer
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.blocks import prune_blocks
+from era_vllm.lab.scout import chat_prefix, scout_states
 from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
 from era_vllm.steps.merge import average
@@ -224,8 +226,26 @@ class Oracle(LanguageOracle):
                 Signal.ENCODER_KEYS: key[:, :, 1:].transpose(2, 3),
                 Signal.PIXEL_HASH: torch.tensor([pixel_hash(image) for image in pixels]),
                 **first_queries(body.language_model.layers, embeds),
+                **self._scouted(embeds, config),
             },
         )
+
+    def _scouted(self, embeds: Float[Tensor, "s n d"], config: EraConfig) -> dict[Signal, Tensor]:
+        """Return what the language model's first layers make of the pictures alone, if needed."""
+        layer = query_layer(make_policy(config))
+        found: dict[Signal, Tensor] = {}
+        if not config.scout and layer < 2:
+            return found
+        model, prefix = self.model.model.language_model, config.scout_prefix
+        if prefix is None:
+            prefix = chat_prefix(self.processor, self.image_token)
+        if config.scout:
+            states = scout_states(model, prefix, embeds, config.scout)
+            found[Signal.SCOUT_STATES] = states.transpose(1, 2)
+        if layer > 1:
+            below = scout_states(model, prefix, embeds, layer - 1).to(embeds.dtype)
+            found |= first_queries(model.layers[layer - 1 :], below)
+        return found
 
     def _keys_and_scores(
         self, layer: int, hidden: Float[Tensor, "s n d"]
@@ -254,12 +274,13 @@ class Oracle(LanguageOracle):
         So that a near-tie of the search, decided by a last bit, is no difference.
         """
         tokens, policy = self.tokens(images, config), make_policy(config)
+        seen = tokens.compared
         if anchors.shape[1] == tokens.n:
             bias = torch.zeros(tokens.n)
             return [Segment(embeds, bias, anchors[0], tokens.n) for embeds in tokens.embeds]
-        clusters = policy.assign(tokens, anchors)
+        clusters = policy.assign(seen, anchors)
         embeds = average(tokens.embeds, clusters)
-        rows = zip(embeds, policy.log_bias(tokens, clusters), anchors, strict=True)
+        rows = zip(embeds, policy.log_bias(seen, clusters), anchors, strict=True)
         return [Segment(*row, tokens.n) for row in rows]
 
     def prompt_ids(

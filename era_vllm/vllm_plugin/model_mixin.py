@@ -16,10 +16,10 @@ from vllm.sequence import IntermediateTensors
 
 from era_vllm.attention.layer import swap
 from era_vllm.config import EraConfig
-from era_vllm.contracts import ModelAdapter
+from era_vllm.contracts import ModelAdapter, query_layer
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
-from era_vllm.types import OF_EVERY_MODEL, Signal
+from era_vllm.types import OF_EVERY_MODEL
 from era_vllm.vllm_plugin.encoder_pass import encoded, passes
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.fields import modality_of, shape_of, unpack_items
@@ -36,6 +36,7 @@ from era_vllm.vllm_plugin.signals import SignalSource
 from era_vllm.vllm_plugin.signals.encoder_probe import EncoderProbe
 from era_vllm.vllm_plugin.signals.language_queries import LanguageQueries
 from era_vllm.vllm_plugin.signals.pixel_hash import PixelHash
+from era_vllm.vllm_plugin.signals.scout import Scout
 from era_vllm.vllm_plugin.step_state import StepState
 
 
@@ -61,9 +62,9 @@ class PrunedModelMixin(nn.Module):
         self.era, self.family = era, family_of(hf_config)
         self.layouts = Layouts(self.adapter, hf_config, era)
         self.policy = make_policy(self.era)
+        self.tokens_per_pass = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.sources = self._sources()
         self.reducer = Reducer(self.policy, self.era, self.adapter.width(hf_config))
-        self.tokens_per_pass = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.bias_buffer = swap(self.adapter.language_model(self), vllm_config, self.era)
         table = built_rows(self.adapter.language_model(self))
         _refuse_extrapolation(era, table, model_config)
@@ -155,9 +156,20 @@ class PrunedModelMixin(nn.Module):
                 "uniform"
             )
         sources: list[SignalSource] = [PixelHash()]
-        if Signal.LANGUAGE_QUERIES in self.policy.needs:
+        if (queries_of := query_layer(self.policy)) == 1:
             width = self.adapter.width(self.config)
             sources.append(LanguageQueries(self.adapter.language_model(self), width))
+        if self.era.scout or queries_of > 1:
+            sources.append(
+                Scout(
+                    self.adapter.language_model(self),
+                    self.era.scout_prefix or (),
+                    layers=self.era.scout,
+                    query_layer=queries_of if queries_of > 1 else 0,
+                    width=self.adapter.width(self.config),
+                    most=self.tokens_per_pass,
+                )
+            )
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         if layer is not None and (wanted := self.policy.needs & self.adapter.provides):
             queries = self.era.attention_queries

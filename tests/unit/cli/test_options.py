@@ -31,6 +31,8 @@ VALUES: dict[str, object] = {
     "bias_store": "value_column",
     "bias_columns": 1,
     "gamma": [1.0, 0.5],
+    "scout": 2,
+    "scout_prefix": [1, 7],
 }
 
 

@@ -1,0 +1,224 @@
+"""The scout in the engine: its states, what is chosen by them and what is answered.
+
+Against Hugging Face's own layers on prefix and picture. The control beside the one without the bias
+are the clusters of an engine that has no scout.
+"""
+
+import pytest
+import torch
+import transformers
+
+from era_vllm.config import EraConfig
+from era_vllm.lab import CHECKPOINT_QWEN3_VL
+from era_vllm.lab.oracle import first_queries
+from era_vllm.lab.scout import chat_prefix, scout_states
+from era_vllm.pipeline import prune
+from era_vllm.policies import make_policy
+from era_vllm.types import Signal, VisualTokens
+from tests.engine.conftest import CONTROL_FACTOR, MODEL, TOLERANCE, compare_with
+from tests.peers import CASES
+
+CLOSE = 1e-5
+
+
+def read(live, image, oracle, signal=Signal.SCOUT_STATES, rate=0.778):
+    """Return a signal of a picture as the engine had it, and by transformers."""
+    tokens, _, row = live.pruned[live._key(image, rate, oracle)]
+    expected = oracle.tokens([image], live.config).signals[signal][0]
+    found = tokens.signals[signal][row]
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    difference = float((found - expected).abs().max())
+    print(f"{signal.value}: difference {difference:.1e} of {float(expected.abs().max()):.2g}")
+    assert difference < CLOSE * max(1.0, float(expected.abs().max()))
+    return found
+
+
+def test_the_prefix_is_the_chat_template_s(engine, setup, oracle):
+    live = engine(setup(policy="dpp", scout=1))
+    text = oracle.processor.tokenizer.decode(live.model.era.scout_prefix)
+    assert text.split() == ["<s>", "USER:"]
+    assert list(live.model.era.scout_prefix) == chat_prefix(oracle.processor, oracle.image_token)
+    assert live.model.era.fingerprint() != live.config.fingerprint(), "part of every cache key"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"policy": "dpp", "scout": 1},
+        {"policy": "dpp", "scout": 2},
+        {"policy": "dpp", "scout": 4, "scout_prefix": []},
+        {"policy": "era", "scout": 2},
+    ],
+    ids=str,
+)
+def test_answers_are_exact_with_the_scout_s_clusters(
+    engine, setup, ask, images, oracle, exact, difference, settings
+):
+    live = engine(setup(**settings))
+    requests = [
+        ask("what shape is red?", images[0]),
+        ask("how many shapes?", images[1], images[2], images[3]),
+        ask("is there a red circle?"),
+        ask("what word is shown?", images[4], images[0], rate=(0.944, 0.5)),
+    ]
+    answers = live.ask(requests)
+    exact(live, requests, answers)
+    apart = 0
+    for image in images[:4]:
+        read(live, image, oracle)
+        anchors = live.anchors_of(image, 0.778, oracle)
+        again = oracle.reduce([image], live.config, 0.778).anchors
+        assert len(set(again[0].tolist()) & set(anchors[0].tolist())) >= 31
+        without = EraConfig.parse({"policy": settings["policy"]})
+        plain = oracle.reduce([image], without, 0.778).anchors
+        apart += len(set(plain[0].tolist()) - set(anchors[0].tolist()))
+    assert apart > 4 * 4, "without a scout others are chosen"
+    ids = [*answers[0].prompt_ids, *answers[0].token_ids][:-1]
+    segments = oracle.recycle([images[0]], without, live.anchors_of(images[0], 0.778, oracle))
+    control = compare_with(oracle, ids, segments, answers[0].log_probs, live.config)
+    assert control.exact > CONTROL_FACTOR * TOLERANCE, "nor merged as without one"
+
+
+def test_another_prefix_gives_other_states(engine, setup, ask, images, oracle):
+    live = engine(setup(policy="dpp", scout=2))
+    live.ask([ask("what shape is red?", images[0])])
+    found = read(live, images[0], oracle)
+    config = EraConfig.parse({"policy": "dpp", "scout": 2, "scout_prefix": []})
+    other = oracle.tokens([images[0]], config).signals[Signal.SCOUT_STATES][0]
+    assert (found - other).abs().max() > 1e-2
+
+
+def test_prefix_hit(engine, setup, ask, images, exact):
+    live = engine(setup(policy="dpp", scout=2, llm={"block_size": 32}))
+    pictures = images[6], images[7]
+    first = ask("what number is shown?", *pictures)
+    exact(live, [first], live.ask([first]))
+    encoded = live.encoded
+    request = ask("how many shapes?", *pictures)
+    (answer,) = live.ask([request])
+    assert answer.cached_tokens >= 32 and live.encoded == encoded
+    exact(live, [request], [answer])
+
+
+def test_chunked_prefill(engine, setup, ask, images, exact):
+    live = engine(setup(policy="dpp", scout=2, llm={"max_num_batched_tokens": 16}))
+    requests = [ask("what word is shown?", images[8]), ask("how many shapes?", images[9])]
+    exact(live, requests, live.ask(requests))
+
+
+def test_pictures_are_run_a_few_at_once(engine, setup, ask, images, oracle):
+    """The states of a picture are its own, whatever stands beside it."""
+    live = engine(setup(policy="dpp", scout=2))
+    (scout,) = [source for source in live.model.sources if Signal.SCOUT_STATES in source.gives]
+    live.ask([ask("how many shapes?", *images[10:13])])
+    together = [read(live, image, oracle) for image in images[10:13]]
+    most, scout._most = scout._most, 1
+    try:
+        live.ask([ask("how many shapes?", *images[10:13], rate=0.7)])
+    finally:
+        scout._most = most
+    for image, before in zip(images[10:13], together, strict=True):
+        assert (read(live, image, oracle, rate=0.7) - before).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize(("k", "scout"), [(2, 0), (3, 1), (2, 3)])
+def test_entropyprune_reads_a_later_layer(engine, setup, ask, images, oracle, exact, k, scout):
+    options = {"entropyprune_k": k, "rest": "merged"}
+    live = engine(setup(policy="entropyprune", policy_options=options, scout=scout))
+    requests = [ask("what shape is red?", images[0]), ask("how many shapes?", images[1])]
+    exact(live, requests, live.ask(requests))
+    clear = 0
+    for image in images[:2]:
+        found = read(live, image, oracle, Signal.LANGUAGE_QUERIES)
+        first = oracle.tokens([image]).signals[Signal.LANGUAGE_QUERIES][0]
+        assert (found - first).abs().max() > 1e-2, "layer 0's are others"
+        expected = CASES["entropyprune"][1](oracle.tokens([image], live.config), 32)
+        if expected.margin > 2e-6:
+            clear += 1
+            anchors = live.anchors_of(image, 0.778, oracle)
+            assert anchors[0].tolist() == expected.anchors.tolist()
+    assert clear >= 1
+    gives = set().union(*(source.gives for source in live.model.sources))
+    assert (Signal.SCOUT_STATES in gives) == bool(scout)
+
+
+def test_the_small_qwen3_vl_s_states_are_transformers(engine, setup, images):
+    """Positions on three axes, grouped heads, query norms, and maps behind the first layers."""
+    path = str(CHECKPOINT_QWEN3_VL)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    prefix = chat_prefix(processor, model.config.image_token_id)
+    given = processor.image_processor(images=[images[0]], return_tensors="pt")
+    with torch.inference_mode():
+        features = model.model.get_image_features(given["pixel_values"], given["image_grid_thw"])
+    rows, maps = features.pooler_output[0], [one[0] for one in features.deepstack_features]
+    side = round(len(rows) ** 0.5)
+    grid = torch.stack([torch.zeros(len(rows)), *divided(len(rows), side)]).long()
+    start = torch.arange(len(prefix)).expand(3, -1)
+    places = torch.cat([start, grid + len(prefix)], 1)[:, None]
+    visual = torch.arange(places.shape[2])[None] >= len(prefix)
+    arguments = {
+        "position_ids": places,
+        "visual_pos_masks": visual,
+        "deepstack_visual_embeds": maps,
+    }
+    language = model.model.language_model
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    content = {"prompt": f"{mark}what shape is red?", "multi_modal_data": {"image": images[0]}}
+    for layers in (1, 2):
+        live = engine(setup(model=path, policy="dpp", scout=layers))
+        assert list(live.model.era.scout_prefix) == prefix
+        live.llm.generate(content, use_tqdm=False)
+        ((item),) = live.items.values()
+        (segment,) = item.segments
+        found = segment.tokens.signals[Signal.SCOUT_STATES][segment.row]
+        expected = scout_states(language, prefix, rows[None], layers, arguments)[0].T
+        difference = (found - expected).abs().max().item()
+        bare = {**arguments, "deepstack_visual_embeds": [0 * one for one in maps]}
+        control = (found - scout_states(language, prefix, rows[None], layers, bare)[0].T).abs()
+        flat = {**arguments, "position_ids": torch.arange(places.shape[2]).expand(3, 1, -1)}
+        moved = (found - scout_states(language, prefix, rows[None], layers, flat)[0].T).abs()
+        largest = expected.abs().max().item()
+        print(f"states: {difference:.1e} of {largest:.2g}, {control.max():.1e}, {moved.max():.1e}")
+        assert difference < CLOSE * max(1.0, largest)
+        assert min(control.max(), moved.max()) > 1e-3
+        tokens = VisualTokens(
+            rows[None], segment.tokens.grid, {Signal.SCOUT_STATES: expected[None]}
+        )
+        count = segment.result.anchors.shape[1]
+        anchors = prune(tokens, count, make_policy(live.config)).anchors[0].tolist()
+        kept = segment.result.anchors[segment.row].tolist()
+        assert len(set(anchors) & set(kept)) >= count - 1
+
+
+def divided(n, side):
+    """Return row and column of each token of a square picture."""
+    places = torch.arange(n)
+    return places // side, places % side
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"scout": 5}, "scout: got layer 5 .* allowed: up to 4"),
+        (
+            {"policy": "entropyprune", "policy_options": {"entropyprune_k": 5}},
+            "scout: got layer 5 .* allowed: up to 4",
+        ),
+        ({"scout": 1, "llm": {"enable_lora": True}}, r"--enable-lora\) with a scout"),
+    ],
+    ids=str,
+)
+def test_refused(engine, setup, settings, match):
+    with pytest.raises(ValueError, match=match):
+        engine(setup(model=MODEL, **settings))
+
+
+def test_queries_of_the_first_layer_need_no_scout(engine, setup, oracle):
+    live = engine(setup(policy="entropyprune"))
+    assert live.model.era.scout_prefix is None
+    assert first_queries and not any(
+        Signal.SCOUT_STATES in source.gives for source in live.model.sources
+    )
