@@ -87,6 +87,9 @@ class EraConfig:
     scout_prefix: tuple[int, ...] | None = None
     """Token ids that stand before the picture there; None = what the model's chat template writes
     before a picture, worked out where an engine starts."""
+    scout_injection: bool = False
+    """Visual tokens come out of each of the scout's layers with the mean of their cluster's states
+    there; needs ``scout`` >= 1."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -110,7 +113,7 @@ class EraConfig:
         for name, least in (("min_anchors", 1), ("max_segment", 16), ("frames_per_segment", 1)):
             value = getattr(self, name)
             _check(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        for name in ("merge", "bias", "allow_extrapolation"):
+        for name in ("merge", "bias", "allow_extrapolation", "scout_injection"):
             _check(
                 isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"
             )

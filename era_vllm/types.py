@@ -38,6 +38,9 @@ class Signal(Enum):
     SCOUT_STATES = "states of the scout"
     """Output of the language model's layer ``EraConfig.scout``, run on the picture alone,
     [s, d, n]: what tokens are compared by where it is given."""
+    SCOUT_LAYERS = "states of each of the scout's layers"
+    """Output of each of those layers, [s, k d, n], before what the model adds behind it: what is
+    injected (``EraConfig.scout_injection``); no policy sees it."""
     PIXEL_HASH = "pixel hash"
     """A hash of each segment's pixel values: the only source of chance a policy may use."""
 

@@ -118,6 +118,8 @@ _SWITCHES: Final = {
     "bias": "add the log-bias to attention scores",
     "allow_extrapolation": "with original positions, answer past those that the model was trained "
     "on",
+    "scout_injection": "have anchors come out of each of the scout's layers with the mean of their "
+    "cluster's states there (needs --era-scout)",
 }
 _ON: Final = frozenset({"merge", "bias"})
 """Switches that are on by default."""

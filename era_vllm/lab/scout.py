@@ -8,10 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from era_vllm.config import EraConfig
+from era_vllm.contracts import query_layer
 from era_vllm.errors import UnsupportedError
+from era_vllm.policies import make_policy
+from era_vllm.types import Signal
 
 
 def chat_prefix(processor: Any, mark: int) -> list[int]:  # noqa: ANN401  # transformers'
@@ -64,3 +69,61 @@ def scout_states(
     finally:
         hook.remove()
     return found[0][:, len(prefix) :].float()
+
+
+def reads_layers(config: EraConfig) -> bool:
+    """Say whether layers of the language model are run on pictures alone."""
+    return config.scout > 0 or query_layer(make_policy(config)) > 1
+
+
+def scout_signals(
+    language_model: Any,  # noqa: ANN401
+    prefix: Sequence[int],
+    embeds: Float[Tensor, "s n d"],
+    config: EraConfig,
+) -> tuple[dict[Signal, Tensor], Float[Tensor, "s n k_d"] | None]:
+    """Return what the first layers make of pictures alone, as far as the settings need it.
+
+    Returns: signals, and with ``scout_injection`` the output of each layer.
+    """
+    layer = query_layer(make_policy(config))
+    found: dict[Signal, Tensor] = {}
+    if config.scout:
+        states = scout_states(language_model, prefix, embeds, config.scout)
+        found[Signal.SCOUT_STATES] = states.transpose(1, 2)
+    if layer > 1:
+        below = scout_states(language_model, prefix, embeds, layer - 1).to(embeds.dtype)
+        found |= first_queries(language_model.layers[layer - 1 :], below)
+    if not config.scout_injection:
+        return found, None
+    layers = range(1, config.scout + 1)
+    of_layers = [scout_states(language_model, prefix, embeds, index) for index in layers]
+    return found, torch.cat(of_layers, -1).to(embeds.dtype)
+
+
+def first_queries(
+    layers: nn.ModuleList, embeds: Float[Tensor, "s n d"]
+) -> dict[Signal, Float32[Tensor, "s hq dh n"]]:
+    """Return the queries of a Hugging Face language model's first layer, if it has one."""
+    if not len(layers):
+        return {}
+    attention: Any = layers[0].self_attn
+    normed = layers[0].input_layernorm(embeds)
+    query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, "q_norm"):
+        query = attention.q_norm(query)
+    return {Signal.LANGUAGE_QUERIES: query.float().permute(0, 2, 3, 1)}
+
+
+def replace_output(
+    layer: nn.Module, at: Int[Tensor, "v"], states: Float[Tensor, "v d"]
+) -> RemovableHandle:
+    """Have a decoder layer come out with other states for some of its tokens."""
+
+    def replaced(_: nn.Module, __: object, output: Any) -> Any:  # noqa: ANN401
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        hidden = hidden.clone()
+        hidden[0, at] = states
+        return (hidden, *rest) if isinstance(output, tuple) else hidden
+
+    return layer.register_forward_hook(replaced)

@@ -37,6 +37,11 @@ def resolve(vllm_config: VllmConfig) -> None:
     hf_config = vllm_config.model_config.hf_config
     hf_config.era = config.as_dict()
     refuse(vllm_config)
+    if config.scout_injection and not config.scout:
+        raise ConfigError(
+            "scout_injection: got true without a scout, whose states are injected; give "
+            "--era-scout K too, 1 or more, or leave --era-scout-injection out"
+        )
     read = query_layer(policy)
     if needed := max(config.scout, read if read > 1 else 0):
         _refuse_layers(hf_config, needed)

@@ -96,6 +96,12 @@ LATER_QUERIES = {
         pytest.param(FIRST_QUERIES, Signal.LANGUAGE_QUERIES, 4, id="queries of the first layer"),
         pytest.param(LATER_QUERIES, Signal.LANGUAGE_QUERIES, 4, id="queries of the second"),
         pytest.param({"policy": "dpp", "scout": 2}, Signal.SCOUT_STATES, None, id="a scout"),
+        pytest.param(
+            {"policy": "dpp", "scout": 2, "scout_injection": True},
+            Signal.SCOUT_STATES,
+            None,
+            id="injected",  # exact with the oracle's states only: tests/engine/test_scout.py
+        ),
     ],
 )
 def test_the_language_model_is_read(apart, check, tmp_path, how, settings, signal, channels):

@@ -4,6 +4,8 @@ Against Hugging Face's own layers on prefix and picture. The control beside the 
 are the clusters of an engine that has no scout.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -16,6 +18,7 @@ from era_vllm.pipeline import prune
 from era_vllm.policies import make_policy
 from era_vllm.types import Signal, VisualTokens
 from tests.engine.conftest import CONTROL_FACTOR, MODEL, TOLERANCE, compare_with
+from tests.engine.test_situations import count_preemptions
 from tests.peers import CASES
 
 CLOSE = 1e-5
@@ -222,3 +225,112 @@ def test_queries_of_the_first_layer_need_no_scout(engine, setup, oracle):
     assert first_queries and not any(
         Signal.SCOUT_STATES in source.gives for source in live.model.sources
     )
+
+
+def without_states(segments):
+    """Return segments that enter no layer with anything: the control."""
+    return [replace(segment, states=None) for segment in segments]
+
+
+@pytest.fixture
+def injected(exact, oracle):
+    """Assert that answers are exact with injection, and far off without."""
+
+    def check(live, requests, answers):
+        exact(live, requests, answers)
+        for request, answer in zip(requests, answers, strict=True):
+            rates = request.rate or (live.config.pruning_rate,) * len(request.images)
+            pairs = list(zip(request.images, rates, strict=True))
+            if not any(rate for _, rate in pairs):
+                continue
+            segments = []
+            for image, rate in pairs:
+                anchors = live.anchors_of(image, rate, oracle)
+                segments += oracle.recycle([image], live.config, anchors)
+                assert (segments[-1].states is None) == (rate == 0)
+            ids = [*answer.prompt_ids, *answer.token_ids][:-1]
+            bare = without_states(segments)
+            control = compare_with(oracle, ids, bare, answer.log_probs, live.config).exact
+            print(f"without injection {control:.1e}")
+            assert control > CONTROL_FACTOR * TOLERANCE
+
+    return check
+
+
+INJECTED = {"policy": "dpp", "scout": 2, "scout_injection": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        INJECTED,
+        {**INJECTED, "scout": 1},
+        {**INJECTED, "scout": 4, "policy": "era", "positions": "compact"},
+        {**INJECTED, "bias_store": "value_column"},
+    ],
+    ids=str,
+)
+def test_injection(engine, setup, ask, images, injected, settings):
+    live = engine(setup(**settings))
+    requests = [
+        ask("what shape is red?", images[0]),
+        ask("is there a red circle?"),
+        ask("how many shapes?", images[1], images[2], images[3]),
+        ask("what word is shown?", images[4], images[5], images[0], rate=(0.944, 0.0, 0.5)),
+    ]
+    injected(live, requests, live.ask(requests))
+    text = [ask("is there a red circle?"), ask("what color is the star?")]
+    injected(live, text, live.ask(text))  # what the last pictures left behind is not seen
+
+
+def test_nothing_is_injected_where_nothing_is_pruned(engine, setup, ask, images):
+    requests = [ask("what shape is red?", images[0], rate=(0.0,))]
+    (ours,) = engine(setup(**INJECTED)).ask(requests)
+    (theirs,) = engine(setup(stock=True)).ask([ask("what shape is red?", images[0])])
+    assert ours.prompt_ids == theirs.prompt_ids and ours.token_ids == theirs.token_ids
+    assert (ours.log_probs - theirs.log_probs).abs().max() < 1e-5
+
+
+def test_injection_on_prefix_hits(engine, setup, ask, images, injected):
+    live = engine(setup(llm={"block_size": 32}, **INJECTED))
+    pictures = images[6], images[7]
+    first = ask("what number is shown?", *pictures)
+    injected(live, [first], live.ask([first]))
+    encoded = live.encoded
+    for question in ("what number is shown?", "how many shapes?"):
+        request = ask(question, *pictures)
+        (answer,) = live.ask([request])
+        assert answer.cached_tokens >= 32 and live.encoded == encoded
+        injected(live, [request], [answer])
+
+
+def test_injection_in_chunks(engine, setup, ask, images, injected):
+    live = engine(setup(llm={"max_num_batched_tokens": 16, "max_num_seqs": 4}, **INJECTED))
+    written = []
+    write = live.model.step_state.injected.write
+    live.model.step_state.injected.write = lambda mask, rows: (
+        written.append(len(rows)),
+        write(mask, rows),
+    )
+    try:
+        requests = [ask("what word is shown?", images[8])]
+        answers = live.ask(requests)
+    finally:
+        live.model.step_state.injected.write = write
+    assert sum(written) == 32 and len(written) == 3
+    injected(live, requests, answers)
+
+
+def test_injection_after_preemption(engine, setup, ask, images, injected):
+    few = {"num_gpu_blocks_override": 10, "block_size": 32, "max_model_len": 128}
+    live = engine(setup(llm={**few, "max_num_seqs": 6}, **INJECTED))
+    preempted = count_preemptions(live)
+    requests = [ask("how many shapes?", image) for image in images[:6]]
+    answers = live.ask(requests, steps=40)
+    assert preempted
+    injected(live, requests, answers)
+
+
+def test_injection_without_a_scout_is_refused(engine, setup):
+    with pytest.raises(ValueError, match="scout_injection: got true without a scout"):
+        engine(setup(model=MODEL, scout_injection=True))

@@ -11,7 +11,7 @@ chooses the same anchors. Leaves out who compares by the states (``VisualTokens.
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -48,13 +48,6 @@ _UNKNOWN: Final = ("ada_rms_norm_t_cond", "do_llama_4_scaling", "dual_chunk_atte
 _INSTEAD: Final = "; leave --era-scout out, or choose another policy with --era-policy, such as dpp"
 
 
-class _Seen(NamedTuple):
-    """What the scout saw of some pictures of one length."""
-
-    states: Float[Tensor, "b n d"] | None
-    queries: Float[Tensor, "b n hq dh"] | None
-
-
 class Scout:
     """Gives states, or queries of a later layer, for the rows of a pass."""
 
@@ -67,6 +60,7 @@ class Scout:
         query_layer: int = 0,
         width: int | None,
         most: int,
+        every_layer: bool = False,
     ) -> None:
         """Find the layers.
 
@@ -76,6 +70,7 @@ class Scout:
             query_layer: Layer, from 1, whose queries are given; 0 = none are.
             width: Columns of a row that are the token, the others its maps; None = all.
             most: Rows that are run at once, prefix included; a longer picture runs alone.
+            every_layer: Give each layer's output too, for injection.
 
         Raises:
             UnsupportedError: a language model whose layers are not known here, or fewer of them.
@@ -86,10 +81,12 @@ class Scout:
         self._prefix = torch.tensor(list(prefix), dtype=torch.int64, device="cpu")
         self._width, self._most = width, most
         self._last = built_rows(language_model) - 1
-        self.gives = frozenset(
-            ({Signal.SCOUT_STATES} if layers else set[Signal]())
-            | ({Signal.LANGUAGE_QUERIES} if query_layer else set[Signal]())
-        )
+        given = {
+            Signal.SCOUT_STATES: layers > 0,
+            Signal.SCOUT_LAYERS: every_layer,
+            Signal.LANGUAGE_QUERIES: query_layer > 0,
+        }
+        self.gives = frozenset(signal for signal, wanted in given.items() if wanted)
 
     def before(self, items: Sequence[Planned]) -> None:
         """Nothing to get ready."""
@@ -98,20 +95,18 @@ class Scout:
         self, items: Sequence[Planned], rows: Sequence[Tensor]
     ) -> Mapping[Signal, Sequence[Tensor]]:
         """Return float32 [d, length] and [hq, dh, length] of each item."""
-        states: dict[int, Float32[Tensor, "d length"]] = {}
-        queries: dict[int, Float32[Tensor, "hq dh length"]] = {}
+        found: dict[tuple[Signal, int], Tensor] = {}
         for members in batches([len(own) for own in rows], len(self._prefix), self._most):
             layouts = [items[index].plan.layout for index in members]
             seen = self._run(layouts, torch.stack([rows[index] for index in members]))
-            for row, index in enumerate(members):
-                if seen.states is not None:
-                    states[index] = seen.states[row].T
-                if seen.queries is not None:
-                    queries[index] = seen.queries[row].permute(1, 2, 0)
-        given = {Signal.SCOUT_STATES: states, Signal.LANGUAGE_QUERIES: queries}
-        return {s: [given[s][index] for index in range(len(items))] for s in self.gives}
+            for signal, values in seen.items():
+                for row, index in enumerate(members):
+                    found[signal, index] = values[row].movedim(0, -1)
+        return {s: [found[s, index] for index in range(len(items))] for s in self.gives}
 
-    def _run(self, layouts: Sequence[Layout], rows: Float[Tensor, "b n c"]) -> _Seen:
+    def _run(
+        self, layouts: Sequence[Layout], rows: Float[Tensor, "b n c"]
+    ) -> dict[Signal, Float32[Tensor, "b n *c"]]:
         """Run the layers on pictures of one length."""
         batch, start, device = len(layouts), len(self._prefix), rows.device
         if self._prefix.device != device:
@@ -126,24 +121,29 @@ class Scout:
         def own(x: Tensor) -> Tensor:
             return x.unflatten(0, (batch, -1))[:, start:]
 
-        states = queries = None
+        seen: dict[Signal, Tensor] = {}
+        of_layers: list[Float32[Tensor, "b n d"]] = []
         for index in range(max(self._states, self._query_layer)):
             layer = self._model.layers[index]
             normed, residual = _normed(layer.input_layernorm, hidden, residual)
             query, key, value = _projected(layer.self_attn, normed)
             if index + 1 == self._query_layer:
-                queries = _all_heads(own(query).float())
+                seen[Signal.LANGUAGE_QUERIES] = _all_heads(own(query).float())
                 if index >= self._states:
                     break
             out = _attended(layer.self_attn, positions, query, key, value, batch)
             hidden, _ = layer.self_attn.o_proj(out)
             hidden, residual = layer.post_attention_layernorm(hidden, residual)
             hidden = layer.mlp(hidden)
+            if Signal.SCOUT_LAYERS in self.gives and index < self._states:
+                of_layers.append(own(hidden).float() + own(residual).float())
             if index < len(maps):
                 own(hidden).add_(maps[index])
             if index + 1 == self._states:
-                states = own(hidden).float() + own(residual).float()
-        return _Seen(states, queries)
+                seen[Signal.SCOUT_STATES] = own(hidden).float() + own(residual).float()
+        if of_layers:
+            seen[Signal.SCOUT_LAYERS] = torch.cat(of_layers, -1)
+        return seen
 
 
 def batches(lengths: Sequence[int], prefix: int, most: int) -> Iterator[list[int]]:
