@@ -38,14 +38,17 @@ def scout_states(
     embeds: Float[Tensor, "s n d"],
     layers: int,
     arguments: Mapping[str, object] | None = None,
+    *,
+    with_maps: bool = True,
 ) -> Float32[Tensor, "s n d"]:
-    """Return the output of layer ``layers``, from 1, for pictures alone; 0: the embeddings.
+    """Return the output of layer ``layers``, from 1, for pictures alone.
 
     Args:
         language_model: Takes embeddings; has ``layers`` and ``norm``.
         prefix: Token ids before each picture.
         embeds: Of the pictures, as the projector gives them.
         arguments: Further ones of the model, for prefix and picture (positions, feature maps).
+        with_maps: With what the model adds behind the layer, as the next one reads it.
 
     Raises:
         UnsupportedError: the model has fewer layers, or was loaded without.
@@ -57,11 +60,17 @@ def scout_states(
         )
     found: list[Tensor] = []
 
-    def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def given_to(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
 
-    several = [*language_model.layers, language_model.norm]
-    hook = several[layers].register_forward_pre_hook(keep, with_kwargs=True)
+    def out_of(_: nn.Module, __: object, output: Any) -> None:  # noqa: ANN401
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    if with_maps:
+        following = [*language_model.layers, language_model.norm][layers]
+        hook = following.register_forward_pre_hook(given_to, with_kwargs=True)
+    else:
+        hook = language_model.layers[layers - 1].register_forward_hook(out_of)
     before = language_model.get_input_embeddings()(torch.tensor([list(prefix)], dtype=torch.int64))
     given = torch.cat([before.to(embeds.dtype).expand(len(embeds), -1, -1), embeds], 1)
     try:

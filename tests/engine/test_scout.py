@@ -8,20 +8,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 from era_vllm.config import EraConfig
-from era_vllm.lab import CHECKPOINT_QWEN3_VL
 from era_vllm.lab.oracle import first_queries
 from era_vllm.lab.scout import chat_prefix, scout_states
-from era_vllm.pipeline import prune
-from era_vllm.policies import make_policy
-from era_vllm.types import Signal, VisualTokens
+from era_vllm.pixels import pixel_hash
+from era_vllm.types import Signal
+from tests.engine import test_tiled as tiled
 from tests.engine.conftest import CONTROL_FACTOR, MODEL, TOLERANCE, compare_with
+from tests.engine.families.case import CLIPS, ODD, SQUARE, TALL, TEXT, WIDE, about, compared
+from tests.engine.families.case import images as of_case
 from tests.engine.test_situations import count_preemptions
+from tests.engine.test_tiled import answered
 from tests.peers import CASES
 
 CLOSE = 1e-5
+case, folder, theirs, start = tiled.case, tiled.folder, tiled.theirs, tiled.start
+check = tiled.check
 
 
 def read(live, image, oracle, signal=Signal.SCOUT_STATES, rate=0.778):
@@ -143,63 +146,6 @@ def test_entropyprune_reads_a_later_layer(engine, setup, ask, images, oracle, ex
     assert clear >= 1
     gives = set().union(*(source.gives for source in live.model.sources))
     assert (Signal.SCOUT_STATES in gives) == bool(scout)
-
-
-def test_the_small_qwen3_vl_s_states_are_transformers(engine, setup, images):
-    """Positions on three axes, grouped heads, query norms, and maps behind the first layers."""
-    path = str(CHECKPOINT_QWEN3_VL)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    processor = transformers.AutoProcessor.from_pretrained(path)
-    prefix = chat_prefix(processor, model.config.image_token_id)
-    given = processor.image_processor(images=[images[0]], return_tensors="pt")
-    with torch.inference_mode():
-        features = model.model.get_image_features(given["pixel_values"], given["image_grid_thw"])
-    rows, maps = features.pooler_output[0], [one[0] for one in features.deepstack_features]
-    side = round(len(rows) ** 0.5)
-    grid = torch.stack([torch.zeros(len(rows)), *divided(len(rows), side)]).long()
-    start = torch.arange(len(prefix)).expand(3, -1)
-    places = torch.cat([start, grid + len(prefix)], 1)[:, None]
-    visual = torch.arange(places.shape[2])[None] >= len(prefix)
-    arguments = {
-        "position_ids": places,
-        "visual_pos_masks": visual,
-        "deepstack_visual_embeds": maps,
-    }
-    language = model.model.language_model
-    mark = "<|vision_start|><|image_pad|><|vision_end|>"
-    content = {"prompt": f"{mark}what shape is red?", "multi_modal_data": {"image": images[0]}}
-    for layers in (1, 2):
-        live = engine(setup(model=path, policy="dpp", scout=layers))
-        assert list(live.model.era.scout_prefix) == prefix
-        live.llm.generate(content, use_tqdm=False)
-        ((item),) = live.items.values()
-        (segment,) = item.segments
-        found = segment.tokens.signals[Signal.SCOUT_STATES][segment.row]
-        expected = scout_states(language, prefix, rows[None], layers, arguments)[0].T
-        difference = (found - expected).abs().max().item()
-        bare = {**arguments, "deepstack_visual_embeds": [0 * one for one in maps]}
-        control = (found - scout_states(language, prefix, rows[None], layers, bare)[0].T).abs()
-        flat = {**arguments, "position_ids": torch.arange(places.shape[2]).expand(3, 1, -1)}
-        moved = (found - scout_states(language, prefix, rows[None], layers, flat)[0].T).abs()
-        largest = expected.abs().max().item()
-        print(f"states: {difference:.1e} of {largest:.2g}, {control.max():.1e}, {moved.max():.1e}")
-        assert difference < CLOSE * max(1.0, largest)
-        assert min(control.max(), moved.max()) > 1e-3
-        tokens = VisualTokens(
-            rows[None], segment.tokens.grid, {Signal.SCOUT_STATES: expected[None]}
-        )
-        count = segment.result.anchors.shape[1]
-        anchors = prune(tokens, count, make_policy(live.config)).anchors[0].tolist()
-        kept = segment.result.anchors[segment.row].tolist()
-        assert len(set(anchors) & set(kept)) >= count - 1
-
-
-def divided(n, side):
-    """Return row and column of each token of a square picture."""
-    places = torch.arange(n)
-    return places // side, places % side
 
 
 @pytest.mark.parametrize(
@@ -334,3 +280,89 @@ def test_injection_after_preemption(engine, setup, ask, images, injected):
 def test_injection_without_a_scout_is_refused(engine, setup):
     with pytest.raises(ValueError, match="scout_injection: got true without a scout"):
         engine(setup(model=MODEL, scout_injection=True))
+
+
+class Scouted:
+    """A family's oracle whose items have a scout's states, and each layer's behind their rows."""
+
+    def __init__(self, theirs, prefix, layers, *, injects):
+        self.theirs, self.prefix, self.layers = theirs, list(prefix), layers
+        self.injects, self.width = injects, 0
+        self.model = theirs.model.model.language_model
+
+    def item(self, kind, data):
+        whole = self.theirs.item(kind, data)
+        self.width = whole.rows.shape[1]
+        rows, *maps = whole.rows.split(whole.width or self.width, 1)
+        more = {"position_ids": self.places(whole)}
+        if maps:
+            visual = torch.arange(more["position_ids"].shape[-1]) >= len(self.prefix)
+            more |= {"visual_pos_masks": visual[None], "deepstack_visual_embeds": maps}
+        states = scout_states(self.model, self.prefix, rows[None], self.layers, more)[0]
+        of_layers = [
+            scout_states(self.model, self.prefix, rows[None], layer, more, with_maps=False)[0]
+            for layer in range(1, self.layers + 1)
+        ]
+        wide = torch.cat([whole.rows, *of_layers], 1)
+        return replace(whole, rows=wide, width=rows.shape[1], states=states)
+
+    def places(self, whole):
+        """Positions of prefix and item, token by token; spelled out."""
+        start = len(self.prefix)
+        if whole.offsets is None:
+            return torch.arange(start + len(whole.rows))[None]
+        found = [[place] * 3 for place in range(start)]
+        runs, offsets = whole.runs or (len(whole.rows),), whole.offsets.tolist()
+        for run, span in zip(runs, whole.spans, strict=True):
+            found += [[start + offset for offset in offsets.pop(0)] for _ in range(run)]
+            start += span
+        return torch.tensor(found).T[:, None]
+
+    def log_probs(self, ids, segments, last, **how):
+        return self.theirs.log_probs(ids, [self.split(one) for one in segments], last, **how)
+
+    def split(self, segment):
+        rows, states = segment.embeds[:, : self.width], segment.embeds[:, self.width :]
+        states = states.unflatten(1, (self.layers, -1))
+        pruned = bool(segment.log_bias.any()) and self.injects
+        return replace(segment, embeds=rows, states=states if pruned else None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"scout": 1}, marks=pytest.mark.slow),
+        {"scout": 2, "scout_injection": True},
+    ],
+    ids=str,
+)
+def test_families(case, start, theirs, check, settings):
+    """Tiles, newlines, three axes, feature maps, videos: states, anchors and answers."""
+    if not hasattr(theirs, "model"):
+        pytest.skip("a family that transformers does not have")
+    live = start(**settings)
+    era = live.model.era
+    asks = [
+        of_case(case, TEXT, (ODD, 0.778)),
+        of_case(case, "how many shapes?"),
+        of_case(case, TEXT, (TALL, 0.5), (WIDE, 0.9), (SQUARE, 0.0)),
+    ]
+    if "video" in case.marks:
+        asks.append(about(case, TEXT, ("video", CLIPS[0], 0.778), ("image", SQUARE, 0.9)))
+    answers = live.ask(asks)
+    oracle = Scouted(theirs, era.scout_prefix, era.scout, injects=era.scout_injection)
+    check(live, asks, answers, oracle=oracle)
+    whole = oracle.item("image", ODD)
+    item = live.items[next(key for key in live.items if key[0] == pixel_hash(whole.pixels))]
+    for (_, places), own in zip(whole.segments, item.segments, strict=True):
+        read = own.tokens.signals[Signal.SCOUT_STATES][own.row].T
+        difference = float((read - whole.states[places]).abs().max())
+        largest = float(read.abs().max())
+        print(f"states: difference {difference:.1e} of {largest:.2g}")
+        assert difference < CLOSE * max(1.0, largest)
+        assert (read - whole.rows[places][:, : read.shape[1]]).abs().max() > 1e-2
+    if era.scout_injection:
+        control = Scouted(theirs, era.scout_prefix, era.scout, injects=False)
+        found = compared(live.config, live.chosen, control, asks[0], answered(answers[0]))
+        print(f"without injection {found.exact:.1e}")
+        assert found.exact > CONTROL_FACTOR * TOLERANCE
