@@ -85,6 +85,15 @@ class EraConfig:
     """Columns of the store; None = 1 for float32 caches, 2 for bf16 and fp8. value_column has 1."""
     gamma: Gamma = None
     """A layer's KV head adds gamma x log_bias to its scores, >= 0; 1 is the paper's LAR."""
+    scout: int = 0
+    """Layers of the language model that are run on each picture alone, >= 0: policies compare
+    tokens by what comes out of them. 0 = none, by the projector's output (docs/scout.md)."""
+    scout_prefix: tuple[int, ...] | None = None
+    """Token ids that stand before the picture there; None = what the model's chat template writes
+    before a picture, worked out where an engine starts."""
+    scout_injection: bool = False
+    """Visual tokens come out of each of the scout's layers with the mean of their cluster's states
+    there; needs ``scout`` >= 1."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -108,7 +117,7 @@ class EraConfig:
         for name, least in (("min_anchors", 1), ("max_segment", 16), ("frames_per_segment", 1)):
             value = getattr(self, name)
             _check(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        for name in ("merge", "bias", "allow_extrapolation"):
+        for name in ("merge", "bias", "allow_extrapolation", "scout_injection"):
             _check(
                 isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"
             )
@@ -151,6 +160,13 @@ class EraConfig:
             columns,
             "1 or null for value_column, more for key_columns only",
         )
+        _check(_is_int(self.scout) and self.scout >= 0, "scout", self.scout, "an integer >= 0")
+        _check(
+            _is_ids(self.scout_prefix),
+            "scout_prefix",
+            self.scout_prefix,
+            "a list of token ids, integers >= 0, or null",
+        )
         _check(
             _is_gamma(self.gamma),
             "gamma",
@@ -176,6 +192,8 @@ class EraConfig:
         values = with_preset(raw)
         values["policy_options"] = _options(values.get("policy_options"))
         values["gamma"] = _frozen(values.get("gamma"))
+        if isinstance(prefix := values.get("scout_prefix"), list):
+            values["scout_prefix"] = tuple(map(_plain, cast(list[object], prefix)))
         if "levels" in values:
             values["levels"] = _levels(values["levels"])
         if "pruning_rate" not in values:
@@ -190,7 +208,8 @@ class EraConfig:
         """Return plain JSON values; ``parse`` gives the same config back."""
         gamma = json.loads(json.dumps(self.gamma))  # lists for tuples
         tables = {"levels": dict(self.levels), "policy_options": dict(self.policy_options)}
-        return {**asdict(self), **tables, "gamma": gamma}
+        prefix = None if self.scout_prefix is None else list(self.scout_prefix)
+        return {**asdict(self), **tables, "gamma": gamma, "scout_prefix": prefix}
 
     def exponents(self, layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...] | None:
         """Return gamma as [layers][kv_heads] of a language model; None = 1 everywhere.
@@ -327,6 +346,15 @@ def _frozen(raw: object) -> object:
     if isinstance(raw, list | tuple):
         return tuple(map(_frozen, cast(list[object] | tuple[object, ...], raw)))
     return float(cast(float, raw)) if _is_number(raw) else raw
+
+
+def _is_ids(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, tuple):
+        return False
+    ids = cast(tuple[object, ...], value)
+    return all(_is_int(one) and cast(int, one) >= 0 for one in ids)
 
 
 def _is_gamma(value: object) -> bool:

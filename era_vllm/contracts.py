@@ -48,6 +48,23 @@ class PruningPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsLayer(Protocol):
+    """A policy whose ``Signal.LANGUAGE_QUERIES`` are those of a layer that it names."""
+
+    @property
+    def query_layer(self) -> int:
+        """Layer of the language model, from 1."""
+        ...
+
+
+def query_layer(policy: PruningPolicy) -> int:
+    """Return the layer of the language model whose queries a policy needs, from 1; 0 = none."""
+    if Signal.LANGUAGE_QUERIES not in policy.needs:
+        return 0
+    return policy.query_layer if isinstance(policy, ReadsLayer) else 1
+
+
 @dataclass(frozen=True, slots=True)
 class TappedLayer:
     """The encoder layer whose attention a policy reads."""

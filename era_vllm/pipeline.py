@@ -55,9 +55,10 @@ def prune(
         zeros = torch.zeros(tokens.segments, n, dtype=torch.float32, device=device)
         return PrunedTokens(tokens.embeds, zeros, rows, rows, counts, tokens.riders)
     tokens = repaired(tokens, counts)
-    anchors = valid_anchors(policy.select(tokens, count), tokens, count, counts)
-    clusters = valid_clusters(policy.assign(tokens, anchors), anchors, n, counts)
-    log_bias = valid_bias(policy.log_bias(tokens, clusters), anchors, counts)
+    seen = tokens.compared
+    anchors = valid_anchors(policy.select(seen, count), tokens, count, counts)
+    clusters = valid_clusters(policy.assign(seen, anchors), anchors, n, counts)
+    log_bias = valid_bias(policy.log_bias(seen, clusters), anchors, counts)
     embeds = _retained(tokens.embeds, clusters, merge=merge)
     riders = None if tokens.riders is None else _retained(tokens.riders, clusters, merge=merge)
     log_bias = log_bias if bias else torch.zeros_like(log_bias)

@@ -7,7 +7,7 @@ a signal (hv, the vision heads).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Final
 
@@ -33,7 +33,14 @@ class Signal(Enum):
     """Key of each token per vision head, [s, hv, dh, n], as the tower's attention sees it."""
     LANGUAGE_QUERIES = "queries of the language model's first layer"
     """Query of each token per head, [s, hq, dh, n], before its rotary embedding: of that token
-    alone, since nothing has been attended to yet."""
+    alone, since nothing has been attended to yet. Of a later layer where the policy says so
+    (``contracts.ReadsLayer``): of the picture alone, behind ``EraConfig.scout_prefix``."""
+    SCOUT_STATES = "states of the scout"
+    """Output of the language model's layer ``EraConfig.scout``, run on the picture alone,
+    [s, d, n]: what tokens are compared by where it is given."""
+    SCOUT_LAYERS = "states of each of the scout's layers"
+    """Output of each of those layers, [s, k d, n], before what the model adds behind it: what is
+    injected (``EraConfig.scout_injection``); no policy sees it."""
     PIXEL_HASH = "pixel hash"
     """A hash of each segment's pixel values: the only source of chance a policy may use."""
 
@@ -83,6 +90,15 @@ class VisualTokens:
     def by_head(self, signal: Signal) -> Float32[Tensor, "s h dh n"]:
         """Return keys or queries of each token, likewise."""
         return self.signals[signal]
+
+    @property
+    def compared(self) -> "VisualTokens":
+        """What a policy is given: by the scout's states, where there are any, it compares.
+
+        What is averaged are the rows themselves.
+        """
+        states = self.signals.get(Signal.SCOUT_STATES)
+        return self if states is None else replace(self, embeds=states.transpose(1, 2))
 
     @property
     def pixel_hash(self) -> Int[Tensor, "s"]:

@@ -101,6 +101,17 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "JSON",
         "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] (default 1)",
     ),
+    "scout": (
+        int,
+        "K",
+        "layers of the language model that are run on each picture alone, by whose states tokens "
+        "are compared (default 0: by the projector's output)",
+    ),
+    "scout_prefix": (
+        _json,
+        "JSON",
+        "token ids before the picture there (default: what the chat template writes)",
+    ),
     "calibration": (
         str,
         "FILE",
@@ -114,6 +125,8 @@ _SWITCHES: Final = {
     "bias": "add the log-bias to attention scores",
     "allow_extrapolation": "with original positions, answer past those that the model was trained "
     "on",
+    "scout_injection": "have anchors come out of each of the scout's layers with the mean of their "
+    "cluster's states there (needs --era-scout)",
 }
 _ON: Final = frozenset({"merge", "bias"})
 """Switches that are on by default."""

@@ -52,7 +52,8 @@ def _of_blocks(
         else value[..., places].movedim(-2, 1).flatten(0, 1)
         for signal, value in tokens.signals.items()
     }
-    return VisualTokens(tokens.embeds[:, places].flatten(0, 1), grid, signals)
+    riders = None if tokens.riders is None else tokens.riders[:, places].flatten(0, 1)
+    return VisualTokens(tokens.embeds[:, places].flatten(0, 1), grid, signals, riders)
 
 
 def _together(
@@ -61,22 +62,30 @@ def _together(
     pictures, first = tokens.segments, 0
     assignment = torch.full((pictures, tokens.n), -1, device=tokens.embeds.device)
     anchors, embeds, bias = [], [], []
+    riders: list[Tensor] = []
     for pruned, places in parts:
         count = pruned.anchors.shape[1]
         of_picture = places.repeat(pictures, 1)
         anchors.append(of_picture.gather(1, pruned.anchors).view(pictures, -1))
         embeds.append(pruned.embeds.reshape(pictures, -1, pruned.embeds.shape[-1]))
         bias.append(pruned.log_bias.view(pictures, -1))
+        if pruned.riders is not None:
+            riders.append(pruned.riders.reshape(pictures, -1, pruned.riders.shape[-1]))
         starts = first + count * torch.arange(len(places), device=places.device).repeat(pictures)
         rows = torch.where(pruned.assignment < 0, -1, pruned.assignment + starts[:, None])
         assignment[:, places.flatten()] = rows.view(pictures, -1)
         first += count * len(places)
     found, order = torch.cat(anchors, 1).sort(1)
     rank = torch.cat([order.argsort(1), torch.full_like(order[:, :1], -1)], 1)
+
+    def in_order(rows: Sequence[Tensor]) -> Tensor:
+        return torch.cat([*rows], 1).gather(1, order[..., None].expand(-1, -1, rows[0].shape[-1]))
+
     return PrunedTokens(
-        torch.cat(embeds, 1).gather(1, order[..., None].expand(-1, -1, embeds[0].shape[-1])),
+        in_order(embeds),
         torch.cat(bias, 1).gather(1, order),
         found,
         rank.gather(1, assignment % rank.shape[1]),
         sum((pruned.degenerate for pruned, _ in parts), torch.zeros_like(parts[0][0].degenerate)),
+        in_order(riders) if riders else None,
     )

@@ -8,7 +8,7 @@ with it.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from era_vllm.config import EraConfig, Gamma, encoder_layer
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.blocks import prune_blocks
+from era_vllm.lab.scout import (
+    chat_prefix,
+    first_queries,
+    reads_layers,
+    replace_output,
+    scout_signals,
+)
 from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
 from era_vllm.steps.merge import average
@@ -41,6 +48,8 @@ class Segment:
     """With M-RoPE: where each stands, from where its run's first token does unpruned."""
     span: int = 0
     """How far text moves on behind it; 0 = by ``n``."""
+    states: Float[Tensor, "a k d"] | None = None
+    """What its tokens come out of the first k layers with; None = what the layers make of them."""
 
 
 class LanguageOracle:
@@ -98,6 +107,8 @@ class LanguageOracle:
             if bias and gamma is not None:
                 for layer, exponents in self._exponents(gamma):
                     stack.callback(_give_mask(layer, mask(exponents)).remove)
+            for layer, at, states in self._injected(segments, visual[0]):
+                stack.callback(replace_output(layer, at, states).remove)
             hidden = self.model.model.language_model(
                 inputs_embeds=embeds,
                 attention_mask=mask(torch.full((1,), float(bias))),
@@ -106,6 +117,20 @@ class LanguageOracle:
                 **_deep(visual, maps, embeds.shape[-1]),
             ).last_hidden_state
         return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
+
+    def _injected(
+        self, segments: Sequence[Segment], visual: Bool[Tensor, "t"]
+    ) -> Iterator[tuple[nn.Module, Int[Tensor, "v"], Float[Tensor, "v d"]]]:
+        """Yield each layer whose output is replaced, where, and by what."""
+        has = [torch.full((len(one.log_bias),), one.states is not None) for one in segments]
+        given = [one.states for one in segments if one.states is not None]
+        if not given:
+            return
+        at = visual.nonzero()[:, 0][torch.cat(has)]
+        of_layers = torch.cat(given).unbind(1)
+        layers = self.model.model.language_model.layers
+        for layer, states in zip(layers, of_layers, strict=False):
+            yield layer, at, states.to(self.dtype)
 
     def is_visual(self, token_ids: Int[Tensor, "1 t"], last: int) -> Bool[Tensor, "1 t"]:
         """Return where visual tokens stand: none among the answer's, whatever a model says."""
@@ -214,6 +239,10 @@ class Oracle(LanguageOracle):
         embeds = body.multi_modal_projector(features)
         rows = slice(0, 1) if config.attention_queries == "cls" else slice(None)
         side = hf.vision_config.image_size // hf.vision_config.patch_size
+        prefix = config.scout_prefix
+        if prefix is None and reads_layers(config):
+            prefix = chat_prefix(self.processor, self.image_token)
+        scouted, of_layers = scout_signals(body.language_model, prefix or (), embeds, config)
         return VisualTokens(
             embeds,
             (side, side),
@@ -224,7 +253,9 @@ class Oracle(LanguageOracle):
                 Signal.ENCODER_KEYS: key[:, :, 1:].transpose(2, 3),
                 Signal.PIXEL_HASH: torch.tensor([pixel_hash(image) for image in pixels]),
                 **first_queries(body.language_model.layers, embeds),
+                **scouted,
             },
+            of_layers,
         )
 
     def _keys_and_scores(
@@ -254,13 +285,17 @@ class Oracle(LanguageOracle):
         So that a near-tie of the search, decided by a last bit, is no difference.
         """
         tokens, policy = self.tokens(images, config), make_policy(config)
+        seen = tokens.compared
         if anchors.shape[1] == tokens.n:
             bias = torch.zeros(tokens.n)
             return [Segment(embeds, bias, anchors[0], tokens.n) for embeds in tokens.embeds]
-        clusters = policy.assign(tokens, anchors)
+        clusters = policy.assign(seen, anchors)
         embeds = average(tokens.embeds, clusters)
-        rows = zip(embeds, policy.log_bias(tokens, clusters), anchors, strict=True)
-        return [Segment(*row, tokens.n) for row in rows]
+        rows = zip(embeds, policy.log_bias(seen, clusters), anchors, strict=True)
+        segments = [Segment(*row, tokens.n) for row in rows]
+        if tokens.riders is None:
+            return segments
+        return _with_states(segments, average(tokens.riders, clusters))
 
     def prompt_ids(
         self, text: str, num_anchors: Sequence[int], *, add_special_tokens: bool = True
@@ -311,20 +346,6 @@ class Oracle(LanguageOracle):
         return self.processor.tokenizer.decode(new, skip_special_tokens=True), rows[0]
 
 
-def first_queries(
-    layers: nn.ModuleList, embeds: Float[Tensor, "s n d"]
-) -> dict[Signal, Float32[Tensor, "s hq dh n"]]:
-    """Return the queries of a Hugging Face language model's first layer, if it has one."""
-    if not len(layers):
-        return {}
-    attention: Any = layers[0].self_attn
-    normed = layers[0].input_layernorm(embeds)
-    query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, "q_norm"):
-        query = attention.q_norm(query)
-    return {Signal.LANGUAGE_QUERIES: query.float().permute(0, 2, 3, 1)}
-
-
 def oracle_config(path: str, *, language: bool = True) -> LlavaConfig:
     """Return a checkpoint's config, on request without the language model's layers."""
     config = LlavaConfig.from_pretrained(path)
@@ -356,4 +377,14 @@ def _give_mask(layer: nn.Module, mask: Float[Tensor, "1 hq t t"]) -> RemovableHa
 def segments_of(pruned: PrunedTokens) -> list[Segment]:
     """Return one segment an image."""
     rows = zip(pruned.embeds, pruned.log_bias, pruned.anchors, strict=True)
-    return [Segment(*row, pruned.assignment.shape[1]) for row in rows]
+    segments = [Segment(*row, pruned.assignment.shape[1]) for row in rows]
+    if pruned.riders is None or pruned.anchors.shape == pruned.assignment.shape:
+        return segments
+    return _with_states(segments, pruned.riders)
+
+
+def _with_states(segments: Sequence[Segment], of_layers: Float[Tensor, "s a k_d"]) -> list[Segment]:
+    return [
+        replace(segment, states=own.unflatten(-1, (-1, segment.embeds.shape[-1])))
+        for segment, own in zip(segments, of_layers, strict=True)
+    ]

@@ -1,8 +1,9 @@
 """EntropyPrune: the tokens whose queries are spread over most directions of the heads.
 
 Source: arXiv:2602.17196. It prunes behind layer k of the language model by the queries of layer
-k - 1 (from 0); here everything is pruned before layer 0, so that k = 1, the paper's for Qwen2.5-VL,
-has the published scores at an earlier place. Deviations: docs/policies.md.
+k - 1 (from 0); here everything is pruned before layer 0 by the same scores: those of layer 0 need
+nothing before them, those of a later one the layers below it, run on the picture alone
+(docs/scout.md). Deviations: docs/policies.md.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from era_vllm.types import Clusters, Signal, VisualTokens
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The tokens of highest matrix entropy of the first layer's queries."""
+    """The tokens of highest matrix entropy of a layer's queries."""
 
     entropyprune_k: int = 1
-    """Layer of the language model whose queries are read, from 1. Only the first: those of a later
-    one depend on the tokens before, and would need that many layers to be run in the encoder."""
+    """Layer of the language model whose queries are read, >= 1: k - 1 layers and the queries of the
+    next are run on each picture alone. Source: 2 for LLaVA-1.5, 1 for Qwen2.5-VL in the paper;
+    ours is 1, which costs no layer."""
     trace_norm: bool = True
     """Divide each token's spectrum by its sum, as the paper says; its code does not."""
     rest: Rest = "dropped"
@@ -36,17 +38,21 @@ class Policy:
     prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.entropyprune_k != 1:
+        if self.entropyprune_k < 1:
             raise ConfigError(
-                f"policy 'entropyprune' entropyprune_k: got {self.entropyprune_k}, allowed: 1; "
-                "queries of a later layer need the layers before it to be run on the picture "
-                "alone, which is not built"
+                f"policy 'entropyprune' entropyprune_k: got {self.entropyprune_k}, allowed: 1 up "
+                "to the language model's layers; era-vllm ecl shows where entropy collapses"
             )
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Queries of the language model's first layer."""
+        """Queries of the language model."""
         return frozenset({Signal.LANGUAGE_QUERIES})
+
+    @property
+    def query_layer(self) -> int:
+        """The layer whose queries they are."""
+        return self.entropyprune_k
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """Return the tokens of highest entropy."""

@@ -16,13 +16,14 @@ from vllm.sequence import IntermediateTensors
 
 from era_vllm.attention.layer import swap
 from era_vllm.config import EraConfig
-from era_vllm.contracts import ModelAdapter
+from era_vllm.contracts import ModelAdapter, query_layer
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
 from era_vllm.types import OF_EVERY_MODEL, Signal
 from era_vllm.vllm_plugin.encoder_pass import encoded, passes
 from era_vllm.vllm_plugin.families import family_of
 from era_vllm.vllm_plugin.fields import modality_of, shape_of, unpack_items
+from era_vllm.vllm_plugin.injection import InjectedStates, inject, with_states
 from era_vllm.vllm_plugin.layouts import Layouts
 from era_vllm.vllm_plugin.positions import (
     built_rows,
@@ -36,6 +37,7 @@ from era_vllm.vllm_plugin.signals import SignalSource
 from era_vllm.vllm_plugin.signals.encoder_probe import EncoderProbe
 from era_vllm.vllm_plugin.signals.language_queries import LanguageQueries
 from era_vllm.vllm_plugin.signals.pixel_hash import PixelHash
+from era_vllm.vllm_plugin.signals.scout import Scout
 from era_vllm.vllm_plugin.step_state import StepState
 
 
@@ -61,13 +63,17 @@ class PrunedModelMixin(nn.Module):
         self.era, self.family = era, family_of(hf_config)
         self.layouts = Layouts(self.adapter, hf_config, era)
         self.policy = make_policy(self.era)
-        self.sources = self._sources()
-        self.reducer = Reducer(self.policy, self.era, self.adapter.width(hf_config))
         self.tokens_per_pass = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.sources = self._sources()
+        width = self.adapter.width(hf_config)
+        if era.scout_injection:  # the states ride behind the token
+            width = hf_config.get_text_config().hidden_size
+        self.reducer = Reducer(self.policy, self.era, width)
         self.bias_buffer = swap(self.adapter.language_model(self), vllm_config, self.era)
         table = built_rows(self.adapter.language_model(self))
         _refuse_extrapolation(era, table, model_config)
-        self.step_state = StepState(self.bias_buffer, self.family.axes, table)
+        injected = self._injected(width) if era.scout_injection else None
+        self.step_state = StepState(self.bias_buffer, self.family.axes, table, injected)
         self._rehearsed = model_config.multimodal_config.skip_mm_profiling
 
     def embed_multimodal(self, **inputs: object) -> list[Tensor]:
@@ -90,6 +96,8 @@ class PrunedModelMixin(nn.Module):
                 for source in self.sources
                 for signal, values in source.after(of_pass, rows).items()
             }
+            if (states := signals.pop(Signal.SCOUT_LAYERS, None)) is not None:
+                rows = with_states(of_pass, rows, states)
             behind = encoded(of_pass, rows, signals)
             if not self._rehearsed:
                 self.reducer.rehearse(behind)
@@ -146,6 +154,13 @@ class PrunedModelMixin(nn.Module):
         rows = table_rows(model_config.hf_config.get_text_config())
         return max(0, model_config.max_model_len - (self.adapter.table_factor - 1) * rows)
 
+    def _injected(self, width: int) -> InjectedStates:
+        """Return what the step's states are written to, once the scout's layers take it."""
+        rows, dtype = self.bias_buffer.columns.shape[0], self.bias_buffer.columns.dtype
+        states = InjectedStates(rows, self.era.scout, width, dtype)
+        inject(self.adapter.language_model(self).model.layers[: self.era.scout], states)
+        return states
+
     def _sources(self) -> list[SignalSource]:
         """Return the sources of what the policy needs, and of the hash that an inspector needs."""
         if missing := self.policy.needs - self.adapter.provides - OF_EVERY_MODEL:
@@ -155,9 +170,21 @@ class PrunedModelMixin(nn.Module):
                 "uniform"
             )
         sources: list[SignalSource] = [PixelHash()]
-        if Signal.LANGUAGE_QUERIES in self.policy.needs:
+        if (queries_of := query_layer(self.policy)) == 1:
             width = self.adapter.width(self.config)
             sources.append(LanguageQueries(self.adapter.language_model(self), width))
+        if self.era.scout or queries_of > 1:
+            sources.append(
+                Scout(
+                    self.adapter.language_model(self),
+                    self.era.scout_prefix or (),
+                    layers=self.era.scout,
+                    query_layer=queries_of if queries_of > 1 else 0,
+                    width=self.adapter.width(self.config),
+                    most=self.tokens_per_pass,
+                    every_layer=self.era.scout_injection,
+                )
+            )
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         if layer is not None and (wanted := self.policy.needs & self.adapter.provides):
             queries = self.era.attention_queries

@@ -136,6 +136,12 @@ REFUSALS: Final = (
         lambda config: bool(config.lora_config and _needs(config, {Signal.LANGUAGE_QUERIES})),
     ),
     Refusal(
+        "LoRA adapters (--enable-lora) with a scout (--era-scout)",
+        "a picture is encoded once for all requests, whatever adapter each asks for",
+        "leave one of the two out",
+        lambda config: bool(config.lora_config and config.model_config.hf_config.era["scout"]),
+    ),
+    Refusal(
         "other numbers in the KV cache (--kv-cache-dtype)",
         "the columns of the bias are rounded for float32, bfloat16, float16 and fp8 (e4m3)",
         "use auto or fp8",

@@ -5,9 +5,13 @@ parsed, checked against the engine's other settings, and kept in the model's con
 sends to all processes.
 """
 
+from dataclasses import replace
+
+from transformers import PretrainedConfig
 from vllm.config import VllmConfig
 
 from era_vllm.config import EraConfig
+from era_vllm.contracts import query_layer
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.policies import make_policy
 from era_vllm.vllm_plugin.families import family_of
@@ -15,6 +19,7 @@ from era_vllm.vllm_plugin.names import RATES, SCHEDULER, WORKER
 from era_vllm.vllm_plugin.positions import carry_positions
 from era_vllm.vllm_plugin.rates import refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
+from era_vllm.vllm_plugin.scout_prefix import prefix_ids
 from era_vllm.vllm_plugin.version import check_vllm_version
 
 
@@ -28,10 +33,21 @@ def resolve(vllm_config: VllmConfig) -> None:
     check_vllm_version()
     raw = vllm_config.additional_config
     config = EraConfig.parse((raw.get("era") if isinstance(raw, dict) else None) or {})
-    make_policy(config)
+    policy = make_policy(config)
     hf_config = vllm_config.model_config.hf_config
     hf_config.era = config.as_dict()
     refuse(vllm_config)
+    if config.scout_injection and not config.scout:
+        raise ConfigError(
+            "scout_injection: got true without a scout, whose states are injected; give "
+            "--era-scout K too, 1 or more, or leave --era-scout-injection out"
+        )
+    read = query_layer(policy)
+    if needed := max(config.scout, read if read > 1 else 0):
+        _refuse_layers(hf_config, needed)
+        if config.scout_prefix is None:
+            config = replace(config, scout_prefix=prefix_ids(vllm_config.model_config))
+            hf_config.era = config.as_dict()
     _refuse_rate(vllm_config)
     refuse_joined_frames(hf_config, config)
     if family_of(hf_config).axes > 1 and config.positions == "compact":
@@ -44,6 +60,16 @@ def resolve(vllm_config: VllmConfig) -> None:
     if not vllm_config.parallel_config.worker_extension_cls:  # a user's own keeps its place
         vllm_config.parallel_config.worker_extension_cls = WORKER
     _schedule(vllm_config)
+
+
+def _refuse_layers(hf_config: PretrainedConfig, needed: int) -> None:
+    """Refuse more layers on the picture alone than the language model has."""
+    layers = int(hf_config.get_text_config().num_hidden_layers)
+    if needed > layers:
+        raise UnsupportedError(
+            f"scout: got layer {needed} (--era-scout, or the layer that a policy reads), allowed: "
+            f"up to {layers}, those of the language model"
+        )
 
 
 def _schedule(vllm_config: VllmConfig) -> None:

@@ -83,11 +83,31 @@ def test_tensor_parallel_2(apart, check, tmp_path, settings):
     check(oracle, settings, saved)
 
 
+FIRST_QUERIES = {"policy": "entropyprune", "policy_options": {"rest": "merged"}}
+LATER_QUERIES = {
+    "policy": "entropyprune",
+    "policy_options": {"rest": "merged", "entropyprune_k": 2},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["tensor parallel 2", "torch.compile"])
-def test_queries_of_the_language_model(apart, check, tmp_path, how):
-    """All heads on every rank, and as transformers has them; the layer is called uncompiled."""
-    settings = {"policy": "entropyprune", "policy_options": {"rest": "merged"}}
+@pytest.mark.parametrize(
+    ("settings", "signal", "channels"),
+    [
+        pytest.param(FIRST_QUERIES, Signal.LANGUAGE_QUERIES, 4, id="queries of the first layer"),
+        pytest.param(LATER_QUERIES, Signal.LANGUAGE_QUERIES, 4, id="queries of the second"),
+        pytest.param({"policy": "dpp", "scout": 2}, Signal.SCOUT_STATES, None, id="a scout"),
+        pytest.param(
+            {"policy": "dpp", "scout": 2, "scout_injection": True},
+            Signal.SCOUT_STATES,
+            None,
+            id="injected",  # exact with the oracle's states only: tests/engine/test_scout.py
+        ),
+    ],
+)
+def test_the_language_model_is_read(apart, check, tmp_path, how, settings, signal, channels):
+    """All heads on every rank, and as transformers has them; its layers are called uncompiled."""
     build = "from random_llava import save_random_llava as save; import pathlib, sys; "
     python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
     ranks = 2 if how == "tensor parallel 2" else 1
@@ -104,13 +124,15 @@ def test_queries_of_the_language_model(apart, check, tmp_path, how):
         pixel_hash(oracle.pixels(image)[0]): image
         for image in (sample.image for sample in load_samples())
     }
-    for queries, _, _, seeds, _ in saved["ranks"][0]:
-        expected = oracle.tokens([images[seed] for seed in seeds])
-        found = torch.tensor(queries)
-        difference = (found - expected.signals[Signal.LANGUAGE_QUERIES]).abs().max()
+    for values, _, _, seeds, _ in saved["ranks"][0]:
+        expected = oracle.tokens([images[seed] for seed in seeds], EraConfig.parse(settings))
+        found = torch.tensor(values)
+        difference = (found - expected.signals[signal]).abs().max()
         largest = found.abs().max()
-        print(f"queries {tuple(found.shape)}: difference {difference:.1e} of {largest:.2g}")
-        assert found.shape[1] == 4 and difference < 1e-5 * max(1.0, float(largest))
+        print(f"{signal.value} {tuple(found.shape)}: {difference:.1e} of {largest:.2g}")
+        assert found.shape == expected.signals[signal].shape
+        assert channels in (None, found.shape[1])
+        assert difference < 1e-5 * max(1.0, float(largest))
     check(oracle, settings, saved)
 
 

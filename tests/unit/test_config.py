@@ -36,6 +36,9 @@ OTHER: dict[str, object] = {
     "separators": "tile_rows",
     "allow_extrapolation": True,
     "gamma": [[1.0, 0.5], [0.9, 0.0]],
+    "scout": 2,
+    "scout_prefix": [1, 7],
+    "scout_injection": True,
 }
 """Another valid value for every setting."""
 NOT_HASHED = {

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import era_vllm.pipeline
+from era_vllm.config import EraConfig
 from era_vllm.contracts import PruningPolicy
 from era_vllm.errors import PolicyError
 from era_vllm.pipeline import prune
+from era_vllm.policies import make_policy
 from era_vllm.steps.merge import average
 from era_vllm.types import Clusters, Degenerate, Signal, VisualTokens
 from tests.strategies import build
@@ -68,6 +70,22 @@ def test_steps_are_called_in_order_and_handed_on() -> None:
     mean = (8 * members[0] + members[1:].sum(0)) / 16
     torch.testing.assert_close(pruned.embeds[0, 0], mean)
     assert torch.equal(pruned.embeds[0, 1:], tokens.embeds[0, 1:3])
+
+
+def test_a_policy_compares_by_the_scout_and_the_rows_themselves_are_averaged() -> None:
+    policy, tokens = Recorder(), build(0, (3, 4))
+    states = torch.randn(1, 5, 12)
+    states[0, 2, 7] = float("nan")
+    scouted = replace(tokens, signals={**tokens.signals, Signal.SCOUT_STATES: states})
+    pruned = prune(scouted, 3, policy)
+    expected = states.nan_to_num(0.0).transpose(1, 2)
+    assert all(torch.equal(seen.embeds, expected) for _, seen, _ in policy.seen)
+    assert pruned.degenerate[Degenerate.NON_FINITE_ATTENTION] == 1
+    assert torch.equal(pruned.embeds, prune(tokens, 3, Recorder()).embeds)
+    dpp = make_policy(EraConfig(policy="dpp"))
+    by_states = prune(replace(tokens, embeds=expected), 3, dpp).anchors
+    assert torch.equal(prune(scouted, 3, dpp).anchors, by_states)
+    assert not torch.equal(prune(tokens, 3, dpp).anchors, by_states)
 
 
 def test_switches() -> None:

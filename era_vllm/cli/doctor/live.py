@@ -23,6 +23,7 @@ from era_vllm.errors import UnsupportedError
 from era_vllm.lab.oracle import Segment
 from era_vllm.lab.samples import load_samples
 from era_vllm.lab.screen import muted, progress
+from era_vllm.vllm_plugin.injection import taken_apart
 from era_vllm.vllm_plugin.packing import unpack
 from era_vllm.vllm_plugin.reducer import PrunedItem
 
@@ -81,12 +82,14 @@ def live_answer(
     Raises:  UnsupportedError: the engine pruned nothing.
     """
     taken: list[PrunedItem] = []
+    injected: list[int] = []
 
     def listen(model: torch.nn.Module) -> str:
         def keep(items: Sequence[PrunedItem]) -> None:
             taken.extend(items)
 
         model.reducer.listeners.append(keep)
+        injected.append(model.era.scout if model.era.scout_injection else 0)
         layers = [part for part in model.modules() if isinstance(part, RectifiedAttention)]
         backend = layers[0].attn_backend.get_name()
         return f"{len(layers)} layers with heads of {layers[0].head_size} in {backend}"
@@ -121,7 +124,7 @@ def live_answer(
     answer = EngineAnswer(
         token_ids=[*output.prompt_token_ids, *completion.token_ids[:-1]],
         log_probs=torch.tensor(rows),
-        segments=runs_of(taken[0]),
+        segments=runs_of(taken[0], injected[0]),
     )
     return answer, built
 
@@ -166,14 +169,21 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
     )
 
 
-def runs_of(item: PrunedItem) -> list[Segment]:
-    """Return what stands in each of an item's runs, as it goes to the language model."""
+def runs_of(item: PrunedItem, layers: int = 0) -> list[Segment]:
+    """Return what stands in each of an item's runs, as it goes to the language model.
+
+    Args:
+        layers: Of which states are injected.
+    """
     plan = item.item.plan
     axes = plan.layout.position_offsets.shape[1]
     found = unpack(item.packed.cpu(), axes)
     parts = zip(*(values.split(list(plan.kept)) for values in found), strict=True)
     runs = zip(parts, plan.layout.run_lengths, plan.layout.spans, strict=True)
-    return [
-        Segment(rows.float(), log_bias, at[:, 0], length, at if axes > 1 else None, span)
-        for (rows, log_bias, at), length, span in runs
-    ]
+    width = item.segments[0].result.embeds.shape[-1]
+    segments: list[Segment] = []
+    for (rows, log_bias, at), length, span in runs:
+        rows, states = taken_apart(rows, layers, width)
+        offsets = at if axes > 1 else None
+        segments.append(Segment(rows, log_bias, at[:, 0], length, offsets, span, states))
+    return segments

@@ -84,6 +84,8 @@ class Unpruned:
     """[length, 3], with M-RoPE: of each place, from where its run's first stands."""
     spans: tuple[int, ...] = ()
     """With M-RoPE: how far text moves on behind each run."""
+    states: Tensor | None = None
+    """[length, d] of a scout: what tokens are compared by; None = their rows."""
 
 
 class FamilyOracle(LanguageOracle, ABC):
@@ -155,8 +157,10 @@ def reduced(
         assert grid[0] * grid[1] == len(places) and own[0] == grid
         for read in own[3:]:
             assert torch.allclose(read.float(), whole.maps[:, places], atol=1e-5)
-        attention = {Signal.ENCODER_ATTENTION: whole.maps[None, :, places]}
-        tokens = VisualTokens(whole.rows[places][None, :, : whole.width], grid, attention)
+        signals = {Signal.ENCODER_ATTENTION: whole.maps[None, :, places]}
+        if whole.states is not None:
+            signals[Signal.SCOUT_STATES] = whole.states[places].T[None]
+        tokens = VisualTokens(whole.rows[places][None, :, : whole.width], grid, signals).compared
         anchors = own[1][None]
         if count == len(places):
             parts.append((whole.rows[places], torch.zeros(count), places))

@@ -31,6 +31,9 @@ VALUES: dict[str, object] = {
     "bias_store": "value_column",
     "bias_columns": 1,
     "gamma": [1.0, 0.5],
+    "scout": 2,
+    "scout_prefix": [1, 7],
+    "scout_injection": True,
 }
 
 
@@ -53,9 +56,9 @@ def test_every_field_has_a_flag_and_a_variable() -> None:
 
 def test_variables_say_what_flags_say() -> None:
     words = ["--era-no-merge", "--era-no-bias", "--era-option", "ridge=0.2"]
-    words += ["--era-allow-extrapolation"]
+    words += ["--era-allow-extrapolation", "--era-scout-injection"]
     for name, value in VALUES.items():
-        if name not in ("merge", "bias", "allow_extrapolation", "policy_options"):
+        if value is not True and name not in ("merge", "bias", "policy_options"):
             words.append(f"--era-{name.replace('_', '-')}={_said(value)}")
     variables = {PREFIX + name.upper(): _said(value) for name, value in VALUES.items()}
     assert _settings(words) == _settings([], variables) == VALUES

@@ -1,5 +1,7 @@
 """The lab's blocks against the engine's reducer, which shares only the cut and the pipeline."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,3 +84,14 @@ def test_what_a_policy_drops_stays_dropped(
         kept = (found.assignment[row] >= 0).nonzero()[:, 0]
         assert torch.equal(kept, found.anchors[row])
         assert found.assignment[row, kept].tolist() == list(range(len(kept)))
+
+
+@pytest.mark.parametrize("most", [16, 30, 100])
+def test_riders_are_averaged_as_their_tokens(tokens: VisualTokens, most: int) -> None:
+    config = EraConfig(policy="dpp", max_segment=most)
+    with_riders = replace(tokens, riders=torch.cat([2 * tokens.embeds, tokens.embeds], -1))
+    found = prune_blocks(with_riders, config, 0.8)
+    plain = prune_blocks(tokens, config, 0.8)
+    assert torch.equal(found.anchors, plain.anchors) and torch.equal(found.embeds, plain.embeds)
+    assert found.riders is not None and plain.riders is None
+    assert torch.equal(found.riders, torch.cat([2 * found.embeds, found.embeds], -1))

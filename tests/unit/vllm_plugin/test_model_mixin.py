@@ -41,6 +41,7 @@ def sources(skipped_keys, language_model=None, **settings):
         adapter=Tower(skipped_keys),
         config=None,
         language_model=language_model,
+        tokens_per_pass=64,
     )
     return PrunedModelMixin._sources(model)
 
@@ -89,6 +90,77 @@ def test_a_first_layer_is_read_where_a_policy_needs_its_queries():
 def test_a_first_layer_of_another_kind_is_refused(model, got):
     with pytest.raises(UnsupportedError, match=f"first layer of Module: got {got}, allowed: Llama"):
         sources(1, model, policy="entropyprune")
+
+
+class LlamaMLP(nn.Module):
+    """The same."""
+
+
+class LlamaDecoderLayer(nn.Module):
+    """The same."""
+
+
+class LlamaModel(nn.Module):
+    """The same."""
+
+
+def known(layers):
+    """Return a language model of layers that the scout knows."""
+    model = nn.Module()
+    model.model = LlamaModel()
+    model.model.layers = nn.ModuleList()
+    for _ in range(layers):
+        layer = LlamaDecoderLayer()
+        layer.self_attn, layer.mlp, layer.input_layernorm = LlamaAttention(), LlamaMLP(), None
+        model.model.layers.append(layer)
+    return model
+
+
+STATES, QUERIES = Signal.SCOUT_STATES, Signal.LANGUAGE_QUERIES
+
+
+@pytest.mark.parametrize(
+    ("scout", "k", "gives"),
+    [
+        (2, 1, [{QUERIES}, {STATES}]),
+        (0, 2, [{QUERIES}]),
+        (2, 3, [{STATES, QUERIES}]),
+        (3, 2, [{STATES, QUERIES}]),
+    ],
+)
+def test_a_scout_gives_what_is_asked_for(scout, k, gives):
+    options = (("entropyprune_k", k),)
+    settings = {"policy": "entropyprune", "policy_options": options, "scout": scout}
+    _, *found = sources(1, known(3), **settings)
+    assert [source.gives for source in found] == gives
+
+
+def with_experts():
+    model = known(3)
+    model.model.layers[1].mlp = nn.Identity()
+    return model
+
+
+def with_a_condition():
+    model = known(3)
+    model.model.layers[0].ada_rms_norm_t_cond = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (language(LlamaAttention()), "got Module, allowed: LlamaModel"),
+        (known(1), "got 2 layers, allowed: up to 1"),
+        (with_experts(), "layer 2 of LlamaDecoderLayer with LlamaAttention with Identity"),
+        (with_a_condition(), "layer 1 of .* with ada_rms_norm_t_cond"),
+        (nn.Module(), "got NoneType"),
+    ],
+    ids=range(5),
+)
+def test_a_language_model_that_the_scout_does_not_know_is_refused(model, match):
+    with pytest.raises(UnsupportedError, match=f"scout of Module: {match}|{match}.*--era-policy"):
+        sources(1, model, policy="dpp", scout=2)
 
 
 def test_a_tower_that_gives_too_little_is_refused_by_name():

@@ -1,0 +1,138 @@
+"""The scout in plain transformers: what comes out of a language model's first layers for a picture.
+
+The Hugging Face model itself runs on prefix and picture, and is listened to. Nothing of vLLM is
+used. Leaves out who compares by it (``oracle.py``).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from era_vllm.config import EraConfig
+from era_vllm.contracts import query_layer
+from era_vllm.errors import UnsupportedError
+from era_vllm.policies import make_policy
+from era_vllm.types import Signal
+
+
+def chat_prefix(processor: Any, mark: int) -> list[int]:  # noqa: ANN401  # transformers'
+    """Return the token ids of what a chat template writes before a picture.
+
+    Args:
+        mark: Token id that stands for the picture.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": "scout"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[: ids.index(mark)]
+
+
+@torch.inference_mode()
+def scout_states(
+    language_model: Any,  # noqa: ANN401  # Hugging Face's, of any family
+    prefix: Sequence[int],
+    embeds: Float[Tensor, "s n d"],
+    layers: int,
+    arguments: Mapping[str, object] | None = None,
+    *,
+    with_maps: bool = True,
+) -> Float32[Tensor, "s n d"]:
+    """Return the output of layer ``layers``, from 1, for pictures alone.
+
+    Args:
+        language_model: Takes embeddings; has ``layers`` and ``norm``.
+        prefix: Token ids before each picture.
+        embeds: Of the pictures, as the projector gives them.
+        arguments: Further ones of the model, for prefix and picture (positions, feature maps).
+        with_maps: With what the model adds behind the layer, as the next one reads it.
+
+    Raises:
+        UnsupportedError: the model has fewer layers, or was loaded without.
+    """
+    if layers > len(language_model.layers):
+        raise UnsupportedError(
+            f"scout: got {layers} layers, allowed: up to {len(language_model.layers)}, those that "
+            "the language model was loaded with"
+        )
+    found: list[Tensor] = []
+
+    def given_to(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    def out_of(_: nn.Module, __: object, output: Any) -> None:  # noqa: ANN401
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    if with_maps:
+        following = [*language_model.layers, language_model.norm][layers]
+        hook = following.register_forward_pre_hook(given_to, with_kwargs=True)
+    else:
+        hook = language_model.layers[layers - 1].register_forward_hook(out_of)
+    before = language_model.get_input_embeddings()(torch.tensor([list(prefix)], dtype=torch.int64))
+    given = torch.cat([before.to(embeds.dtype).expand(len(embeds), -1, -1), embeds], 1)
+    try:
+        language_model(inputs_embeds=given, use_cache=False, **(arguments or {}))
+    finally:
+        hook.remove()
+    return found[0][:, len(prefix) :].float()
+
+
+def reads_layers(config: EraConfig) -> bool:
+    """Say whether layers of the language model are run on pictures alone."""
+    return config.scout > 0 or query_layer(make_policy(config)) > 1
+
+
+def scout_signals(
+    language_model: Any,  # noqa: ANN401
+    prefix: Sequence[int],
+    embeds: Float[Tensor, "s n d"],
+    config: EraConfig,
+) -> tuple[dict[Signal, Tensor], Float[Tensor, "s n k_d"] | None]:
+    """Return what the first layers make of pictures alone, as far as the settings need it.
+
+    Returns: signals, and with ``scout_injection`` the output of each layer.
+    """
+    layer = query_layer(make_policy(config))
+    found: dict[Signal, Tensor] = {}
+    if config.scout:
+        states = scout_states(language_model, prefix, embeds, config.scout)
+        found[Signal.SCOUT_STATES] = states.transpose(1, 2)
+    if layer > 1:
+        below = scout_states(language_model, prefix, embeds, layer - 1).to(embeds.dtype)
+        found |= first_queries(language_model.layers[layer - 1 :], below)
+    if not config.scout_injection:
+        return found, None
+    layers = range(1, config.scout + 1)
+    of_layers = [scout_states(language_model, prefix, embeds, index) for index in layers]
+    return found, torch.cat(of_layers, -1).to(embeds.dtype)
+
+
+def first_queries(
+    layers: nn.ModuleList, embeds: Float[Tensor, "s n d"]
+) -> dict[Signal, Float32[Tensor, "s hq dh n"]]:
+    """Return the queries of a Hugging Face language model's first layer, if it has one."""
+    if not len(layers):
+        return {}
+    attention: Any = layers[0].self_attn
+    normed = layers[0].input_layernorm(embeds)
+    query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, "q_norm"):
+        query = attention.q_norm(query)
+    return {Signal.LANGUAGE_QUERIES: query.float().permute(0, 2, 3, 1)}
+
+
+def replace_output(
+    layer: nn.Module, at: Int[Tensor, "v"], states: Float[Tensor, "v d"]
+) -> RemovableHandle:
+    """Have a decoder layer come out with other states for some of its tokens."""
+
+    def replaced(_: nn.Module, __: object, output: Any) -> Any:  # noqa: ANN401
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        hidden = hidden.clone()
+        hidden[0, at] = states
+        return (hidden, *rest) if isinstance(output, tuple) else hidden
+
+    return layer.register_forward_hook(replaced)

@@ -1,0 +1,95 @@
+"""The scout's batches and what stands before a picture; its layers are tested in the engine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from era_vllm.errors import ConfigError
+from era_vllm.lab import CHECKPOINT
+from era_vllm.layout import Layout, SegmentLayout
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [
+        ([4, 9, 4, 4], 12, [[0, 2], [3], [1]]),
+        ([4, 9, 4, 4], 1, [[0], [2], [3], [1]]),
+        ([4, 4, 4], 100, [[0, 1, 2]]),
+        ([], 5, []),
+    ],
+)
+def test_pictures_of_one_length_are_run_together(lengths, most, expected):
+    from era_vllm.vllm_plugin.signals.scout import batches
+
+    assert list(batches(lengths, 2, most)) == expected
+
+
+def two_runs(offsets=None):
+    segments = tuple(SegmentLayout((1, 3), torch.arange(first, first + 3)) for first in (0, 3))
+    return Layout((), 6, segments, run_lengths=(3, 3), offsets=offsets, spans=(5, 5))
+
+
+def test_runs_stand_behind_one_another_and_end_with_the_rotary_table():
+    from era_vllm.vllm_plugin.signals.scout import _positions
+
+    found = _positions(two_runs(), 2, 8, torch.device("cpu"))
+    assert found.tolist() == [0, 1, 2, 3, 4, 7, 8, 8]
+    axes = _positions(two_runs(torch.arange(18).view(6, 3)), 1, 99, torch.device("cpu"))
+    assert axes.shape == (3, 7) and axes[:, 0].tolist() == [0, 0, 0]
+    assert axes[2].tolist() == [0, 3, 6, 9, 17, 20, 23]
+
+
+@pytest.fixture
+def prefix(monkeypatch):
+    """``prefix(template, mark=...)``: of the sample's tokenizer with another chat template."""
+    import vllm.renderers.hf
+    import vllm.tokenizers
+
+    from era_vllm.vllm_plugin.scout_prefix import prefix_ids
+
+    def found(template, mark=None, tokenizer=True):
+        made = AutoTokenizer.from_pretrained(CHECKPOINT) if tokenizer else None
+        monkeypatch.setattr(vllm.tokenizers, "cached_tokenizer_from_config", lambda _: made)
+        monkeypatch.setattr(
+            vllm.renderers.hf, "resolve_chat_template", lambda *_, model_config: template
+        )
+        ids = prefix_ids(SimpleNamespace(hf_config=SimpleNamespace(image_token_id=mark)))
+        return made.decode(ids).split()
+
+    return found
+
+
+PARTS = (
+    "{{ bos_token }}{% for m in messages %} USER : {% for p in m.content %}"
+    "{% if p.type == 'image' %}red <image>{% else %}{{ p.text }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+STRINGS = "{{ bos_token }} USER : {{ messages[0]['content'] + '' }}"
+
+
+def test_it_is_what_a_template_writes_before_the_picture(prefix):
+    mark = AutoTokenizer.from_pretrained(CHECKPOINT).convert_tokens_to_ids("<image>")
+    assert prefix(PARTS, mark) == ["<s>", "USER:", "red"]
+
+
+def test_a_template_of_strings_has_the_picture_where_the_text_begins(prefix):
+    assert prefix(STRINGS) == ["<s>", "USER:"]
+
+
+def test_a_model_without_a_template_has_its_first_token(prefix):
+    assert prefix(None) == ["<s>"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("{{ raise_exception('no') }}",), ("nothing of it",), (STRINGS, None, False)],
+    ids=["raises", "leaves the text out", "no tokenizer"],
+)
+def test_what_cannot_be_worked_out_is_asked_for(prefix, given):
+    with pytest.raises(ConfigError, match="scout_prefix: got .*--era-scout-prefix"):
+        prefix(*given)
