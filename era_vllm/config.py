@@ -81,6 +81,12 @@ class EraConfig:
     """Columns of the store; None = 1 for float32 caches, 2 for bf16 and fp8. value_column has 1."""
     gamma: Gamma = None
     """A layer's KV head adds gamma x log_bias to its scores, >= 0; 1 is the paper's LAR."""
+    question_aware: bool = False
+    """What is asked of an item is part of its identity, and says how relevant each of its tokens
+    is to a policy that wants to know. Source: docs/question.md."""
+    question_reduction: Literal["largest", "mean"] = "largest"
+    """How a token's relevance to a question follows from that to each of its words. Source:
+    docs/question.md."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -104,7 +110,7 @@ class EraConfig:
         for name, least in (("min_anchors", 1), ("max_segment", 16), ("frames_per_segment", 1)):
             value = getattr(self, name)
             _check(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        for name in ("merge", "bias", "allow_extrapolation"):
+        for name in ("merge", "bias", "allow_extrapolation", "question_aware"):
             _check(
                 isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"
             )
@@ -146,6 +152,12 @@ class EraConfig:
             "bias_columns",
             columns,
             "1 or null for value_column, more for key_columns only",
+        )
+        _check(
+            self.question_reduction in ("largest", "mean"),
+            "question_reduction",
+            self.question_reduction,
+            "'largest' or 'mean'",
         )
         _check(
             _is_gamma(self.gamma),

@@ -34,11 +34,16 @@ class Signal(Enum):
     LANGUAGE_QUERIES = "queries of the language model's first layer"
     """Query of each token per head, [s, hq, dh, n], before its rotary embedding: of that token
     alone, since nothing has been attended to yet."""
+    RELEVANCE = "relevance to the question"
+    """How much what is asked of the item attends to each token, [s, 1, n], >= 0; 0 for all of a
+    segment = nothing is asked, and nobody may tell tokens apart by it."""
     PIXEL_HASH = "pixel hash"
     """A hash of each segment's pixel values: the only source of chance a policy may use."""
 
 
-NOT_NEGATIVE: Final = frozenset({Signal.ENCODER_ATTENTION, Signal.CLASS_ATTENTION})
+NOT_NEGATIVE: Final = frozenset(
+    {Signal.ENCODER_ATTENTION, Signal.CLASS_ATTENTION, Signal.RELEVANCE}
+)
 """Signals that are 0 or more."""
 OF_ENCODER: Final = frozenset(
     {
@@ -49,7 +54,9 @@ OF_ENCODER: Final = frozenset(
     }
 )
 """Signals that are read in a layer of the vision tower."""
-OF_EVERY_MODEL: Final = frozenset({Signal.PIXEL_HASH, Signal.LANGUAGE_QUERIES})
+OF_LANGUAGE_MODEL: Final = frozenset({Signal.LANGUAGE_QUERIES, Signal.RELEVANCE})
+"""Signals that are computed with the language model's weights."""
+OF_EVERY_MODEL: Final = OF_LANGUAGE_MODEL | {Signal.PIXEL_HASH}
 """Signals that need no tower."""
 
 

@@ -95,6 +95,11 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "JSON",
         "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] (default 1)",
     ),
+    "question_reduction": (
+        str,
+        "largest|mean",
+        "relevance to a question from that to each of its words (default largest)",
+    ),
     "calibration": (
         str,
         "FILE",
@@ -107,6 +112,7 @@ _SWITCHES: Final = {
     "bias": "add the log-bias to attention scores",
     "allow_extrapolation": "with original positions, answer past those that the model was trained "
     "on",
+    "question_aware": "prune each picture for what is asked of it, and cache it for that alone",
 }
 _ON: Final = frozenset({"merge", "bias"})
 """Switches that are on by default."""

@@ -26,7 +26,7 @@ from era_vllm.lab.asking import chat_prompt
 from era_vllm.lab.oracle import Oracle, Segment, segments_of
 from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.dataset import generate
-from era_vllm.policies import policy_names
+from era_vllm.policies import defaults, policy_names
 
 STAGES: Final = ("unpruned", "pruned", "merged", "with bias")
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.pictures < 1:
         parser.error(f"--pictures: got {arguments.pictures}, allowed: 1 or more")
     try:
-        config = EraConfig(policy=arguments.policy, pruning_rate=arguments.rate)
+        config = defaults(arguments.policy, pruning_rate=arguments.rate)
         arguments.out.mkdir(parents=True, exist_ok=True)
     except (EraError, OSError) as error:
         parser.error(str(error))

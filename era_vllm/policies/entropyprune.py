@@ -6,7 +6,6 @@ has the published scores at an earlier place. Deviations: docs/policies.md.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float32, Int
 from torch import Tensor
@@ -32,8 +31,6 @@ class Policy:
     rest: Rest = "dropped"
     """Pruned tokens are dropped as published, or merged into the nearest anchor with a log-size
     bias."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.entropyprune_k != 1:

@@ -36,6 +36,8 @@ OTHER: dict[str, object] = {
     "separators": "tile_rows",
     "allow_extrapolation": True,
     "gamma": [[1.0, 0.5], [0.9, 0.0]],
+    "question_aware": True,
+    "question_reduction": "mean",
 }
 """Another valid value for every setting."""
 NOT_HASHED = {
@@ -101,6 +103,8 @@ def test_unknown_settings_name_the_nearest() -> None:
         ("merge", [0, 1, "true", None]),
         ("bias", [0, 1, "true", None]),
         ("allow_extrapolation", [0, 1, "true", None]),
+        ("question_aware", [0, 1, "true", None]),
+        ("question_reduction", ["Largest", "max", "", None, 1]),
         ("policy", [None, 3, b"era", ["era"]]),
         ("bias_store", [None, 3, "key_column", "Key_Columns", ["key_columns"]]),
         ("attention_layer", [1.0, "last", True, [1]]),

@@ -15,7 +15,7 @@ from era_vllm.cli.main import COMMANDS, main
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server, wait_for
-from era_vllm.policies import policy_names
+from era_vllm.policies import defaults, policy_names
 from era_vllm.viz import Kept, cell_box, draw
 from era_vllm.vllm_plugin.launch import plugins_to_allow
 
@@ -142,6 +142,8 @@ def test_inspect_shows_every_policy(
 ) -> None:
     """Also one that reads the language model, which the others do without."""
     out = ["--out", str(tmp_path / "kept.png")]
+    if defaults(policy).question_aware:
+        out += ["--era-question-aware"]
     assert main(["inspect", str(SAMPLE), "--era-policy", policy, *out]) == 0
     assert f"kept 32 of 144 visual tokens ({policy}, " in capsys.readouterr().out
 

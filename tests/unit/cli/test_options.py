@@ -31,6 +31,8 @@ VALUES: dict[str, object] = {
     "bias_store": "value_column",
     "bias_columns": 1,
     "gamma": [1.0, 0.5],
+    "question_aware": True,
+    "question_reduction": "mean",
 }
 
 
@@ -53,9 +55,9 @@ def test_every_field_has_a_flag_and_a_variable() -> None:
 
 def test_variables_say_what_flags_say() -> None:
     words = ["--era-no-merge", "--era-no-bias", "--era-option", "ridge=0.2"]
-    words += ["--era-allow-extrapolation"]
+    words += ["--era-allow-extrapolation", "--era-question-aware"]
     for name, value in VALUES.items():
-        if name not in ("merge", "bias", "allow_extrapolation", "policy_options"):
+        if not isinstance(value, bool) and name != "policy_options":
             words.append(f"--era-{name.replace('_', '-')}={_said(value)}")
     variables = {PREFIX + name.upper(): _said(value) for name, value in VALUES.items()}
     assert _settings(words) == _settings([], variables) == VALUES
