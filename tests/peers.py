@@ -108,4 +108,11 @@ CASES: dict[str, tuple[PruningPolicy, Chosen]] = {
     ),
 }
 """The first of each name has the defaults."""
+ASKING: dict[str, dict[str, object]] = {
+    "cdpruner": {"policy": "cdpruner"},
+    "mfpruner": {"policy": "mfpruner", "policy_options": {"relevance": True}},
+    "dpp": {"policy": "dpp", "policy_options": {"relevance_weight": 0.25}},
+    "era": {"policy": "era", "policy_options": {"relevance_weight": 0.25}},
+}
+"""Settings of what reads the question, beside ``EraConfig.question_aware``."""
 PEERS = ("divprune", "entropyprune", "holov", "mfpruner", "prumerge", "visionzip", "vispruner")

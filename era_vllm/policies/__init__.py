@@ -21,7 +21,7 @@ _CONTRACT: Final = (
 )
 _ASKING: Final = (
     "--era-policy cdpruner, mfpruner with --era-option relevance=true, or dpp or era with "
-    "--era-option relevance_weight=0.25"
+    "--era-option relevance_weight=0.1"
 )
 
 

@@ -27,7 +27,7 @@ class Policy:
     """Added to the kernel's diagonal, > 0: keeps it positive definite among near-duplicates."""
     relevance_weight: float = 0.0
     """beta, [0, 4]: a token's quality in the kernel is its relevance to the question to that power;
-    0 = nobody asks. Small ones pay: .25 (docs/question.md)."""
+    0 = nobody asks. Small ones, about .1: docs/question.md."""
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:

@@ -64,7 +64,7 @@ class EraRenderer(HfRenderer):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         input_processor.then(end_in_time)
-        if self.era.question_aware:
+        if self.era.question_aware and self.mm_processor is not None:
             # vLLM's own is another thread's, and a fast tokenizer is one caller's at a time
             self._tokenizer = copy.deepcopy(self.get_tokenizer())
             self._special_ids = question.special_ids(self._tokenizer)

@@ -5,22 +5,20 @@ Relevance and answers against transformers; caches by what is encoded and by the
 
 import pytest
 import torch
+import transformers
 from vllm.exceptions import VLLMValidationError
 
 from era_vllm.config import EraConfig
+from era_vllm.lab import CHECKPOINT_QWEN3_VL
+from era_vllm.lab.asking import messages_of
+from era_vllm.lab.oracle import first_relevance
+from era_vllm.lab.samples import load_task_samples
 from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with
 from tests.engine.test_policies import even
-from tests.peers import CASES
+from tests.peers import ASKING, CASES
 
 RED, MANY = "what shape is red?", "how many triangles?"
-BETA = {"relevance_weight": 0.25}
-ASKING = {
-    "dpp": {"policy": "dpp", "policy_options": BETA},
-    "era": {"policy": "era", "policy_options": BETA},
-    "cdpruner": {"policy": "cdpruner"},
-    "mfpruner": {"policy": "mfpruner", "policy_options": {"relevance": True}},
-}
 BLOCK = 32
 
 
@@ -277,3 +275,39 @@ def test_settings_reach_the_fingerprint():
     one = EraConfig(policy="cdpruner", question_aware=True)
     other = EraConfig(policy="cdpruner", question_aware=True, question_reduction="mean")
     assert one.fingerprint() != other.fingerprint()
+
+
+def test_pictures_and_videos_of_the_small_qwen3_vl(engine, setup, images):
+    """Grouped heads, query and key norms, riders; a video's frames share its question."""
+    path = str(CHECKPOINT_QWEN3_VL)
+    live = engine(setup(model=path, policy="cdpruner", question_aware=True))
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    content = {"prompt": f"{mark}what shape is red?", "multi_modal_data": {"image": images[0]}}
+    live.llm.generate(content, use_tqdm=False)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.float32
+    ).eval()
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    given = processor.image_processor(images=[images[0]], return_tensors="pt")
+    asked = tuple(processor.tokenizer("what shape is red?", add_special_tokens=False)["input_ids"])
+    with torch.inference_mode():
+        features = model.model.get_image_features(given["pixel_values"], given["image_grid_thw"])
+        layers, table = model.model.language_model.layers, model.get_input_embeddings()
+        expected = first_relevance(layers, table, features.pooler_output[0], asked, "largest")
+    (item,) = live.items.values()
+    assert item.item.plan.question == asked
+    (segment,) = item.segments
+    read = segment.tokens.signals[Signal.RELEVANCE][segment.row, 0]
+    difference = float((read - expected).abs().max())
+    print(f"relevance: difference {difference:.1e} of {float(expected.max()):.2g}")
+    assert difference < 1e-6
+    film = next(one for one in load_task_samples() if one.media[0].kind == "video")
+    (messages, *_) = messages_of(film)
+    content = [*messages[0]["content"][:-1], {"type": "text", "text": "how many shapes?"}]
+    again = [{**messages[0], "content": content}]
+    live.items.clear()
+    for expects, asks in ((1, messages), (0, messages), (1, again), (0, again)):
+        count, _ = told(live, asks, chat=True)
+        assert count == expects * len(film.media)
+    frames = [one for one in live.items.values() if len(one.segments) > 1]
+    assert frames and all(one.item.plan.question for one in frames)

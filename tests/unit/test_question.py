@@ -1,7 +1,7 @@
 """Which text is asked of an item, and which of its tokens."""
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 
@@ -12,14 +12,21 @@ START, IMAGE, VIDEO, PAD = range(4)
 MARKS = {"image": (IMAGE,), "video": (VIDEO,)}
 
 
+@dataclass(frozen=True)
+class Added:
+    """A token that was added to a vocabulary."""
+
+    special: bool
+
+
 class Tokenizer:
     """A word is a token; that before ``img>`` may have merged with what stands before it."""
 
     all_special_ids = [START]
     added_tokens_decoder = {
-        START: SimpleNamespace(special=True),
-        PAD: SimpleNamespace(special=True),
-        7: SimpleNamespace(special=False),
+        START: Added(special=True),
+        PAD: Added(special=True),
+        7: Added(special=False),
     }
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, list[int]]:
