@@ -94,6 +94,12 @@ class EraConfig:
     scout_injection: bool = False
     """Visual tokens come out of each of the scout's layers with the mean of their cluster's states
     there; needs ``scout`` >= 1."""
+    question_aware: bool = False
+    """What is asked of an item is part of its identity, and says how relevant each of its tokens
+    is to a policy that wants to know. Source: docs/question.md."""
+    question_reduction: Literal["largest", "mean"] = "largest"
+    """How a token's relevance to a question follows from that to each of its words. Source:
+    docs/question.md."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -117,7 +123,7 @@ class EraConfig:
         for name, least in (("min_anchors", 1), ("max_segment", 16), ("frames_per_segment", 1)):
             value = getattr(self, name)
             _check(_is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        for name in ("merge", "bias", "allow_extrapolation", "scout_injection"):
+        for name in ("merge", "bias", "allow_extrapolation", "scout_injection", "question_aware"):
             _check(
                 isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false"
             )
@@ -166,6 +172,12 @@ class EraConfig:
             "scout_prefix",
             self.scout_prefix,
             "a list of token ids, integers >= 0, or null",
+        )
+        _check(
+            self.question_reduction in ("largest", "mean"),
+            "question_reduction",
+            self.question_reduction,
+            "'largest' or 'mean'",
         )
         _check(
             _is_gamma(self.gamma),

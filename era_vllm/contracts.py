@@ -25,10 +25,11 @@ class PruningPolicy(Protocol):
     options. It is batched over segments, deterministic, and its result for one segment does not
     depend on the others. It never sees K >= N (the pipeline returns such segments untouched), nor
     NaN or infinite values or negative attention (the pipeline repairs and counts them).
-    """
 
-    prompt_dependent: ClassVar[bool]
-    """True would mean that results may not be shared across prompts: no such policy is served."""
+    What is asked of a picture it may know by ``Signal.RELEVANCE`` alone, and is then served only
+    where the question is part of a picture's identity (``EraConfig.question_aware``). Of a segment
+    of which nothing is asked it chooses as if it did not read that signal.
+    """
 
     @property
     def needs(self) -> frozenset[Signal]:

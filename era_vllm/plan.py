@@ -12,6 +12,7 @@ from torch import Tensor
 
 from era_vllm.config import EraConfig
 from era_vllm.layout import Layout
+from era_vllm.question import Question
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,13 @@ class Plan:
     layout: Layout
     num_anchors: tuple[int, ...]
     """K of each segment, in [1, n]."""
+    question: Question = ()
+    """What is asked of it (``EraConfig.question_aware``); empty = nothing."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is pruned."""
+        return sum(self.num_anchors) == sum(segment.n for segment in self.layout.segments)
 
     @cached_property
     def separators(self) -> Int[Tensor, "k"]:
@@ -28,8 +36,7 @@ class Plan:
 
         Where nothing is pruned nothing is dropped either, so that such an item is stock's.
         """
-        full = sum(self.num_anchors) == sum(segment.n for segment in self.layout.segments)
-        return self.layout.outside if full else self.layout.separators
+        return self.layout.outside if self.whole else self.layout.separators
 
     @cached_property
     def kept(self) -> tuple[int, ...]:

@@ -41,11 +41,16 @@ class Signal(Enum):
     SCOUT_LAYERS = "states of each of the scout's layers"
     """Output of each of those layers, [s, k d, n], before what the model adds behind it: what is
     injected (``EraConfig.scout_injection``); no policy sees it."""
+    RELEVANCE = "relevance to the question"
+    """How much what is asked of the item attends to each token, [s, 1, n], >= 0; 0 for all of a
+    segment = nothing is asked, and nobody may tell tokens apart by it."""
     PIXEL_HASH = "pixel hash"
     """A hash of each segment's pixel values: the only source of chance a policy may use."""
 
 
-NOT_NEGATIVE: Final = frozenset({Signal.ENCODER_ATTENTION, Signal.CLASS_ATTENTION})
+NOT_NEGATIVE: Final = frozenset(
+    {Signal.ENCODER_ATTENTION, Signal.CLASS_ATTENTION, Signal.RELEVANCE}
+)
 """Signals that are 0 or more."""
 OF_ENCODER: Final = frozenset(
     {
@@ -56,7 +61,9 @@ OF_ENCODER: Final = frozenset(
     }
 )
 """Signals that are read in a layer of the vision tower."""
-OF_EVERY_MODEL: Final = frozenset({Signal.PIXEL_HASH, Signal.LANGUAGE_QUERIES})
+OF_LANGUAGE_MODEL: Final = frozenset({Signal.LANGUAGE_QUERIES, Signal.RELEVANCE})
+"""Signals that are computed with the language model's weights."""
+OF_EVERY_MODEL: Final = OF_LANGUAGE_MODEL | {Signal.PIXEL_HASH}
 """Signals that need no tower."""
 
 

@@ -21,19 +21,76 @@ class Joined:
     margin: float
 
 
-def voted(embeds: Array, attention: Array, count: int) -> Selection:
-    """MFPruner without text: two lists, those on both, then by the sum of scores."""
+def voted(embeds: Array, attention: Array, count: int, relevance: Array | None = None) -> Selection:
+    """MFPruner: lists, of which two or all have to name a token, then by the sum of scores.
+
+    Without a relevance, or where it is 0 everywhere, two lists.
+    """
     cosine, n = _cosines(embeds), len(embeds)
     unlike = np.array([1.0 - (cosine[i].sum() - cosine[i, i]) / n for i in range(n)])
     lists = [_stretch(attention.mean(axis=0)), _stretch(unlike)]
+    if relevance is not None and relevance.any():
+        lists.append(_stretch(relevance))
     named = [_first(score, count) for score in lists]
     margins = [_gap(score, count) for score in lists]
-    total = lists[0] + lists[1]
-    both = [token for token in range(n) if token in named[0] and token in named[1]]
-    left = [token for token in range(n) if token not in both]
-    fill = sorted(left, key=lambda token: (-total[token], token))[: count - len(both)]
-    margins.append(_gap(total[left], count - len(both)))
-    return Selection(np.array(sorted([*both, *fill])), min(margins))
+    total = np.sum(lists, axis=0)
+    votes = [sum(token in one for one in named) for token in range(n)]
+    chosen: list[int] = []
+    for number in (3, 2, None):
+        left = [
+            token
+            for token in range(n)
+            if token not in chosen and (votes[token] == number or number is None)
+        ]
+        room = count - len(chosen)
+        margins.append(_gap(total[left], room))
+        chosen += sorted(left, key=lambda token: (-total[token], token))[:room]
+    return Selection(np.array(sorted(chosen)), min(margins))
+
+
+def conditioned(embeds: Array, relevance: Array, count: int, theta: float) -> Selection:
+    """CDPruner: stretched relevance as quality, the most relevant token first."""
+    cosine = _cosines(embeds)
+    part = _stretch(relevance)
+    strength = np.inf if theta == 1 else theta / (2 * (1 - theta))
+    quality = part + 1e-6 if theta == 1 else np.exp(strength * part)
+    if not part.any():
+        quality = np.ones_like(quality)
+    closeness = part if part.any() and theta > 0 else cosine.mean(axis=1)
+    found = weighted(cosine + 1e-3 * np.eye(len(cosine)), quality, int(closeness.argmax()), count)
+    return Selection(found.anchors, min(found.margin, _gap(closeness, 1)))
+
+
+def relevant(embeds: Array, relevance: Array, count: int, ridge: float, beta: float) -> Selection:
+    """The dpp policy with a quality: relevance as a part of the largest, to a power."""
+    cosine = _cosines(embeds)
+    closeness = cosine.mean(axis=1)
+    quality = np.ones(len(cosine))
+    if relevance.any():
+        quality = np.maximum(relevance / relevance.max(), 1e-6) ** beta
+    kernel = cosine + ridge * np.eye(len(cosine))
+    found = weighted(kernel, quality, int(closeness.argmax()), count)
+    return Selection(found.anchors, min(found.margin, _gap(closeness, 1)))
+
+
+def weighted(kernel: Array, quality: Array, first: int, count: int) -> Selection:
+    """Add the token that makes the determinant of q_i L_ij q_j largest; by determinants alone.
+
+    The margin is in what the best token adds to that of L, of which float32 keeps a millionth.
+    """
+    whole = quality[:, None] * kernel * quality[None, :]
+    chosen, margins = [first], [np.inf]
+    volume = 2 * np.log(quality[first]) + np.log(kernel[first, first])
+    while len(chosen) < count:
+        free = [token for token in range(len(kernel)) if token not in chosen]
+        subsets = [[*chosen, token] for token in free]
+        volumes = np.array([np.linalg.slogdet(whole[np.ix_(own, own)])[1] for own in subsets])
+        best = int(volumes.argmax())
+        lead = 1.0 - np.exp(-_gap(volumes, 1))
+        margins.append(lead * np.exp(volumes[best] - volume) / quality[free[best]] ** 2)
+        chosen.append(free[best])
+        volume = volumes[best]
+    return Selection(np.array(sorted(chosen)), min(margins))
 
 
 def entropies(queries: Array, *, trace_norm: bool) -> Array:

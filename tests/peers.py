@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from era_vllm.contracts import PruningPolicy
 from era_vllm.policies import (
+    cdpruner,
     divprune,
+    dpp,
     entropyprune,
     holov,
     mfpruner,
@@ -51,11 +53,36 @@ def by_crops(crops: int, beta: float, by_score: bool) -> Chosen:
     )
 
 
+def asked(tokens: VisualTokens) -> Array:
+    return numbers(tokens, Signal.RELEVANCE)[0]
+
+
+def conditioned(theta: float) -> Chosen:
+    return lambda tokens, count: oracle_peers.conditioned(
+        numbers(tokens), asked(tokens), count, theta
+    )
+
+
+def relevant(beta: float) -> Chosen:
+    return lambda tokens, count: oracle_peers.relevant(
+        numbers(tokens), asked(tokens), count, 0.1, beta
+    )
+
+
 CASES: dict[str, tuple[PruningPolicy, Chosen]] = {
     "mfpruner": (
         mfpruner.Policy(),
         lambda tokens, count: oracle_peers.voted(numbers(tokens), received(tokens), count),
     ),
+    "mfpruner, relevance": (
+        mfpruner.Policy(relevance=True),
+        lambda tokens, count: oracle_peers.voted(
+            numbers(tokens), received(tokens), count, asked(tokens)
+        ),
+    ),
+    "cdpruner": (cdpruner.Policy(), conditioned(1.0)),
+    "cdpruner, 0.5": (cdpruner.Policy(theta=0.5), conditioned(0.5)),
+    "dpp, relevance": (dpp.Policy(relevance_weight=0.25), relevant(0.25)),
     "entropyprune": (entropyprune.Policy(), by_entropy(True)),
     "entropyprune, no norm": (entropyprune.Policy(trace_norm=False), by_entropy(False)),
     "divprune": (
@@ -81,4 +108,11 @@ CASES: dict[str, tuple[PruningPolicy, Chosen]] = {
     ),
 }
 """The first of each name has the defaults."""
+ASKING: dict[str, dict[str, object]] = {
+    "cdpruner": {"policy": "cdpruner"},
+    "mfpruner": {"policy": "mfpruner", "policy_options": {"relevance": True}},
+    "dpp": {"policy": "dpp", "policy_options": {"relevance_weight": 0.25}},
+    "era": {"policy": "era", "policy_options": {"relevance_weight": 0.25}},
+}
+"""Settings of what reads the question, beside ``EraConfig.question_aware``."""
 PEERS = ("divprune", "entropyprune", "holov", "mfpruner", "prumerge", "visionzip", "vispruner")

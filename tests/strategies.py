@@ -77,6 +77,8 @@ def build(
         rows = np.stack([FEATURES[kind](rng, n, own * size) for kind, _ in kinds])
         by_head = rows.reshape(len(kinds), n, own, size).transpose(0, 2, 3, 1)
         signals[signal] = torch.from_numpy(by_head.copy()).float()
+    relevance = np.stack([ATTENTION[kind](rng, 1, n) for _, kind in kinds])
+    signals[Signal.RELEVANCE] = torch.from_numpy(relevance).float()
     return VisualTokens(
         embeds=torch.from_numpy(embeds).to(dtype),
         grid=grid,

@@ -9,12 +9,11 @@ from era_vllm.bench.memory import peak_bytes
 from era_vllm.bench.pruning_step import Size, random_tokens
 from era_vllm.bench.setup import SegmentsOptions
 from era_vllm.bench.wide_tower import signal_cell, tower_cell
-from era_vllm.config import EraConfig
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import bar
 from era_vllm.layout import cut, one_grid
 from era_vllm.plan import plan
-from era_vllm.policies import make_policy
+from era_vllm.policies import defaults, make_policy
 from era_vllm.types import OF_ENCODER, Signal
 from era_vllm.vllm_plugin.encoder_pass import Encoded
 from era_vllm.vllm_plugin.fields import Planned
@@ -70,7 +69,7 @@ def prune_cell(
 ) -> Callable[[], Mapping[str, float]]:
     """Return a pass of an engine's reducer over one picture of noise, cut into blocks."""
     n, most, policy = case
-    config = EraConfig(policy=policy, max_segment=most)
+    config = defaults(policy, max_segment=most)
     chosen = make_policy(config)
     tokens = random_tokens(Size(n, 1), width, dtype, place, chosen.needs)
     layout = cut(one_grid(*tokens.grid, ()), most)
@@ -93,7 +92,7 @@ def shares(samples: Samples, options: SegmentsOptions) -> dict[str, float]:
     read = samples.ratio("signal", "tower", "signal", "tower") or 0.0
     for case in cases(options, [options.patches // 4]):
         n, most, policy = case
-        reads = bool(make_policy(EraConfig(policy=policy)).needs & OF_ENCODER)
+        reads = bool(make_policy(defaults(policy)).needs & OF_ENCODER)
         pruned = samples.ratio(named(case), "tower", "prune", "tower") or 0.0
         key = f"{policy} {'whole' if most >= n else most}"
         found[key] = pruned + (read if reads else 0.0)

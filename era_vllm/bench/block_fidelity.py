@@ -21,6 +21,7 @@ from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.assets import load_material
 from era_vllm.lab.synth.dataset import generate
 from era_vllm.lab.synth.questions import LEARNED_FAMILIES
+from era_vllm.policies import defaults
 from era_vllm.steps.received_attention import MOST_QUERIES, received_attention
 
 _PARTS: Final = (8, 4, 2, 1)
@@ -43,7 +44,7 @@ def on_photos(
                 wholes = {}
                 for case in reversed(list(cases(options, [n]))):
                     _, most, policy = case
-                    config = EraConfig(policy=policy, max_segment=most)
+                    config = defaults(policy, max_segment=most)
                     with torch.inference_mode():
                         pruned = prune_blocks(known.tokens, config, options.rate)
                     wholes.setdefault(policy, pruned.anchors)
@@ -83,7 +84,7 @@ def answers(oracle: Oracle, options: SegmentsOptions) -> dict[str, tuple[Score, 
         for policy in options.policies:
             counts: dict[int, Counts] = {}
             for part in _PARTS:
-                config = EraConfig(policy=policy, max_segment=n // part)
+                config = defaults(policy, max_segment=n // part)
                 given = ask(TransformersAsker(oracle, config), pictures, options.answer_rate)
                 counts[part] = count(pictures, given)
             for part, ours in counts.items():

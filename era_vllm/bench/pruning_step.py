@@ -17,11 +17,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from era_vllm.bench.clock import seconds
 from era_vllm.bench.provenance import free_memory
-from era_vllm.config import EraConfig
 from era_vllm.contracts import PruningPolicy
 from era_vllm.lab.dummy import CLIP_L, IMAGE_SIZE, IMAGE_TOKENS
 from era_vllm.pipeline import prune
-from era_vllm.policies import make_policy
+from era_vllm.policies import defaults, make_policy
 from era_vllm.steps.received_attention import received_attention
 from era_vllm.types import OF_ENCODER, Signal, VisualTokens
 
@@ -32,6 +31,7 @@ _MORE: Final = {
     Signal.CLASS_ATTENTION: (HEADS,),
     Signal.ENCODER_KEYS: (HEADS, _HEAD_SIZE),
     Signal.LANGUAGE_QUERIES: (32, 128),
+    Signal.RELEVANCE: (1,),
 }
 _GRAMS: Final = 5  # n x n float32 matrices alive at once (measured: 2.8 for era, 4.1 for dpp)
 
@@ -96,7 +96,7 @@ def reducer_cell(
     policy: str, size: Size, width: int, dtype: torch.dtype, device: str
 ) -> Callable[[], Mapping[str, float]]:
     """Return a pass of the pruning step: ``prune``, and ``signal`` if the policy needs one."""
-    chosen: PruningPolicy = make_policy(EraConfig(policy=policy))
+    chosen: PruningPolicy = make_policy(defaults(policy))
     tokens = random_tokens(size, width, dtype, device, chosen.needs)
     shape = (size.images, IMAGE_TOKENS + 1, HEADS, _HEAD_SIZE)
     query, key = (torch.randn(shape, device=device).to(dtype) for _ in range(2))

@@ -14,11 +14,10 @@ from era_vllm.bench.fit import PowerLaw, power_law
 from era_vllm.bench.pruning_step import Size, free_bytes, reducer_cell, tower, tower_cell
 from era_vllm.bench.report import Goal, Report, percent, shown, table
 from era_vllm.bench.setup import FIXED_K, FIXED_N, ReducerOptions, device
-from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import progress
-from era_vllm.policies import make_policy
+from era_vllm.policies import defaults, make_policy
 
 GOAL: Final = 0.05
 _GOAL_SIZES: Final = ("576->64", "5 x 576->32", "16 x 1024->102")
@@ -27,7 +26,7 @@ _GOAL_SIZES: Final = ("576->64", "5 x 576->32", "16 x 1024->102")
 def run(options: ReducerOptions, out: Path) -> Report:
     """Measure, and draw."""
     for policy in options.policies:
-        make_policy(EraConfig(policy=policy))
+        make_policy(defaults(policy))
     shape, place = SIZES[options.shape], device()
     dtype = getattr(torch, options.dtype)
     free = free_bytes(place)

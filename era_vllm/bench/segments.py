@@ -18,7 +18,7 @@ from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.screen import progress
-from era_vllm.policies import make_policy
+from era_vllm.policies import defaults, make_policy
 
 GOAL: Final = 0.05
 _SAMPLE_KEYS: Final = ("mean_relative", "bias", "largest_relative", "anchors_shared")
@@ -28,7 +28,7 @@ def run(options: SegmentsOptions, out: Path) -> Report:
     """Measure, and draw."""
     place = device()
     for policy in options.policies:
-        make_policy(EraConfig(policy=policy))
+        make_policy(defaults(policy))
     progress(f"{place}, {options.dtype}: time and memory")
     samples, memory = cost(options, place)
     progress("photos")

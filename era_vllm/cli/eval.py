@@ -20,7 +20,7 @@ from era_vllm.cli.options import DEFAULT_MODEL
 from era_vllm.cli.preflight import check_folder
 from era_vllm.config import DEFAULT_POLICY
 from era_vllm.errors import ConfigError, unknown_name
-from era_vllm.policies import make_policy, policy_names
+from era_vllm.policies import defaults, make_policy, policy_names
 
 if TYPE_CHECKING:
     from era_vllm.lab.evaluation import Variant
@@ -177,6 +177,8 @@ def _variants(arguments: argparse.Namespace) -> "list[Variant]":
     settings = [(), *(_settings(text) for text in arguments.variant)]
     variants: dict[EraConfig, Variant] = {}
     for policy, each in product(arguments.policies or [DEFAULT_POLICY], settings):
+        if defaults(policy).question_aware and "question_aware" not in dict(each):
+            each = (*each, ("question_aware", True))
         config = EraConfig.parse(calibrated(model, {"policy": policy, **dict(each)}))
         make_policy(config)  # refuses an unknown name
         variants.setdefault(config, Variant(policy, each))

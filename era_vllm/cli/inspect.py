@@ -34,6 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add, same = parser.add_argument, "the same as --era-pruning-rate"
     add("image", type=Path, metavar="IMAGE", help="a picture file")
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder or name (default: the sample)")
+    text = "what is asked of it, with --era-question-aware (default: nothing)"
+    add("--question", metavar="TEXT", help=text)
     add("--pruning-rate", type=float, dest="era_pruning_rate", metavar="R", help=same)
     add("--out", type=Path, default=Path("kept.png"), help="where to draw (default kept.png)")
     add_era_options(parser)
@@ -43,17 +45,25 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Draw, and say what was kept."""
     from era_vllm.cli.loading import lacking_memory, open_image, open_oracle, served_dtype
     from era_vllm.policies import make_policy
-    from era_vllm.types import Signal
+    from era_vllm.types import OF_LANGUAGE_MODEL
 
     config = EraConfig.parse(calibrated(arguments.model, era_settings(arguments)))
-    language = Signal.LANGUAGE_QUERIES in make_policy(config).needs
+    language = bool(OF_LANGUAGE_MODEL & make_policy(config).needs)
+    if arguments.question is not None and not config.question_aware:
+        raise ConfigError(
+            "--question: nothing is pruned for what is asked of it here; add --era-question-aware, "
+            "with a policy that reads it, or leave --question out"
+        )
     _check_out(arguments.out, arguments.image)
     image = open_image(arguments.image)
     dtype = served_dtype(arguments.model)
     if lacking := lacking_memory(arguments.model, dtype, language=language):
         raise ConfigError(f"--model {arguments.model!r}: {lacking}; run it where there is more")
     picture, pruned = kept_picture(
-        open_oracle(arguments.model, dtype, language=language), image, config
+        open_oracle(arguments.model, dtype, language=language),
+        image,
+        config,
+        arguments.question or "",
     )
     save(picture, arguments.out)
     n, kept = pruned.assignment.shape[1], pruned.anchors.shape[1]
@@ -67,12 +77,15 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def kept_picture(
-    oracle: "Oracle", image: "Image", config: EraConfig
+    oracle: "Oracle", image: "Image", config: EraConfig, question: str = ""
 ) -> "tuple[Image, PrunedTokens]":
-    """Prune an image at the config's rate and draw what is kept."""
+    """Prune an image at the config's rate, for a question if it is pruned for any, and draw it."""
+    from era_vllm.question import of_text, special_ids
     from era_vllm.viz import Kept, draw, seen
 
-    pruned = oracle.reduce([image], config, config.pruning_rate)
+    tokenizer = oracle.processor.tokenizer
+    asked = of_text(question, tokenizer, special_ids(tokenizer))
+    pruned = oracle.reduce([image], config, config.pruning_rate, [asked])
     processor = oracle.processor.image_processor
     given = seen(oracle.pixels(image)[0], tuple(processor.image_mean), tuple(processor.image_std))
     vision = oracle.model.config.vision_config

@@ -112,6 +112,11 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "JSON",
         "token ids before the picture there (default: what the chat template writes)",
     ),
+    "question_reduction": (
+        str,
+        "largest|mean",
+        "relevance to a question from that to each of its words (default largest)",
+    ),
     "calibration": (
         str,
         "FILE",
@@ -127,6 +132,7 @@ _SWITCHES: Final = {
     "on",
     "scout_injection": "have anchors come out of each of the scout's layers with the mean of their "
     "cluster's states there (needs --era-scout)",
+    "question_aware": "prune each picture for what is asked of it, and cache it for that alone",
 }
 _ON: Final = frozenset({"merge", "bias"})
 """Switches that are on by default."""

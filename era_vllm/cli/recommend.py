@@ -22,7 +22,7 @@ from era_vllm.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from era_vllm.lab.asking import ServerAsker
-    from era_vllm.lab.evaluation import Row
+    from era_vllm.lab.evaluation import Row, Variant
     from era_vllm.lab.recommend_report import Case
     from era_vllm.lab.recommendation import Level, Shown
 
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     _check(arguments)
     from era_vllm.bench.provenance import provenance
     from era_vllm.lab import recommendation as figures
-    from era_vllm.lab.evaluation import Variant, cells
+    from era_vllm.lab.evaluation import cells
 
     rates, most = sorted(set(arguments.rates or ()) - {0.0}), arguments.max_tokens
     source = askers.source(arguments, [0.0, *rates], most, server=_SERVER, passes_over=True)
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     asked, out = (arguments.pictures, arguments.prompts, arguments.kind), arguments.out
     subjects = read(*asked, arguments.count)
     check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
-    origin, variant = provenance(), Variant(source.policy or arguments.policy or DEFAULT_POLICY)
+    origin, variant = provenance(), _variant(source.policy, arguments.policy or DEFAULT_POLICY)
     head = {**source.head, "max_tokens": most, "asked": fingerprint(subjects)}
     head |= {"policy": variant.policy, "commit": origin["commit"], "versions": origin["versions"]}
     wanted = cells([variant], [0.0, *rates])
@@ -171,15 +171,25 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.url and arguments.policy:
         raise ConfigError("--policy: a server that is up has its own; leave it out with --url")
     if arguments.policy:
-        from era_vllm.config import EraConfig
-        from era_vllm.policies import make_policy
+        from era_vllm.policies import defaults, make_policy
 
-        make_policy(EraConfig(policy=arguments.policy))
+        make_policy(defaults(arguments.policy))
     for name in _PAGES:
         if (arguments.out / name).is_dir():
             raise ConfigError(
                 f"--out: {str(arguments.out / name)!r} is no file; name another folder"
             )
+
+
+def _variant(served: str | None, wanted: str) -> "Variant":
+    """Return how a server that is up prunes, or one that is started is to."""
+    from era_vllm.lab.evaluation import Variant
+    from era_vllm.policies import defaults
+
+    if served is not None:
+        return Variant(served)
+    asks = defaults(wanted).question_aware
+    return Variant(wanted, (("question_aware", True),) if asks else ())
 
 
 def _cases(

@@ -23,11 +23,12 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.media import Medium
 from era_vllm.lab.screen import bar
+from era_vllm.question import of_text, special_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from era_vllm.lab.oracle import Oracle
+    from era_vllm.lab.oracle import Oracle, Segment
     from era_vllm.lab.synth.questions import Question
 
 MAX_TOKENS: Final = 8
@@ -148,12 +149,15 @@ class TransformersAsker:
                 "ask an engine or a server"
             )
         images = [Image.open(io.BytesIO(medium.data)).convert("RGB") for medium in media]
-        segments = segments_of(oracle.reduce(images, self._config, rate))
-        kept = [len(segment.anchors) for segment in segments]
+        shared: list[Segment] | None = None
+        if not self._config.question_aware:
+            shared = segments_of(oracle.reduce(images, self._config, rate))
         shared_s = (time.perf_counter() - started) / len(subject.questions)
         found: list[Answer] = []
         for question in subject.questions:
             started = time.perf_counter()
+            segments = self._for(question.text, images, rate) if shared is None else shared
+            kept = [len(segment.anchors) for segment in segments]
             prompt = chat_prompt(oracle.processor, question.text, len(images))
             ids = oracle.prompt_ids(prompt, kept, add_special_tokens=False)
             text, first = oracle.decode(
@@ -162,6 +166,15 @@ class TransformersAsker:
             seconds = shared_s + time.perf_counter() - started
             found.append(Answer(cleaned(text), sum(kept), seconds, _likely(first)))
         return found
+
+    def _for(self, text: str, images: Sequence[Image.Image], rate: float) -> "list[Segment]":
+        """Return what stands for pictures that are pruned for a question."""
+        from era_vllm.lab.oracle import segments_of
+
+        tokenizer = self._oracle.processor.tokenizer
+        asked = of_text(text, tokenizer, special_ids(tokenizer))
+        questions = [asked] * len(images)
+        return segments_of(self._oracle.reduce(images, self._config, rate, questions))
 
 
 def _likely(row: "Tensor") -> dict[int, float]:

@@ -28,6 +28,7 @@ from era_vllm.config import EraConfig, Gamma
 from era_vllm.lab.asking import chat_prompt
 from era_vllm.lab.blocks import prune_blocks
 from era_vllm.lab.oracle import LanguageOracle, Oracle, Segment, segments_of
+from era_vllm.question import Question, of_text, special_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,11 +67,18 @@ def cases_of(
         picture: Its number, itself, and questions.
     """
     number, image, questions = picture
-    tokens = oracle.tokens([image], config)
-    whole, *pruned = [segments_of(prune_blocks(tokens, config, rate)) for rate in (0.0, *rates)]
+    tokenizer = oracle.processor.tokenizer
+    special, of_question = special_ids(tokenizer), dict[Question, list[list[Segment]]]()
     found: list[Case] = []
     for index, question in enumerate(questions, number // 2):
         text = chat_prompt(oracle.processor, question)
+        asked = of_text(question, tokenizer, special) if config.question_aware else ()
+        if asked not in of_question:
+            tokens = oracle.tokens([image], config, [asked])
+            of_question[asked] = [
+                segments_of(prune_blocks(tokens, config, rate)) for rate in (0.0, *rates)
+            ]
+        whole, *pruned = of_question[asked]
         kept = pruned[index % len(pruned)]
         ids = [
             oracle.prompt_ids(text, [len(each[0].anchors)], add_special_tokens=False)

@@ -30,6 +30,7 @@ from era_vllm.lab.scout import (
 )
 from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
+from era_vllm.question import Question
 from era_vllm.steps.merge import average
 from era_vllm.types import PrunedTokens, Signal, VisualTokens
 
@@ -215,14 +216,20 @@ class Oracle(LanguageOracle):
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
-    def tokens(self, images: Sequence[Image], config: EraConfig | None = None) -> VisualTokens:
+    def tokens(
+        self,
+        images: Sequence[Image],
+        config: EraConfig | None = None,
+        questions: Sequence[Question] | None = None,
+    ) -> VisualTokens:
         """Run tower and projector, and read what a policy may need.
 
-        Queries of the language model only where it was loaded.
+        Queries of the language model, and relevance to questions, only where it was loaded.
 
         Args:
             images: s pictures.
-            config: Decides the attention's layer and queries.
+            config: Decides the attention's layer and queries, and how relevance is reduced.
+            questions: What is asked of each; None = nothing.
 
         Raises:
             UnsupportedError: a layer that the features do not come through.
@@ -254,9 +261,24 @@ class Oracle(LanguageOracle):
                 Signal.PIXEL_HASH: torch.tensor([pixel_hash(image) for image in pixels]),
                 **first_queries(body.language_model.layers, embeds),
                 **scouted,
+                **self._relevance(embeds, questions or [()] * len(images), config),
             },
             of_layers,
         )
+
+    def _relevance(
+        self, embeds: Float[Tensor, "s n d"], questions: Sequence[Question], config: EraConfig
+    ) -> dict[Signal, Float32[Tensor, "s 1 n"]]:
+        layers = self.model.model.language_model.layers
+        if not len(layers):
+            return {}
+        table = self.model.get_input_embeddings()
+        pairs = zip(embeds, questions, strict=True)
+        found = [
+            first_relevance(layers, table, own, asked, config.question_reduction)
+            for own, asked in pairs
+        ]
+        return {Signal.RELEVANCE: torch.stack(found)[:, None]}
 
     def _keys_and_scores(
         self, layer: int, hidden: Float[Tensor, "s n d"]
@@ -272,9 +294,15 @@ class Oracle(LanguageOracle):
         return key, query @ key.transpose(2, 3) * attention.scale
 
     @torch.inference_mode()
-    def reduce(self, images: Sequence[Image], config: EraConfig, rate: float) -> PrunedTokens:
+    def reduce(
+        self,
+        images: Sequence[Image],
+        config: EraConfig,
+        rate: float,
+        questions: Sequence[Question] | None = None,
+    ) -> PrunedTokens:
         """Prune images of one rate with the core, in blocks where they are large."""
-        return prune_blocks(self.tokens(images, config), config, rate)
+        return prune_blocks(self.tokens(images, config, questions), config, rate)
 
     @torch.inference_mode()
     def recycle(
@@ -344,6 +372,38 @@ class Oracle(LanguageOracle):
             ids.append(token)
         new = ids[len(prompt_ids) :]
         return self.processor.tokenizer.decode(new, skip_special_tokens=True), rows[0]
+
+
+def first_relevance(
+    layers: nn.ModuleList,
+    table: nn.Module,
+    embeds: Float[Tensor, "n d"],
+    question: Question,
+    reduction: Literal["largest", "mean"],
+) -> Float32[Tensor, "n"]:
+    """Return how much a question's words attend to each token in a Hugging Face model's first
+    layer, word by word and head by head, without positions; 0 where nothing is asked.
+    """
+    if not question:
+        return torch.zeros(len(embeds))
+    attention: Any = layers[0].self_attn
+    words = table(torch.tensor(question, device=embeds.device))
+    made: list[Tensor] = []
+    for name, states in (("q", words), ("k", embeds)):
+        rows = getattr(attention, f"{name}_proj")(layers[0].input_layernorm(states))
+        rows = rows.unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{name}_norm", None)
+        made.append((rows if norm is None else norm(rows)).float())
+    query, key = made
+    of_words: list[Tensor] = []
+    for word in query:
+        heads = [
+            (key[:, head // attention.num_key_value_groups] @ own * attention.scaling).softmax(0)
+            for head, own in enumerate(word)
+        ]
+        of_words.append(torch.stack(heads).mean(0))
+    each = torch.stack(of_words)
+    return each.amax(0) if reduction == "largest" else each.mean(0)
 
 
 def oracle_config(path: str, *, language: bool = True) -> LlavaConfig:

@@ -14,11 +14,14 @@ if TYPE_CHECKING:  # torch, which a help that lists the policies does not wait f
 
 _CONTRACT: Final = (
     "__dataclass_fields__",
-    "prompt_dependent",
     "needs",
     "select",
     "assign",
     "log_bias",
+)
+_ASKING: Final = (
+    "--era-policy cdpruner, mfpruner with --era-option relevance=true, or dpp or era with "
+    "--era-option relevance_weight=0.1"
 )
 
 
@@ -46,10 +49,11 @@ def policy_class(name: str) -> "type[PruningPolicy]":
             "needed a frozen dataclass that keeps era_vllm.contracts.PruningPolicy (missing: "
             f"{', '.join(missing) or 'a class'})"
         )
-    if getattr(found, "prompt_dependent", None) is not False:
+    if getattr(found, "prompt_dependent", False):
         raise UnsupportedError(
-            f"policy {name!r} depends on the prompt, which would make cached images wrong; "
-            f"choose one of: {', '.join(policy_names())}"
+            f"policy {name!r} says prompt_dependent, by which cached images would be wrong; have "
+            "it read Signal.RELEVANCE and serve it with --era-question-aware, or choose one of: "
+            f"{', '.join(policy_names())}"
         )
     return cast("type[PruningPolicy]", found)
 
@@ -58,7 +62,9 @@ def make_policy(config: EraConfig) -> "PruningPolicy":
     """Build the configured policy.
 
     Raises:
-        ConfigError: unknown policy, unknown option (with the nearest name), or a bad value.
+        ConfigError: unknown policy, unknown option (with the nearest name), a bad value, or a
+            policy that reads what is asked where that is no part of a picture's identity, and the
+            other way round.
     """
     found = policy_class(config.policy)
     hints = get_type_hints(found)
@@ -68,7 +74,39 @@ def make_policy(config: EraConfig) -> "PruningPolicy":
         if name not in names:
             raise ConfigError(unknown_name(f"option of policy {config.policy!r}", name, names))
         options[name] = _converted(f"policy_options.{name}", value, hints[name])
-    return found(**options)
+    policy = found(**options)
+    _check_question(policy, config)
+    return policy
+
+
+def defaults(policy: str, **settings: object) -> EraConfig:
+    """Return settings for a policy with its default options: question-aware where it asks.
+
+    Raises:
+        ConfigError: unknown policy, or a bad setting.
+    """
+    from era_vllm.types import Signal
+
+    asks = Signal.RELEVANCE in policy_class(policy)().needs
+    return EraConfig.parse({"policy": policy, "question_aware": asks, **settings})
+
+
+def _check_question(policy: "PruningPolicy", config: EraConfig) -> None:
+    from era_vllm.types import Signal
+
+    asks = Signal.RELEVANCE in policy.needs
+    if asks and not config.question_aware:
+        raise ConfigError(
+            f"policy {config.policy!r} with these options reads what is asked of a picture, which "
+            "then has to be part of its identity in every cache; add --era-question-aware "
+            "(question_aware=True), or choose options or a policy that do not, such as dpp"
+        )
+    if config.question_aware and not asks:
+        raise ConfigError(
+            f"era setting question_aware: got True, but policy {config.policy!r} with these "
+            "options does not read what is asked, and pictures would be cached for each question "
+            f"in vain; choose {_ASKING}, or leave --era-question-aware out"
+        )
 
 
 def _module(name: str, module_name: str) -> ModuleType:

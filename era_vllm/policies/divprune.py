@@ -5,7 +5,6 @@ docs/policies.md.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float32, Int
@@ -25,8 +24,6 @@ class Policy:
     rest: Rest = "dropped"
     """Pruned tokens are dropped as published, or merged into the nearest anchor with a log-size
     bias."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Signal]:

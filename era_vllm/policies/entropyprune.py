@@ -7,7 +7,6 @@ nothing before them, those of a later one the layers below it, run on the pictur
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from jaxtyping import Float32, Int
 from torch import Tensor
@@ -34,8 +33,6 @@ class Policy:
     rest: Rest = "dropped"
     """Pruned tokens are dropped as published, or merged into the nearest anchor with a log-size
     bias."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.entropyprune_k < 1:

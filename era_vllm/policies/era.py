@@ -6,7 +6,7 @@ reconstructed is an option here, with the recommended default and its number in 
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Final, Literal
+from typing import Final, Literal
 
 import torch
 from jaxtyping import Float32, Int
@@ -16,6 +16,7 @@ from era_vllm.errors import ConfigError
 from era_vllm.steps.bias import is_pruned, log_cluster_size, log_weighted_size
 from era_vllm.steps.entropy import Saliency, head_concentration, head_profile, min_max, unattended
 from era_vllm.steps.merge import Matching, nearest
+from era_vllm.steps.relevance import MOST_WEIGHT, quality
 from era_vllm.steps.search import dpp_map, farthest_first
 from era_vllm.steps.similarity import gram, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
@@ -54,8 +55,10 @@ class Policy:
     """X9: rho, mean weight of a pruned token, [0, 1000]; 0.39 reproduces the paper's figure."""
     literal_scale: float = 5.3
     """X9: factor of the ``literal`` weighting, [0, 1000]."""
-
-    prompt_dependent: ClassVar[bool] = False
+    relevance_weight: float = 0.0
+    """beta, [0, 4]: relevance to the question to that power multiplies a token's distance to the
+    anchors, and its quality where ``search`` is dpp; 0 = nobody asks. Source: ours
+    (docs/question.md)."""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -65,6 +68,7 @@ class Policy:
             "entropy_penalty": (0.0, _LARGE),
             "mass_scale": (0.0, _LARGE),
             "literal_scale": (0.0, _LARGE),
+            "relevance_weight": (0.0, MOST_WEIGHT),
         }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -74,8 +78,11 @@ class Policy:
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Encoder attention; its scores too where the saliency is taken from them."""
+        """Encoder attention; its scores too where the saliency is taken from them, and relevance to
+        the question where that has a weight.
+        """
         extra = {Signal.ENCODER_SCORES} if self.saliency == "logit" else set[Signal]()
+        extra |= {Signal.RELEVANCE} if self.relevance_weight else set[Signal]()
         return frozenset({Signal.ENCODER_ATTENTION, *extra})
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
@@ -87,15 +94,19 @@ class Policy:
         )
         similarity = gram(torch.cat(views, -1))
         penalty = min_max(-concentration)  # of the entropy, whose last bits 1 - it has lost
+        weighs = quality(tokens, self.relevance_weight) if self.relevance_weight else None
         if self.search == "dpp":
-            quality = (1.0 - penalty).clamp_min(1e-3)
-            kernel = quality[:, :, None] * similarity * quality[:, None]
+            salient = (1.0 - penalty).clamp_min(1e-3)
+            kernel = salient[:, :, None] * similarity * salient[:, None]
             ridge = 0.1 * torch.eye(tokens.n, dtype=kernel.dtype, device=kernel.device)
-            return dpp_map(kernel + ridge, penalty.argmin(-1), num_anchors)
-        multiplicative = self.search == "multiplicative"
-        weight = self.entropy_penalty
+            return dpp_map(kernel + ridge, penalty.argmin(-1), num_anchors, weighs)
         return farthest_first(
-            similarity, penalty, num_anchors, weight=weight, multiplicative=multiplicative
+            similarity,
+            penalty,
+            num_anchors,
+            weight=self.entropy_penalty,
+            multiplicative=self.search == "multiplicative",
+            quality=weighs,
         )
 
     def assign(self, tokens: VisualTokens, anchors: Int[Tensor, "s a"]) -> Clusters:

@@ -4,7 +4,7 @@ Source: Zou et al. 2025, arXiv:2510.02912, and its code. Deviations: docs/polici
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32, Int
@@ -34,8 +34,6 @@ class Policy:
     rest: Rest = "dropped"
     """Pruned tokens are dropped as published, or merged into the nearest anchor with a log-size
     bias."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.crops < 1:

@@ -1,11 +1,11 @@
 """MFPruner: tokens that several rankings agree on.
 
-Source: github.com/dluo112/MFPruner, whose third ranking, relevance to the question, is left out: it
-would keep other tokens for another prompt. Deviations: docs/policies.md.
+Source: github.com/dluo112/MFPruner, whose third ranking, relevance to the question, is an option
+here: it keeps other tokens for another prompt. Deviations: docs/policies.md.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float32, Int
@@ -14,6 +14,7 @@ from torch import Tensor
 from era_vllm.steps.bias import log_cluster_size
 from era_vllm.steps.merge import Rest, with_rest
 from era_vllm.steps.ranking import ranked, stretched, top
+from era_vllm.steps.relevance import is_asked
 from era_vllm.steps.similarity import gram, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
 
@@ -28,20 +29,24 @@ class Policy:
     rest: Rest = "dropped"
     """Pruned tokens are dropped as published, or merged into the nearest anchor with a log-size
     bias."""
-
-    prompt_dependent: ClassVar[bool] = False
+    relevance: bool = False
+    """Have relevance to the question vote too, as published."""
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Attention of the class token."""
-        return frozenset({Signal.CLASS_ATTENTION})
+        """Attention of the class token, and on request relevance to the question."""
+        extra = {Signal.RELEVANCE} if self.relevance else set[Signal]()
+        return frozenset({Signal.CLASS_ATTENTION, *extra})
 
     def select(self, tokens: VisualTokens, num_anchors: int) -> Int[Tensor, "s a"]:
         """Return the tokens of most votes, then of the largest sum, then of the lowest index."""
         scores = _rankings(tokens)
         votes = torch.zeros_like(scores[0])
         for score in scores:
-            votes = votes + torch.zeros_like(votes).scatter(1, top(score, num_anchors), 1.0)
+            votes = votes + _votes(score, num_anchors)
+        if self.relevance:
+            scores.append(stretched(tokens.signal(Signal.RELEVANCE)[:, 0]))
+            votes = votes + _votes(scores[-1], num_anchors) * is_asked(tokens)
         elected = torch.where(votes >= _MAJORITY, votes, 0.0)
         by_sum = ranked(torch.stack(scores).sum(0))
         by_votes = ranked(elected.gather(1, by_sum))
@@ -56,8 +61,12 @@ class Policy:
         return log_cluster_size(clusters)
 
 
+def _votes(score: Float32[Tensor, "s n"], count: int) -> Float32[Tensor, "s n"]:
+    return torch.zeros_like(score).scatter(1, top(score, count), 1.0)
+
+
 def _rankings(tokens: VisualTokens) -> list[Float32[Tensor, "s n"]]:
-    """Return what votes, each in [0, 1]; a further ranking is a further member."""
+    """Return what votes whatever is asked, each in [0, 1]."""
     similarity = gram(unit(tokens.embeds))
     own = torch.eye(tokens.n, dtype=torch.bool, device=similarity.device)
     mean = similarity.masked_fill(own, 0.0).mean(-1)

@@ -6,7 +6,6 @@ by one cell. The anchor of a cell is its central token.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float32, Int
@@ -20,8 +19,6 @@ from era_vllm.types import Clusters, Signal, VisualTokens
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Mean of each of a cells that tile the token grid."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Signal]:

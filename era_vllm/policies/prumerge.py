@@ -4,7 +4,7 @@ Source: Shang et al. 2024, arXiv:2403.15388, "plus" form. Deviations: docs/polic
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float32, Int
@@ -28,8 +28,6 @@ class Policy:
     """Tokens of the most similar keys that may join an anchor, >= 1."""
     weighting: Literal["none", "log_size"] = "none"
     """Bias of an anchor: none as published, or ln of the cluster size."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.salient <= 1:

@@ -5,7 +5,7 @@ Chance comes from a hash of the pixel values that travels with the segment: not 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float32, Int
@@ -27,8 +27,6 @@ class Policy:
 
     seed: int = 0
     """Another seed, another draw; a signed 64-bit integer."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not -(1 << 63) <= self.seed < 1 << 63:

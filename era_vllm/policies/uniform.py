@@ -1,7 +1,6 @@
 """Keep evenly spaced tokens; fold the rest into the most similar anchor. A baseline."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float32, Int
@@ -15,8 +14,6 @@ from era_vllm.types import Clusters, Signal, VisualTokens
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Uniform stride in raster order."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -4,7 +4,7 @@ Source: Yang et al. 2024, arXiv:2412.04467. Deviations: docs/policies.md.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float32, Int
@@ -27,8 +27,6 @@ class Policy:
     and one less than all where there are two or more."""
     weighting: Literal["none", "log_size"] = "none"
     """Bias of a contextual token: none as published, or ln of what it stands for."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dominant <= 1:

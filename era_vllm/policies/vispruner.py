@@ -5,7 +5,7 @@ Source: Zhang et al. 2025, arXiv:2412.01818. Deviations: docs/policies.md.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float32, Int
@@ -33,8 +33,6 @@ class Policy:
     rest: Rest = "dropped"
     """Pruned tokens are dropped as published, or merged into the nearest anchor with a log-size
     bias."""
-
-    prompt_dependent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.important <= 1:

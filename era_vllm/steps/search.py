@@ -22,6 +22,7 @@ def farthest_first(
     *,
     weight: float = 1.0,
     multiplicative: bool = False,
+    quality: Float32[Tensor, "s n"] | None = None,
 ) -> Int[Tensor, "s a"]:
     """Pick the token of least penalty, then repeatedly the best of distance against penalty.
 
@@ -31,6 +32,7 @@ def farthest_first(
         num_anchors: a, in [1, n].
         weight: alpha; distance - alpha penalty is what the next anchor has most of.
         multiplicative: distance (1 - penalty) instead.
+        quality: Multiplies a token's distance; None = 1.
 
     Source: ERA Sec. "DEP", "entropy-penalised greedy search"; reconstructed (docs/method.md, X6).
     """
@@ -40,13 +42,17 @@ def farthest_first(
     for _ in range(num_anchors - 1):
         taken.scatter_(1, picked[-1][:, None], True)
         nearest = torch.minimum(nearest, 1.0 - _row(gram, picked[-1]))
-        score = nearest * (1.0 - penalty) if multiplicative else nearest - weight * penalty
+        far = nearest if quality is None else nearest * quality
+        score = far * (1.0 - penalty) if multiplicative else far - weight * penalty
         picked.append(score.masked_fill(taken, -torch.inf).argmax(-1))
     return torch.stack(picked, 1).sort(-1).values
 
 
 def dpp_map(
-    kernel: Float32[Tensor, "s n n"], first: Int[Tensor, "s"], num_anchors: int
+    kernel: Float32[Tensor, "s n n"],
+    first: Int[Tensor, "s"],
+    num_anchors: int,
+    quality: Float32[Tensor, "s n"] | None = None,
 ) -> Int[Tensor, "s a"]:
     """Greedy MAP of a determinantal point process by pivoted Cholesky.
 
@@ -54,6 +60,8 @@ def dpp_map(
         kernel: Positive definite; its diagonal is the gain of a first token.
         first: The first anchor of each segment.
         num_anchors: a, in [1, n].
+        quality: q > 0 of each token: the kernel is q_i L_ij q_j, whose determinants are those of L
+            times each q squared, so that no factor of it is small; None = 1.
 
     Source: Chen et al. 2018, arXiv:1709.05135, Alg. 1; differs: the first item is given.
     """
@@ -61,6 +69,7 @@ def dpp_map(
     gain = kernel.diagonal(dim1=1, dim2=2).clone()
     factor = kernel.new_zeros(segments, num_anchors, n)
     taken = torch.zeros_like(gain, dtype=torch.bool)
+    weight = None if quality is None else quality.square()
     picked = [first]
     for step in range(num_anchors - 1):
         last = picked[-1][:, None]
@@ -73,7 +82,8 @@ def dpp_map(
         row = torch.where(pivot > _SPENT, row, 0.0)
         factor[:, step] = row
         gain = gain - row.square()
-        picked.append(quantize(gain).masked_fill(taken, -torch.inf).argmax(-1))
+        score = quantize(gain) if weight is None else quantize(gain) * weight
+        picked.append(score.masked_fill(taken, -torch.inf).argmax(-1))
     return torch.stack(picked, 1).sort(-1).values
 
 

@@ -1,4 +1,5 @@
-"""Identity of a pruned item for every cache: its pixels, K of its segments, our settings.
+"""Identity of a pruned item for every cache: its pixels, K of its segments, what is asked of it
+where that counts (``EraConfig.question_aware``), our settings.
 
 Never its neighbours in the request, their order, or the way in which the rate was asked for; and
 not the rate, of which near ones keep the same. Our version is part of the settings, since a cache
@@ -44,6 +45,7 @@ def pruned_hashes(
             era_shape=[modality, *one.layout.shape],
             era_num_anchors=list(one.num_anchors),
             era_settings=settings,
+            **({"era_question": list(one.question)} if one.question else {}),
         )
         for item, one in zip(hashes, plans, strict=True)
     ]

@@ -20,6 +20,8 @@ PIXEL_HASH: Final = "era_pixel_hash"
 """Hash of the item's pixels, int64 []."""
 SHAPE: Final = "era_shape"
 """``Layout.shape``, int64."""
+QUESTION: Final = "era_question"
+"""``Plan.question``, int64 [tokens]; only where ``EraConfig.question_aware``."""
 WORK: Final = "era_work"
 """``Layout.work``, int64 []: what the scheduler's budget of a step is counted in."""
 NAMES: Final = (NUM_ANCHORS, PIXEL_HASH, SHAPE, WORK)
@@ -38,8 +40,13 @@ class Planned:
     pixel_hash: int
 
 
+def names(*, question_aware: bool) -> tuple[str, ...]:
+    """Return what travels beside an item."""
+    return (*NAMES, QUESTION) if question_aware else NAMES
+
+
 def pack_items(
-    plans: Sequence[Plan], hashes: Sequence[int], modality: str
+    plans: Sequence[Plan], hashes: Sequence[int], modality: str, *, question_aware: bool = False
 ) -> dict[str, list[Tensor] | Tensor]:
     """Return the fields of some items."""
     values: dict[str, list[Tensor] | Tensor] = {
@@ -48,17 +55,24 @@ def pack_items(
         SHAPE: [torch.tensor(plan.layout.shape, dtype=torch.int64) for plan in plans],
         WORK: torch.tensor([plan.layout.work for plan in plans]),
     }
+    if question_aware:
+        values[QUESTION] = [torch.tensor(plan.question, dtype=torch.int64) for plan in plans]
     return {field(name, modality): value for name, value in values.items()}
 
 
 def unpack_items(inputs: dict[str, object], layouts: Layouts, modality: str) -> list[Planned]:
     """Take the fields of a batch of items out of the encoder's inputs. Mutates: inputs."""
     columns = [list(inputs.pop(field(name, modality))) for name in NAMES]  # type: ignore[arg-type]
+    asked = inputs.pop(field(QUESTION, modality), None)
+    questions = [()] * len(columns[0]) if asked is None else [tuple(one.tolist()) for one in asked]  # type: ignore[attr-defined]
     return [
         Planned(
-            Plan(layouts(modality, tuple(shape.tolist())), tuple(counts.tolist())), int(pixel_hash)
+            Plan(layouts(modality, tuple(shape.tolist())), tuple(counts.tolist()), question),
+            int(pixel_hash),
         )
-        for counts, pixel_hash, shape, _ in zip(*columns, strict=True)
+        for (counts, pixel_hash, shape, _), question in zip(
+            zip(*columns, strict=True), questions, strict=True
+        )
     ]
 
 

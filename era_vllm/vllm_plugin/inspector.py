@@ -1,9 +1,9 @@
 """Keeps what a worker pruned for somebody who watches for one item (``/v1/era/inspect``).
 
 One of the reducer's listeners while somebody watches, and none otherwise. An item is known by the
-hash of its pixels and K of its segments: the model sees no request ids. So a neighbour with the
-same picture at the same rate may be caught in its place, and is the same thing. Bounded in number
-and time.
+hash of its pixels, K of its segments and what is asked of it: the model sees no request ids. So a
+neighbour with the same picture at the same rate may be caught in its place, and is the same thing.
+Bounded in number and time.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from torch import Tensor
 from era_vllm.contracts import PruningPolicy
 from era_vllm.layout import SegmentLayout
 from era_vllm.policies import era
+from era_vllm.question import Question
 from era_vllm.steps.entropy import head_entropy, head_profile, unattended
 from era_vllm.types import Signal, VisualTokens
 from era_vllm.vllm_plugin.reducer import Listener, PrunedItem, PrunedSegment
@@ -32,6 +33,8 @@ class Watched(NamedTuple):
     pixel_hash: int
     num_anchors: tuple[int, ...]
     """K of each segment."""
+    question: Question = ()
+    """``Plan.question``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +106,9 @@ class Inspector:
         """Look at one pass of the reducer; waits for the device."""
         self._drop_late()
         for one in items if self._until else ():
-            watched = Watched(one.item.pixel_hash, one.item.plan.num_anchors)
+            plan = one.item.plan
+            watched = Watched(one.item.pixel_hash, plan.num_anchors, plan.question)
             if watched in self._until:
-                plan = one.item.plan
                 pairs = zip(plan.layout.segments, one.segments, strict=True)
                 self._found[watched] = Found(
                     [self._segment(*pair) for pair in pairs],

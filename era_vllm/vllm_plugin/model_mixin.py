@@ -37,6 +37,7 @@ from era_vllm.vllm_plugin.signals import SignalSource
 from era_vllm.vllm_plugin.signals.encoder_probe import EncoderProbe
 from era_vllm.vllm_plugin.signals.language_queries import LanguageQueries
 from era_vllm.vllm_plugin.signals.pixel_hash import PixelHash
+from era_vllm.vllm_plugin.signals.question import FirstLayerForm, QuestionRelevance
 from era_vllm.vllm_plugin.signals.scout import Scout
 from era_vllm.vllm_plugin.step_state import StepState
 
@@ -185,6 +186,10 @@ class PrunedModelMixin(nn.Module):
                     every_layer=self.era.scout_injection,
                 )
             )
+        if Signal.RELEVANCE in self.policy.needs:
+            width = self.adapter.width(self.config)
+            form = FirstLayerForm(self.adapter.language_model(self))
+            sources.append(QuestionRelevance(form, self.era.question_reduction, width))
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         if layer is not None and (wanted := self.policy.needs & self.adapter.provides):
             queries = self.era.attention_queries

@@ -56,6 +56,32 @@ def placed_parts(
                 yield f"{at}[{row}].{name}[{column}]", part
 
 
+def texts_of_items(messages: object) -> dict[str, list[str]]:
+    """Return what is said beside each item in its own message, by modality, in the prompt's order.
+
+    Args:
+        messages: As in a chat request; anything else has none.
+    """
+    found: dict[str, list[str]] = {modality: [] for modality in _URLS}
+    for message in messages if isinstance(messages, list) else ():
+        parts = [part for _, part in placed_parts([message])]
+        kinds = [modality_of(part) if isinstance(part, dict) else None for part in parts]
+        text = "\n".join(
+            said
+            for part, kind in zip(parts, kinds, strict=True)
+            if kind is None and (said := _said(part))
+        )
+        for kind in kinds:
+            if kind is not None:
+                found[kind].append(text)
+    return found
+
+
+def _said(part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    return text if isinstance(text, str) else ""
+
+
 def fields_of_items(parts: Iterable[tuple[str, object]]) -> dict[str, list[PartFields]]:
     """Return what each item's part says, by modality, in the prompt's order.
 

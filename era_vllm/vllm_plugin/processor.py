@@ -26,20 +26,23 @@ from era_vllm.contracts import ModelAdapter
 from era_vllm.layout import Layout
 from era_vllm.pixels import pixel_hash
 from era_vllm.plan import Plan, plan
+from era_vllm.question import MOST
 from era_vllm.vllm_plugin.cache_keys import pruned_hashes
 from era_vllm.vllm_plugin.families import Family, family_of
-from era_vllm.vllm_plugin.fields import NAMES, field, pack_items
+from era_vllm.vllm_plugin.fields import field, names, pack_items
 from era_vllm.vllm_plugin.layouts import Layouts
 from era_vllm.vllm_plugin.names import RATES
 from era_vllm.vllm_plugin.packing import MOST_OFFSETS
 from era_vllm.vllm_plugin.positions import table_rows
-from era_vllm.vllm_plugin.rates import effective_rates, without_rates
+from era_vllm.vllm_plugin.rates import effective_rates, questions, without_rates
 from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.thin import thinned
 from era_vllm.vllm_plugin.trained_range import bounded
 
 TOKENS_BEFORE = "era_tokens_before"
 """Key of a processed prompt, which the renderer takes out again: modality -> N of each item."""
+QUESTION_TOKENS = "era_question_tokens"
+"""Likewise: modality -> tokens of the question that each item is pruned for."""
 
 Plans = Mapping[str, Sequence[Plan]]
 """Modality -> the plan of each of its items."""
@@ -153,6 +156,10 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         result[TOKENS_BEFORE] = {
             modality: [one.layout.length for one in some] for modality, some in plans.items()
         }
+        if self.info.era.question_aware:
+            result[QUESTION_TOKENS] = {
+                modality: [len(one.question) for one in some] for modality, some in plans.items()
+            }
         every = [one for some in plans.values() for one in some]
         ahead = sum(sum(one.layout.spans) - sum(one.kept) for one in every)
         if checked:  # with the texts that a family writes around and between runs
@@ -194,6 +201,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
                 plan(layout, rate, self.info.era)
                 for layout, rate in zip(layouts, rates[modality], strict=True)
             ]
+            if self.info.era.question_aware:
+                plans[modality] = _asked(plans[modality], given, modality)
         return {modality: some for modality, some in plans.items() if some}
 
     def _shape(
@@ -303,7 +312,8 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             fields = {name: config for name, config in stock.items() if config.modality == modality}
             items = MultiModalKwargsItems.from_hf_inputs(processed, fields)[modality]
             hashes = [pixel_hash(pixels_of(item)) for item in items]
-            processed.update(pack_items(plans, hashes, modality))
+            aware = self.info.era.question_aware
+            processed.update(pack_items(plans, hashes, modality, question_aware=aware))
         return processed
 
     def _check_shapes(self, processed: BatchFeature, modality: str, plans: Sequence[Plan]) -> None:
@@ -336,7 +346,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         ours = {
             field(name, modality): MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
             for modality in self.info.family.modalities
-            for name in NAMES
+            for name in names(question_aware=self.info.era.question_aware)
         }
         return {**super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs), **ours}
 
@@ -354,6 +364,17 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
             )
             if plans.get(update.modality)
         ]
+
+
+def _asked(plans: Sequence[Plan], given: Mapping[str, object], modality: str) -> list[Plan]:
+    """Return plans with what is asked of each item; of one that stays whole it does not matter."""
+    if isinstance(given, DummyKwargs):
+        return [dataclasses.replace(one, question=(0,) * MOST) for one in plans]
+    asked = questions(given).get(modality, [()] * len(plans))
+    return [
+        one if one.whole else dataclasses.replace(one, question=tuple(question))
+        for one, question in zip(plans, asked, strict=True)
+    ]
 
 
 def _sizes(shape: Sequence[int]) -> str:

@@ -2,6 +2,8 @@
 
 A prompt carries its rates as ``mm_processor_kwargs["era"]``: one number for all of its items, a
 list with one a picture, or both by modality ({"image": ..., "video": ...}). Absent = the default.
+Beside modalities may stand whether its items are pruned for what is asked of them ("question_aware"
+), and, from the renderer on, what that is.
 """
 
 import difflib
@@ -10,8 +12,9 @@ from typing import Final
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
-from era_vllm.vllm_plugin.names import RATES
-from era_vllm.vllm_plugin.requests import MODALITIES
+from era_vllm.question import Question
+from era_vllm.vllm_plugin.names import QUESTION_AWARE, QUESTIONS, RATES
+from era_vllm.vllm_plugin.requests import MODALITIES, checked_question_aware
 
 _NEAR: Final = 0.85  # so that EVS's video_pruning_rate is another name
 
@@ -32,7 +35,7 @@ def effective_rates(
     """
     refuse_misspelt(processor_kwargs)
     given = processor_kwargs.get(RATES)
-    by_modality = given if isinstance(given, Mapping) else _of_modalities(given)
+    by_modality = _of_modalities(given)
     if unknown := [name for name in by_modality if name not in MODALITIES]:
         raise ConfigError(f"{RATES}: got {unknown[0]!r}, allowed: {' and '.join(MODALITIES)}")
     if isinstance(given, list | tuple) and given and not items.get("image"):
@@ -51,9 +54,41 @@ def effective_rates(
 
 def _of_modalities(given: object) -> dict[str, object]:
     """A number is for every item; a list is the pictures'."""
+    if isinstance(given, Mapping):
+        beside = (QUESTION_AWARE, QUESTIONS)
+        return {name: value for name, value in given.items() if name not in beside}
     if isinstance(given, list | tuple):
         return {"image": given}
     return dict.fromkeys(MODALITIES, given)
+
+
+def says_rates(processor_kwargs: Mapping[str, object]) -> bool:
+    """Tell whether a prompt's arguments say how much is pruned."""
+    given = processor_kwargs.get(RATES)
+    return given is not None and (not isinstance(given, Mapping) or bool(_of_modalities(given)))
+
+
+def question_aware(processor_kwargs: Mapping[str, object], config: EraConfig) -> bool:
+    """Return whether a prompt's items are pruned for what is asked of them, as its arguments say.
+
+    Raises:
+        ConfigError: no boolean, or true of an engine that does not.
+    """
+    given = processor_kwargs.get(RATES)
+    if not isinstance(given, Mapping):
+        return config.question_aware
+    if QUESTIONS in given:
+        raise ConfigError(
+            f"{RATES}: got {QUESTIONS!r}, which are the prompt's own text; leave them out"
+        )
+    at = f"{RATES}.{QUESTION_AWARE}"
+    return checked_question_aware(given.get(QUESTION_AWARE), config, at)
+
+
+def questions(processor_kwargs: Mapping[str, object]) -> Mapping[str, list[Question]]:
+    """Return what the renderer has found to be asked of each item, by modality; {} = nothing."""
+    given = processor_kwargs.get(RATES)
+    return given.get(QUESTIONS, {}) if isinstance(given, Mapping) else {}
 
 
 def _rates(given: object, modality: str, count: int, config: EraConfig) -> list[float]:

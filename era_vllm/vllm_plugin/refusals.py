@@ -14,7 +14,7 @@ from era_vllm.compat import cpu_attention
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
-from era_vllm.types import OF_ENCODER, Signal
+from era_vllm.types import OF_ENCODER, OF_LANGUAGE_MODEL, Signal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -133,7 +133,7 @@ REFUSALS: Final = (
         "LoRA adapters (--enable-lora) with a policy that reads the language model's first layer",
         "a picture is encoded once for all requests, whatever adapter each asks for",
         "leave --enable-lora out, or use --era-policy dpp",
-        lambda config: bool(config.lora_config and _needs(config, {Signal.LANGUAGE_QUERIES})),
+        lambda config: bool(config.lora_config and _needs(config, OF_LANGUAGE_MODEL)),
     ),
     Refusal(
         "LoRA adapters (--enable-lora) with a scout (--era-scout)",

@@ -5,6 +5,7 @@ where rates are made explicit, and where a bad one becomes an HTTP 400 before an
 What was done with each item goes back into the request's context.
 """
 
+import copy
 from collections.abc import Mapping, Sequence, Sized
 from functools import cached_property, partial
 from typing import Final
@@ -13,21 +14,23 @@ from PIL.Image import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
+from era_vllm import question
 from era_vllm.compat import input_processor
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.cache_keys import namespace
 from era_vllm.vllm_plugin.families import family_of
-from era_vllm.vllm_plugin.names import RATES
+from era_vllm.vllm_plugin.names import QUESTIONS, RATES
 from era_vllm.vllm_plugin.parts import (
     PartFields,
     fields_of_items,
     placed_parts,
+    texts_of_items,
     with_lists,
     without_field,
 )
-from era_vllm.vllm_plugin.processor import TOKENS_BEFORE
-from era_vllm.vllm_plugin.rates import effective_rates
+from era_vllm.vllm_plugin.processor import QUESTION_TOKENS, TOKENS_BEFORE
+from era_vllm.vllm_plugin.rates import effective_rates, question_aware, says_rates
 from era_vllm.vllm_plugin.requests import (
     FIELD,
     ItemRate,
@@ -39,6 +42,7 @@ from era_vllm.vllm_plugin.resolve import era_config
 from era_vllm.vllm_plugin.trained_range import end_in_time
 
 _PART_FIELDS = "era_part_fields"
+_TEXTS = "era_texts"
 _ITEM_RATES = "era_rates"
 """Keys of a prompt on its way through the renderer, which vLLM leaves alone."""
 _AXES: Final = {"image": 3, "video": 4}
@@ -60,6 +64,13 @@ class EraRenderer(HfRenderer):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         input_processor.then(end_in_time)
+        if self.era.question_aware and self.mm_processor is not None:
+            # vLLM's own is another thread's, and a fast tokenizer is one caller's at a time
+            self._tokenizer = copy.deepcopy(self.get_tokenizer())
+            self._special_ids = question.special_ids(self._tokenizer)
+            info = self.get_mm_processor().info
+            taken = [name for name in info.family.modalities if info.allowed_mm_limits.get(name)]
+            self._marks = {name: info.adapter.mark(info, name) for name in taken}
 
     @cached_property
     def era(self) -> EraConfig:
@@ -70,7 +81,7 @@ class EraRenderer(HfRenderer):
         """Do what vLLM does, and keep what each item's part says of it, which vLLM drops."""
         messages = with_lists(messages)
         conversation, prompt = super().render_messages(without_field(messages), params)
-        prompt[_PART_FIELDS] = _part_fields(messages)
+        prompt |= self._said(messages)
         return conversation, prompt
 
     async def render_messages_async(self, messages, params):  # noqa: ANN001, ANN201
@@ -78,8 +89,13 @@ class EraRenderer(HfRenderer):
         messages = with_lists(messages)
         bare = without_field(messages)
         conversation, prompt = await super().render_messages_async(bare, params)
-        prompt[_PART_FIELDS] = _part_fields(messages)
+        prompt |= self._said(messages)
         return conversation, prompt
+
+    def _said(self, messages: list[object]) -> dict[str, object]:
+        """Return what messages say of their items, as keys of a prompt."""
+        said: dict[str, object] = {_PART_FIELDS: _part_fields(messages)}
+        return {**said, _TEXTS: texts_of_items(messages)} if self.era.question_aware else said
 
     def _apply_prompt_extras(
         self, prompts: list[dict[str, object]], prompt_extras: dict[str, object] | None
@@ -113,13 +129,17 @@ class EraRenderer(HfRenderer):
         given = prompt.get("mm_processor_kwargs")
         kwargs = dict(given) if isinstance(given, dict) else {}
         try:
+            aware = question_aware(kwargs, self.era)
             rates = self._item_rates(kwargs, prompt.get(_PART_FIELDS), counts)
+            questions = self._questions(prompt, counts) if aware else {}
         except ConfigError as error:
             field = getattr(error, "field", f"mm_processor_kwargs.{RATES}")
             raise VLLMValidationError(str(error), parameter=field) from error
         kwargs[RATES] = {
             modality: [rate.pruning_rate for rate in some] for modality, some in rates.items()
         }
+        if questions:
+            kwargs[RATES][QUESTIONS] = questions
         return {"mm_processor_kwargs": kwargs, _ITEM_RATES: rates}
 
     def _item_rates(
@@ -129,7 +149,7 @@ class EraRenderer(HfRenderer):
         counts: Mapping[str, int],
     ) -> dict[str, list[ItemRate]]:
         explicit = effective_rates(kwargs, counts, self.era)
-        if RATES in kwargs:
+        if says_rates(kwargs):
             some = (one for each in (fields or {}).values() for one in each)
             if beside := next((one for one in some if one.era is not None), None):
                 raise ConfigError(
@@ -155,6 +175,29 @@ class EraRenderer(HfRenderer):
                 found[modality] = item_rates(each, asked.get(modality), self.era)
         return found
 
+    def _questions(
+        self, prompt: Mapping[str, object], counts: Mapping[str, int]
+    ) -> dict[str, list[question.Question]]:
+        """Return what is asked of each item; nothing where a request wants none."""
+        request = current()
+        if request is not None and not request.question_aware:
+            return {}
+        texts = request.questions if request is not None else None
+        if texts is None:
+            texts = prompt.get(_TEXTS)
+        ids, special = prompt.get("prompt_token_ids"), self._special_ids
+        if texts is not None:
+            of_text = partial(question.of_text, tokenizer=self._tokenizer, left_out=special)
+            return {modality: [*map(of_text, texts[modality])] for modality in counts}
+        try:
+            return question.of_prompt(ids, self._marks, counts, self._tokenizer, special)
+        except LookupError as error:
+            raise ConfigError(
+                f"the prompt has {error}, so that what is asked of each cannot be told; write one "
+                f'mark for each, or set mm_processor_kwargs={{"{RATES}": {{"question_aware": '
+                "False}}"
+            ) from error
+
     def process_for_engine(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN201
         """Do what vLLM does, and report what was done with the items."""
         inputs = super().process_for_engine(prompt, *args, **kwargs)
@@ -178,7 +221,8 @@ class EraRenderer(HfRenderer):
     async def _process_again(self, prompt, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
         """Do what vLLM does, for a prompt that was reported."""
         inputs = await super().process_for_engine_async(prompt, *args, **kwargs)
-        inputs.pop(TOKENS_BEFORE, None)
+        for name in (TOKENS_BEFORE, QUESTION_TOKENS):
+            inputs.pop(name, None)
         return inputs
 
     def _report(
@@ -194,13 +238,16 @@ class EraRenderer(HfRenderer):
         Mutates: inputs, which lose what is ours.
         """
         before, request = inputs.pop(TOKENS_BEFORE, None), current()
+        asked = inputs.pop(QUESTION_TOKENS, {})
         if before is None or request is None or skip_mm_cache:
             return
         places = inputs["mm_placeholders"]
         after = {name: [place.get_num_embeds() for place in places[name]] for name in before}
         request.report(
             {
-                modality: reports(rates, before[modality], after[modality], self.era)
+                modality: reports(
+                    rates, before[modality], after[modality], self.era, asked.get(modality)
+                )
                 for modality, rates in prompt[_ITEM_RATES].items()
                 if rates
             }

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, unknown_name
+from era_vllm.vllm_plugin.names import QUESTION_AWARE
 from era_vllm.vllm_plugin.parts import FIELD, PartFields
 
 Source = Literal["part", "detail", "era", "default"]
@@ -62,10 +63,15 @@ class ItemReport:
     """Of the encoder; None where the engine is stock, which does not tell."""
     tokens_after: int | None
     """In the prompt."""
+    question_tokens: int | None = None
+    """Of the question that it was pruned for; None where the engine prunes for none."""
 
     def as_dict(self) -> dict[str, object]:
         """Return plain JSON values."""
-        return asdict(self)
+        values = asdict(self)
+        if self.question_tokens is None:
+            del values["question_tokens"]
+        return values
 
 
 Reports = Mapping[str, Sequence[ItemReport]]
@@ -78,6 +84,10 @@ class RequestContext:
 
     rates: Mapping[str, float] = field(default_factory=dict)
     """Modality -> the rate that the ``era`` field asks for."""
+    question_aware: bool = True
+    """False: its items are pruned as if nothing were asked of them, and shared."""
+    questions: Mapping[str, Sequence[str]] | None = None
+    """Modality -> what is asked of each item, where it is not its prompt's text."""
     part_fields: Mapping[str, Sequence[PartFields]] | None = None
     """Modality -> what each item's part says, where vLLM's messages do not; None = they do."""
     only_counted: bool = False
@@ -133,6 +143,10 @@ def requested_rates(
         return {}
     if not isinstance(field, Mapping) or not field:
         raise FieldError(FIELD, field, FORMS)
+    if QUESTION_AWARE in field:
+        field = {name: value for name, value in field.items() if name != QUESTION_AWARE}
+        if not field:
+            return {}
     if not any(name in field for name in MODALITIES):
         return dict.fromkeys(modalities, _requested_rate(field, config, FIELD, FORMS))
     for name, value in field.items():
@@ -145,6 +159,36 @@ def requested_rates(
     }
 
 
+def requested_question(field: object, config: EraConfig) -> bool:
+    """Return whether an ``era`` field wants items pruned for what is asked of them.
+
+    Args:
+        field: As it came; None = none.
+        config: The server's settings.
+
+    Raises:
+        FieldError: no boolean, or true of a server that does not.
+    """
+    given = field.get(QUESTION_AWARE) if isinstance(field, Mapping) else None
+    return checked_question_aware(given, config, f"{FIELD}.{QUESTION_AWARE}")
+
+
+def checked_question_aware(given: object, config: EraConfig, at: str) -> bool:
+    """Return what was asked for, or what is served where nothing was.
+
+    Raises:
+        FieldError: no boolean, or true of an engine that does not.
+    """
+    if given is None:
+        return config.question_aware
+    if not isinstance(given, bool):
+        raise FieldError(at, given, "true or false" if config.question_aware else "false")
+    if given and not config.question_aware:
+        allowed = "false, or an engine that was started with --era-question-aware"
+        raise FieldError(at, given, allowed)
+    return given
+
+
 def _requested_rate(value: object, config: EraConfig, at: str, forms: str) -> float:
     if not isinstance(value, Mapping) or len(value) != 1:
         raise FieldError(at, value, forms)
@@ -155,7 +199,7 @@ def _requested_rate(value: object, config: EraConfig, at: str, forms: str) -> fl
         return config.check_rate(wanted)
     if name == "level":
         return _rate_of_level(wanted, config, at)
-    known = ("level", "pruning_rate", *(MODALITIES if at == FIELD else ()))
+    known = ("level", "pruning_rate", *((*MODALITIES, QUESTION_AWARE) if at == FIELD else ()))
     raise FieldError(at, value, f"{forms} ({unknown_name('field', str(name), known)})")
 
 
@@ -205,6 +249,7 @@ def reports(
     before: Sequence[int | None],
     after: Sequence[int | None],
     config: EraConfig,
+    asked: Sequence[int] | None = None,
 ) -> list[ItemReport]:
     """Return what the response says of each item of a modality.
 
@@ -213,7 +258,9 @@ def reports(
         before: Tokens of each from the encoder.
         after: Tokens of each in the prompt.
         config: The server's settings.
+        asked: Tokens of the question that each was pruned for; None where there are none.
     """
+    questions = [None] * len(rates) if asked is None else asked
     return [
         ItemReport(
             pruning_rate=rate.pruning_rate,
@@ -222,6 +269,9 @@ def reports(
             clamped=rate.clamped,
             tokens_before=tokens_before,
             tokens_after=tokens_after,
+            question_tokens=question_tokens,
         )
-        for rate, tokens_before, tokens_after in zip(rates, before, after, strict=True)
+        for rate, tokens_before, tokens_after, question_tokens in zip(
+            rates, before, after, questions, strict=True
+        )
     ]

@@ -5,7 +5,7 @@ user has none), so nothing is patched and nothing but plain values travels. Each
 two steps, on every rank. Leaves out: routes and limits (``server``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
@@ -51,17 +51,28 @@ class EraWorker:
         """Return what this rank counted."""
         return _model(self).reducer.metrics.counted()
 
-    def era_watch(self, pixel_hash: int, num_anchors: list[int], seconds: float) -> None:
+    def era_watch(
+        self,
+        pixel_hash: int,
+        num_anchors: list[int],
+        seconds: float,
+        question: Sequence[int] = (),
+    ) -> None:
         """Catch an item when it is pruned."""
-        _inspector(self).watch(Watched(pixel_hash, tuple(num_anchors)), seconds)
+        watched = Watched(pixel_hash, tuple(num_anchors), tuple(question))
+        _inspector(self).watch(watched, seconds)
 
     def era_take(
-        self, pixel_hash: int, num_anchors: list[int], request_id: str | None
+        self,
+        pixel_hash: int,
+        num_anchors: list[int],
+        request_id: str | None,
+        question: Sequence[int] = (),
     ) -> dict[str, object]:
         """Return what was caught of an image, and forget it.
 
         Args:
-            pixel_hash, num_anchors: As watched for.
+            pixel_hash, num_anchors, question: As watched for.
             request_id: Of the running request with that image alone, whose KV slots are read too.
 
         Returns:
@@ -69,7 +80,8 @@ class EraWorker:
             rank's ``ReadBack``, or None if not asked for or the request holds no slots;
             ``unreadable``: why the cache cannot be read on this backend, or None.
         """
-        found = _inspector(self).take(Watched(pixel_hash, tuple(num_anchors)))
+        watched = Watched(pixel_hash, tuple(num_anchors), tuple(question))
+        found = _inspector(self).take(watched)
         read = unreadable = None
         if found is not None and request_id is not None:
             try:

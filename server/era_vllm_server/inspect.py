@@ -38,10 +38,16 @@ from era_vllm.compat.vllm_entrypoints import (
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.viz import Kept, draw, seen
-from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, field, shape_of
+from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, QUESTION, field, shape_of
 from era_vllm.vllm_plugin.parts import PartFields
 from era_vllm.vllm_plugin.processor import PrunedInfoMixin, pixels_of
-from era_vllm.vllm_plugin.requests import FieldError, ItemRate, item_rates, requested_rates
+from era_vllm.vllm_plugin.requests import (
+    FieldError,
+    ItemRate,
+    item_rates,
+    requested_question,
+    requested_rates,
+)
 from era_vllm_server import probe
 from era_vllm_server.workers import answer, call_workers
 
@@ -82,6 +88,9 @@ class InspectRequest(BaseModel):
     video_url: Annotated[ItemUrl | None, BeforeValidator(_as_object)] = None
     era: Annotated[Any, Field(description="as in a chat, or in a part of one")] = None
     detail: Any = None
+    question: Annotated[
+        str | None, Field(description="what is asked of it, where the server prunes for that")
+    ] = None
     read_back: bool = False
     picture: bool = True
 
@@ -180,6 +189,9 @@ def _rate(request: InspectRequest, config: EraConfig, takes: tuple[str, ...]) ->
     try:
         asked = requested_rates(request.era, config, takes).get(request.modality)
         (rate,) = item_rates([request.part_fields], asked, config)
+        if request.question is not None and not requested_question(request.era, config):
+            allowed = "none, or a server that was started with --era-question-aware"
+            raise FieldError("question", request.question, allowed)
         return rate if asked is None else ItemRate(asked, "era")
     except FieldError as error:
         raise VLLMValidationError(str(error), parameter=error.field) from error
@@ -209,13 +221,15 @@ async def _ask(
         UnsupportedError: the pixels are elsewhere, or this backend's KV cache cannot be read.
     """
     modality, read_back = request.modality, request.read_back
-    prompt = await probe.render(engine, item, rate, modality)
+    prompt = await probe.render(engine, item, rate, modality, request.question or "")
     (given,) = prompt["mm_kwargs"][modality]
     names = [field(name, modality) for name in (PIXEL_HASH, NUM_ANCHORS)]
     if names[0] not in given:  # a place in shared memory instead of the pixels
         raise UnsupportedError(_SHARED)
     key = [given[name].data.tolist() for name in names]
-    await call_workers(engine, "era_watch", *key, _LIMIT_S)
+    asked = given.get(field(QUESTION, modality))
+    question = [] if asked is None else asked.data.tolist()
+    await call_workers(engine, "era_watch", *key, _LIMIT_S, question)
     request_id = f"era-inspect-{uuid.uuid4().hex}"
     tokens = _TOKENS_WHILE_READING if read_back else 1
     room, length = engine.model_config.max_model_len, len(prompt["prompt_token_ids"])
@@ -228,7 +242,7 @@ async def _ask(
     tokens = min(tokens, room - length)
     async with aclosing(probe.generate(engine, prompt, request_id, tokens)) as outputs:
         await anext(outputs)  # a first token: the whole prompt is in the KV cache
-        ask = (*key, request_id if read_back else None)
+        ask = (*key, request_id if read_back else None, question)
         taken = await call_workers(engine, "era_take", *ask)
     return _of_one_engine(given, taken, read_back=read_back)
 

@@ -41,7 +41,11 @@ def takes_images(engine: EngineClient) -> bool:
 
 
 async def render(
-    engine: EngineClient, item: object | None, rate: float | None, modality: str = "image"
+    engine: EngineClient,
+    item: object | None,
+    rate: float | None,
+    modality: str = "image",
+    question: str = "",
 ) -> EngineInput:
     """Return a prompt about one item, or none, ready for the engine.
 
@@ -52,6 +56,7 @@ async def render(
         item: What vLLM's connector gives.
         rate: Pruning rate; None for a stock engine.
         modality: The item's.
+        question: For which it is pruned, where the engine prunes for any.
 
     Raises:
         VLLMValidationError: the item cannot be taken.
@@ -69,6 +74,7 @@ async def render(
         request_context() as request
     ):  # of its own: no client's field holds here, and nothing is counted
         request.rates = {} if rate is None else {modality: rate}
+        request.questions = {modality: [question]}
         (rendered,) = await engine.renderer.render_cmpl_async([parsed])
     return rendered
 

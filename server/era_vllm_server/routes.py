@@ -18,6 +18,7 @@ from vllm.exceptions import VLLMValidationError
 
 from era_vllm.compat.vllm_entrypoints import chat_api, messages_api, responses_api, tokenize_api
 from era_vllm.config import EraConfig
+from era_vllm.vllm_plugin.names import QUESTION_AWARE
 from era_vllm.vllm_plugin.parts import with_lists, without_field
 from era_vllm.vllm_plugin.requests import (
     FIELD,
@@ -27,6 +28,7 @@ from era_vllm.vllm_plugin.requests import (
     current,
     item_rates,
     reports,
+    requested_question,
     requested_rates,
 )
 from era_vllm_server.metrics import REJECTED
@@ -43,29 +45,34 @@ _ROUTES: Final[Mapping[str, tuple[APIRouter, Place | None]]] = {
     "/tokenize": (tokenize_api.router, None),
 }
 """vLLM's router of each, and where an answer says what was done; None = tokens are only counted."""
+_NUMBER: Final = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
 _RATE: Final = {
     "type": "object",
-    "properties": {
-        "pruning_rate": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-        "level": {"type": "string"},
-    },
+    "properties": {"pruning_rate": _NUMBER, "level": {"type": "string"}},
     "additionalProperties": False,
     "minProperties": 1,
     "maxProperties": 1,
 }
+_AWARE: Final = {QUESTION_AWARE: {"type": ["boolean", "null"]}}
 _EraField = Annotated[
     object,
     WithJsonSchema(
         {
             "description": "How much to prune all items of this request, or by modality.",
             "anyOf": [
-                _RATE,
-                {
-                    "type": "object",
-                    "properties": dict.fromkeys(MODALITIES, _RATE),
-                    "additionalProperties": False,
-                    "minProperties": 1,
-                },
+                *(
+                    {
+                        "type": "object",
+                        "properties": {**one, **_AWARE},
+                        "additionalProperties": False,
+                        "minProperties": 1,
+                    }
+                    for one in (
+                        {"pruning_rate": _NUMBER},
+                        {"level": {"type": "string"}},
+                        dict.fromkeys(MODALITIES, _RATE),
+                    )
+                ),
                 {"type": "null"},
             ],
         }
@@ -111,6 +118,7 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
         takes = _modalities(raw_request.app)
         try:
             context.rates = requested_rates(body.get(FIELD), config, takes)
+            context.question_aware = requested_question(body.get(FIELD), config)
             context.only_counted = place is None
             fields = item_fields(stock.path, body)
             if stock.path.startswith(MESSAGES):  # in whose conversion it gets lost

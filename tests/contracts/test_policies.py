@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from era_vllm.config import EraConfig
 from era_vllm.contracts import PruningPolicy
 from era_vllm.errors import PolicyError
 from era_vllm.pipeline import prune
-from era_vllm.policies import make_policy, policy_class, policy_names
+from era_vllm.policies import defaults, make_policy, policy_class, policy_names
 from era_vllm.types import DEGENERATE_KINDS, Degenerate, PrunedTokens, Signal, VisualTokens
 from tests.guards import HostRead, operations, without_host_reads
 from tests.strategies import (
@@ -60,8 +59,11 @@ EXTREMES: Final[dict[str, dict[str, tuple[float, ...]]]] = {
         "entropy_penalty": (0.0,),
         "mass_scale": (0.0,),
         "mass_guard": (10.0,),
+        "relevance_weight": (0.25, 4.0),
     },
-    "dpp": {"ridge": (1e-9,)},
+    "dpp": {"ridge": (1e-9,), "relevance_weight": (0.25, 4.0)},
+    "mfpruner": {"relevance": (True,)},
+    "cdpruner": {"theta": (0.0, 0.5, 0.999)},
     "entropyprune": {"trace_norm": (False,)},
     "vispruner": {"important": (0.0, 1.0)},
     "visionzip": {"dominant": (0.0, 1.0)},
@@ -75,15 +77,14 @@ def _variants() -> dict[str, PruningPolicy]:
     """Every policy with its defaults, then with each other value of each option."""
     found: dict[str, PruningPolicy] = {}
     for name in policy_names():
-        found[name] = make_policy(EraConfig(policy=name))
+        found[name] = make_policy(defaults(name))
         hints = get_type_hints(policy_class(name))
         values: dict[str, tuple[object, ...]] = {
             option: get_args(hint) for option, hint in hints.items() if get_origin(hint) is Literal
         }
         for option, choices in (values | EXTREMES.get(name, {})).items():
             for value in choices:
-                raw = {"policy": name, "policy_options": {option: value}}
-                policy = make_policy(EraConfig.parse(raw))
+                policy = replace(found[name], **{option: value})
                 if policy != found[name]:
                     found[f"{name}-{option}={value}"] = policy
     return found
@@ -126,10 +127,10 @@ def _row(pruned: PrunedTokens, index: int) -> PrunedTokens:
 
 @pytest.mark.parametrize("name", policy_names())
 def test_policy_is_a_frozen_dataclass_that_keeps_the_protocol(name: str) -> None:
-    policy = make_policy(EraConfig(policy=name))
+    policy = make_policy(defaults(name))
     assert isinstance(policy, PruningPolicy)
     assert is_dataclass(policy) and not isinstance(policy, type)
-    assert hash(policy) == hash(make_policy(EraConfig(policy=name)))
+    assert hash(policy) == hash(make_policy(defaults(name)))
     for field in fields(policy):
         with pytest.raises(AttributeError):
             setattr(policy, field.name, getattr(policy, field.name))
@@ -270,6 +271,7 @@ def test_tokens_without_a_difference_are_taken_in_order(
         tokens = with_signal(tokens, ATTENTION, torch.full((1, 3, 15), 1 / 15))
     if attention != "zero":
         tokens = with_signal(tokens, Signal.CLASS_ATTENTION, torch.full((1, 3, 15), 1 / 15))
+        tokens = with_signal(tokens, Signal.RELEVANCE, torch.full((1, 1, 15), 1 / 15))
     if getattr(policy, "mass_guard", 0.0) > 1:
         tokens = with_signal(tokens, ATTENTION, torch.zeros(1, 3, 15))
     for count in (1, 4, 14):
@@ -410,14 +412,15 @@ def test_bad_numbers_are_repaired_counted_and_stay_in_their_segment(
 
 @every_policy
 def test_negative_attention_counts_as_none(policy: PruningPolicy) -> None:
-    tokens, of_class = build(2, (4, 5)), Signal.CLASS_ATTENTION
-    bad, zero = tokens.signals[ATTENTION].clone(), tokens.signals[ATTENTION].clone()
-    bad[:, :, 3:9] = -1.0
-    zero[:, :, 3:9] = 0.0
-    one, other = (
-        prune(with_signal(with_signal(tokens, ATTENTION, x), of_class, x), 5, policy)
-        for x in (bad, zero)
-    )
+    tokens, found = build(2, (4, 5)), list[PrunedTokens]()
+    for value in (-1.0, 0.0):
+        spoiled = tokens
+        for signal in (ATTENTION, Signal.CLASS_ATTENTION, Signal.RELEVANCE):
+            x = tokens.signals[signal].clone()
+            x[:, :, 3:9] = value
+            spoiled = with_signal(spoiled, signal, x)
+        found.append(prune(spoiled, 5, policy))
+    one, other = found
     _assert_same(one, other, "negative attention")
     assert one.degenerate[Degenerate.NO_ATTENTION] == 6
 

@@ -35,12 +35,17 @@ def listen(worker):
 def collect(worker):
     """Return this rank's attention, anchors, bias, pictures, embeddings: tensors do not travel.
 
-    Queries of the language model, or a scout's states, where a policy reads these instead.
+    Queries of the language model, a scout's states, or relevance, where these are read instead.
     """
     rows = []
     calls = {id(s.result): s for item in worker.get_model().seen for s in item.segments}
     for tokens, result, *_ in calls.values():
-        signals = (Signal.ENCODER_ATTENTION, Signal.LANGUAGE_QUERIES, Signal.SCOUT_STATES)
+        signals = (
+            Signal.ENCODER_ATTENTION,
+            Signal.LANGUAGE_QUERIES,
+            Signal.SCOUT_STATES,
+            Signal.RELEVANCE,
+        )
         kept = (
             next(tokens.signals[signal] for signal in signals if signal in tokens.signals),
             result.anchors,

@@ -136,6 +136,39 @@ def test_the_language_model_is_read(apart, check, tmp_path, how, settings, signa
     check(oracle, settings, saved)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["tensor parallel 2", "torch.compile"])
+def test_relevance_to_the_question(apart, check, tmp_path, how):
+    """The mean over all ranks' heads on every rank, and as transformers has it."""
+    settings = {"policy": "cdpruner", "policy_options": {"rest": "merged"}, "question_aware": True}
+    build = "from random_llava import save_random_llava as save; import pathlib, sys; "
+    python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
+    ranks = 2 if how == "tensor parallel 2" else 1
+    saved = apart(
+        {"tensor_parallel_size": ranks, "enforce_eager": ranks == 2},
+        settings=settings,
+        questions=QUESTIONS,
+        checkpoint=str(tmp_path / "model"),
+        **(EAGER if ranks == 2 else {}),
+    )
+    assert len(saved["ranks"]) == ranks and all(one == saved["ranks"][0] for one in saved["ranks"])
+    oracle, asked = Oracle(str(tmp_path / "model")), {}
+    for text, picture in QUESTIONS:
+        if picture is not None:
+            image = load_samples()[picture].image
+            ids = oracle.processor.tokenizer(f"USER: <image> {text} ASSISTANT:")["input_ids"]
+            question = tuple(ids[ids.index(oracle.image_token) + 1 :])
+            asked[pixel_hash(oracle.pixels(image)[0])] = image, question
+    for relevance, _, _, seeds, _ in saved["ranks"][0]:
+        images, questions = zip(*(asked[seed] for seed in seeds), strict=True)
+        expected = oracle.tokens(images, EraConfig.parse(settings), questions)
+        whole = expected.signals[Signal.RELEVANCE]
+        difference = float((torch.tensor(relevance) - whole).abs().max())
+        print(f"relevance: difference {difference:.1e} of {float(whole.max()):.2g}")
+        assert difference < 1e-6
+    check(oracle, settings, saved)
+
+
 @pytest.mark.situation("torch.compile")
 @modes
 def test_torch_compile(apart, check, oracle, settings):

@@ -31,6 +31,24 @@ def test_answers_are_those_of_transformers(engine, setup, oracle, rate):
     assert agreement(kinds, ours, other).value < SAME, "the comparison tells policies apart"
 
 
+def test_questions_are_those_that_transformers_is_asked(engine, setup, oracle):
+    """Through the chat template the engine takes the user's text, and no more."""
+    pictures = list(generate(6, seed=778))
+    kinds = ("picture",) * len(pictures)
+    settings = {"policy": "cdpruner", "policy_options": {"rest": "merged"}, "question_aware": True}
+    live = engine(setup(**settings))
+    ours = ask(EngineAsker(live.llm), pictures, 0.889)
+    theirs = ask(TransformersAsker(oracle, EraConfig.parse(settings)), pictures, 0.889)
+    same, far = agreement(kinds, ours, theirs), divergence(kinds, ours, theirs)
+    print(
+        f"{sum(map(len, ours))} questions: {same.text('.2f')} % the same, KL {far.text('.1e', 1)}"
+    )
+    assert same.value >= SAME and far.value < 1e-3
+    other = EraConfig.parse({**settings, "question_reduction": "mean"})
+    unlike = divergence(kinds, ours, ask(TransformersAsker(oracle, other), pictures, 0.889))
+    assert unlike.value > 10 * max(far.value, 1e-4), "the comparison tells questions apart"
+
+
 @pytest.mark.slow
 def test_several_pictures_and_videos(engine, setup):
     """As many tokens as a server tells of, and answers that are mostly right."""

@@ -39,6 +39,8 @@ OTHER: dict[str, object] = {
     "scout": 2,
     "scout_prefix": [1, 7],
     "scout_injection": True,
+    "question_aware": True,
+    "question_reduction": "mean",
 }
 """Another valid value for every setting."""
 NOT_HASHED = {
@@ -104,6 +106,8 @@ def test_unknown_settings_name_the_nearest() -> None:
         ("merge", [0, 1, "true", None]),
         ("bias", [0, 1, "true", None]),
         ("allow_extrapolation", [0, 1, "true", None]),
+        ("question_aware", [0, 1, "true", None]),
+        ("question_reduction", ["Largest", "max", "", None, 1]),
         ("policy", [None, 3, b"era", ["era"]]),
         ("bias_store", [None, 3, "key_column", "Key_Columns", ["key_columns"]]),
         ("attention_layer", [1.0, "last", True, [1]]),

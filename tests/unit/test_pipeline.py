@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -26,8 +25,6 @@ class Recorder:
     """Keeps the first tokens, drops the last one, puts the rest into cluster 0; notes its calls."""
 
     seen: list[tuple[str, VisualTokens, int]] = field(default_factory=list)
-
-    prompt_dependent: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from era_vllm.config import EraConfig
 from era_vllm.lab.oracle import LanguageOracle, Oracle, Segment
+from era_vllm.question import Question
 
 TOLERANCE: Final = 1e-4
 """Largest difference of a log-probability between two float32 implementations that is allowed."""
@@ -35,6 +36,8 @@ class EngineAnswer:
     """Over the whole vocabulary, for each token of the answer."""
     segments: Sequence[Segment]
     """Of each run of the picture."""
+    question: Question = ()
+    """For which it was pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ def compare(
     with torch.inference_mode():
         same = None
         if isinstance(oracle, Oracle):
-            own = oracle.reduce([image], config, rate).anchors[0]
+            own = oracle.reduce([image], config, rate, [answer.question]).anchors[0]
             same = own.tolist() == answer.segments[0].anchors.tolist()
         biased = any(bool(segment.log_bias.any()) for segment in answer.segments)
         return Check(

@@ -125,6 +125,7 @@ def live_answer(
         token_ids=[*output.prompt_token_ids, *completion.token_ids[:-1]],
         log_probs=torch.tensor(rows),
         segments=runs_of(taken[0], injected[0]),
+        question=taken[0].item.plan.question,
     )
     return answer, built
 

@@ -15,7 +15,7 @@ from era_vllm.cli.main import COMMANDS, main
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server, wait_for
-from era_vllm.policies import policy_names
+from era_vllm.policies import defaults, policy_names
 from era_vllm.viz import Kept, cell_box, draw
 from era_vllm.vllm_plugin.launch import plugins_to_allow
 
@@ -142,8 +142,27 @@ def test_inspect_shows_every_policy(
 ) -> None:
     """Also one that reads the language model, which the others do without."""
     out = ["--out", str(tmp_path / "kept.png")]
+    if defaults(policy).question_aware:
+        out += ["--era-question-aware"]
     assert main(["inspect", str(SAMPLE), "--era-policy", policy, *out]) == 0
     assert f"kept 32 of 144 visual tokens ({policy}, " in capsys.readouterr().out
+
+
+def test_inspect_shows_what_a_question_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--era-policy", "cdpruner", "--era-question-aware", "--era-pruning-rate", "0.889"]
+    drawn: list[bytes] = []
+    for number, asked in enumerate(([], ["--question", "what shape is red?"], ["--question", ""])):
+        out = tmp_path / f"{number}.png"
+        assert main(["inspect", str(SAMPLE), *flags, *asked, "--out", str(out)]) == 0
+        drawn.append(out.read_bytes())
+    assert drawn[0] == drawn[2] != drawn[1]
+    capsys.readouterr()
+    assert main(["inspect", str(SAMPLE), "--question", "what?", "--out", str(out)]) == 2
+    assert "--question: nothing is pruned for what is asked" in capsys.readouterr().err
+    assert main(["inspect", str(SAMPLE), *flags[:2], "--out", str(out)]) == 2
+    assert "add --era-question-aware" in capsys.readouterr().err
 
 
 def _is_bright(drawn: Image.Image, token: int, grid: tuple[int, int]) -> bool:

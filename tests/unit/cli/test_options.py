@@ -34,6 +34,8 @@ VALUES: dict[str, object] = {
     "scout": 2,
     "scout_prefix": [1, 7],
     "scout_injection": True,
+    "question_aware": True,
+    "question_reduction": "mean",
 }
 
 
@@ -56,9 +58,9 @@ def test_every_field_has_a_flag_and_a_variable() -> None:
 
 def test_variables_say_what_flags_say() -> None:
     words = ["--era-no-merge", "--era-no-bias", "--era-option", "ridge=0.2"]
-    words += ["--era-allow-extrapolation", "--era-scout-injection"]
+    words += ["--era-allow-extrapolation", "--era-scout-injection", "--era-question-aware"]
     for name, value in VALUES.items():
-        if value is not True and name not in ("merge", "bias", "policy_options"):
+        if not isinstance(value, bool) and name != "policy_options":
             words.append(f"--era-{name.replace('_', '-')}={_said(value)}")
     variables = {PREFIX + name.upper(): _said(value) for name, value in VALUES.items()}
     assert _settings(words) == _settings([], variables) == VALUES

@@ -19,11 +19,10 @@ from era_vllm.bench.pruning_step import Size, random_tokens, reducer_cell
 from era_vllm.bench.report import Goal, Report, percent, shown, table, times
 from era_vllm.bench.setup import prefill_flops
 from era_vllm.bench.stages import StageClock
-from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.dummy import FAMILIES, SIZES, make_dummy, size_of
 from era_vllm.lab.dummy_qwen import feature_layers, rotary_sections
-from era_vllm.policies import make_policy, policy_names
+from era_vllm.policies import defaults, make_policy, policy_names
 from era_vllm.types import OF_ENCODER
 
 SAMPLES = Samples({"a": {"ttft": (1.0, 9.0, 4.0)}, "b": {"ttft": (2.0, 3.0, 2.0), "x": (1.0,)}})
@@ -171,7 +170,7 @@ def test_inputs_are_new_each_time_and_the_same_in_every_run() -> None:
 @pytest.mark.parametrize("policy", policy_names())
 def test_the_reducer_is_timed_with_what_a_policy_needs(policy: str) -> None:
     taken = reducer_cell(policy, Size(600, 8), 32, torch.bfloat16, "cpu")()
-    read = make_policy(EraConfig(policy=policy)).needs & OF_ENCODER
+    read = make_policy(defaults(policy)).needs & OF_ENCODER
     parts = {"prune", "signal"} if read else {"prune"}
     assert set(taken) == {*parts, "reducer"}
     assert taken["reducer"] == pytest.approx(sum(taken[part] for part in parts))

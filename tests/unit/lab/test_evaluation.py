@@ -12,7 +12,7 @@ import pytest
 from tqdm import tqdm
 
 from era_vllm.cli.askers import _of_server, source
-from era_vllm.cli.eval import _settings
+from era_vllm.cli.eval import _settings, _variants
 from era_vllm.cli.main import main
 from era_vllm.errors import ConfigError
 from era_vllm.lab import evaluation
@@ -295,3 +295,16 @@ def test_a_server_says_itself_how_it_prunes(capsys: pytest.CaptureFixture[str]) 
         assert main(["eval", "--url", f"{url}/v1"]) == 2
         assert "HTTPError" in capsys.readouterr().err
         server.shutdown()
+
+
+def test_a_policy_that_asks_is_evaluated_asking() -> None:
+    theta = 'policy_options={"theta": 0.5}'
+    given = argparse.Namespace(model=None, policies=["cdpruner", "dpp"], variant=[])
+    names = ["cdpruner question_aware=true", "dpp"]
+    assert [variant.name for variant in _variants(given)] == names
+    given = argparse.Namespace(model=None, policies=["cdpruner"], variant=[theta])
+    asking = f"cdpruner {theta} question_aware=true"
+    assert [variant.name for variant in _variants(given)] == [names[0], asking]
+    given.variant = ["question_aware=false"]
+    with pytest.raises(ConfigError, match="add --era-question-aware"):
+        _variants(given)

@@ -12,7 +12,8 @@ import pytest
 from era_vllm import policies
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError, UnsupportedError
-from era_vllm.policies import era, make_policy, policy_class, policy_names, uniform
+from era_vllm.policies import defaults, era, make_policy, policy_class, policy_names, uniform
+from era_vllm.types import Signal
 
 
 def _make(policy: str, **options: object) -> object:
@@ -31,7 +32,7 @@ class Outside(uniform.Policy):
 
 @dataclass(frozen=True, slots=True)
 class Prompted(uniform.Policy):
-    """Would keep other tokens for another question."""
+    """Says of itself, as policies once did, that it goes by the prompt."""
 
     prompt_dependent: ClassVar[bool] = True
 
@@ -40,7 +41,6 @@ class Prompted(uniform.Policy):
 class NoMerge:
     """Not a policy: it cannot merge."""
 
-    prompt_dependent: ClassVar[bool] = False
     needs: ClassVar[frozenset[object]] = frozenset()
 
     def select(self) -> None:
@@ -116,9 +116,35 @@ def test_refusals_name_what_was_meant(policy: str, options: dict[str, object], t
         _make(policy, **options)
 
 
-def test_a_prompt_dependent_policy_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="depends on the prompt.*choose one of: .*era"):
+def test_a_policy_that_says_prompt_dependent_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="read Signal.RELEVANCE.* or choose one of: .*era"):
         _make("their.policies:Prompted")
+
+
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("cdpruner", {}),
+        ("mfpruner", {"relevance": True}),
+        ("dpp", {"relevance_weight": 0.25}),
+        ("era", {"relevance_weight": 0.25}),
+    ],
+)
+def test_what_reads_the_question_needs_it_in_a_picture_s_identity(
+    policy: str, options: dict[str, object]
+) -> None:
+    raw = {"policy": policy, "policy_options": options}
+    with pytest.raises(ConfigError, match=f"policy '{policy}' .* add --era-question-aware"):
+        make_policy(EraConfig.parse(raw))
+    assert Signal.RELEVANCE in make_policy(EraConfig.parse({**raw, "question_aware": True})).needs
+
+
+@pytest.mark.parametrize("policy", ["era", "dpp", "mfpruner", "uniform", "their.policies:Outside"])
+def test_questions_that_nobody_reads_are_no_reason_to_cache_apart(policy: str) -> None:
+    with pytest.raises(ConfigError, match="question_aware: got True.*--era-policy cdpruner, mfpr"):
+        make_policy(EraConfig(policy=policy, question_aware=True))
+    assert defaults(policy) == EraConfig(policy=policy)
+    assert defaults("cdpruner", min_anchors=2).question_aware
 
 
 def test_a_failing_import_inside_a_policy_s_module_is_not_hidden(

@@ -7,6 +7,7 @@ from era_vllm.vllm_plugin.parts import (
     fields_of_items,
     modality_of,
     placed_parts,
+    texts_of_items,
     with_lists,
     without_field,
 )
@@ -95,3 +96,39 @@ def test_the_template_sees_no_field_and_the_callers_messages_stay() -> None:
     assert fields_of_items(placed_parts(listed))["image"][0].era == OFF
     (*_, stripped) = without_field(listed, ("content", "output"))
     assert stripped == {"output": [{"type": "image_url", "image_url": url(), "own": 1}], "era": OFF}
+
+
+def picture(name: str = "a") -> dict[str, object]:
+    return {"type": "image_url", "image_url": url(name=name)}
+
+
+def text(said: str, kind: str | None = "text") -> dict[str, object]:
+    return {"text": said} if kind is None else {"type": kind, "text": said}
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "videos"),
+    [
+        ([{"role": "user", "content": [picture(), text("what?")]}], ["what?"], []),
+        ([{"content": [text("a"), picture(), text("b")]}], ["a\nb"], []),
+        ([{"content": [picture(), picture(), text("both")]}], ["both", "both"], []),
+        (
+            [
+                {"content": [picture(), {"type": "video_url", "video_url": url()}, text("one")]},
+                {"role": "assistant", "content": "an answer"},
+                {"content": [text("two", "input_text"), picture()]},
+                {"role": "user", "content": "and now?"},
+            ],
+            ["one", "two"],
+            ["one"],
+        ),
+        ([{"content": [picture()]}, {"content": "what?"}], [""], []),
+        ([{"content": ["bare", picture(), text("more", None)]}], ["bare\nmore"], []),
+        ([{"content": [picture(), {"type": "refusal", "refusal": "no"}, {"text": 3}]}], [""], []),
+        ("no messages", [], []),
+    ],
+)
+def test_what_is_said_beside_an_item_is_its_own_message(
+    messages: object, images: list[str], videos: list[str]
+) -> None:
+    assert texts_of_items(messages) == {"image": images, "video": videos}

@@ -6,7 +6,7 @@ import pytest
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
-from era_vllm.vllm_plugin.rates import effective_rates
+from era_vllm.vllm_plugin.rates import effective_rates, question_aware, questions, says_rates
 
 CONFIG = EraConfig(pruning_rate=0.6)
 ITEMS = {"image": 2, "video": 1}
@@ -63,3 +63,39 @@ def test_a_rate_for_both_may_meet_one() -> None:
     assert effective_rates({"era": 0.5}, {"video": 2}, CONFIG) == {"video": [0.5, 0.5]}
     both = {"image": 0.1, "video": [0.5, 0.9]}
     assert effective_rates({"era": both}, {"video": 2}, CONFIG) == {"video": [0.5, 0.9]}
+
+
+ASKING = EraConfig(policy="cdpruner", question_aware=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "aware", "rates"),
+    [
+        (None, True, False),
+        (0.5, True, True),
+        ({"image": 0.5}, True, True),
+        ({"question_aware": False}, False, False),
+        ({"image": [0.5, 0.5], "question_aware": False}, False, True),
+    ],
+)
+def test_beside_the_rates_stands_whether_a_question_counts(
+    given: object, aware: bool, rates: bool
+) -> None:
+    kwargs = {"era": given}
+    assert question_aware(kwargs, ASKING) is aware and says_rates(kwargs) is rates
+    assert not question_aware(kwargs, CONFIG)
+    found = effective_rates(kwargs, {"image": 2}, ASKING)["image"]
+    assert found == [0.5 if rates else ASKING.pruning_rate] * 2
+    assert questions(kwargs) == {}
+
+
+def test_questions_are_the_renderer_s_to_tell() -> None:
+    told = {"era": {"image": [0.5], "questions": {"image": [(3, 4)]}}}
+    assert questions(told) == {"image": [(3, 4)]}
+    assert effective_rates(told, {"image": 1}, ASKING) == {"image": [0.5]}
+    with pytest.raises(ConfigError, match="got 'questions', which are the prompt's own text"):
+        question_aware(told, ASKING)
+    with pytest.raises(ConfigError, match="era.question_aware: got 3, allowed: true or false"):
+        question_aware({"era": {"question_aware": 3}}, ASKING)
+    with pytest.raises(ConfigError, match="started with --era-question-aware"):
+        question_aware({"era": {"question_aware": True}}, CONFIG)

@@ -14,6 +14,7 @@ from era_vllm.vllm_plugin.requests import (
     item_rates,
     reports,
     request_context,
+    requested_question,
     requested_rates,
 )
 
@@ -143,6 +144,72 @@ def test_a_field_by_modality_is_refused_where_it_is_wrong(
         requested_rates(field, PLAIN, ("image",))
     assert refused.value.field == name and said in str(refused.value)
     assert len(str(refused.value)) < 300
+
+
+ASKING = EraConfig(policy="cdpruner", question_aware=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "aware", "rates"),
+    [
+        (None, True, {}),
+        ({"level": "light"}, True, {"image": 0.5, "video": 0.5}),
+        ({"question_aware": False}, False, {}),
+        ({"question_aware": None}, True, {}),
+        ({"question_aware": True}, True, {}),
+        ({"question_aware": False, "level": "light"}, False, {"image": 0.5, "video": 0.5}),
+        ({"question_aware": False, "video": {"pruning_rate": 0.9}}, False, {"video": 0.9}),
+    ],
+    ids=str,
+)
+def test_the_field_says_whether_a_question_counts(
+    field: object, aware: bool, rates: dict[str, float]
+) -> None:
+    assert requested_question(field, ASKING) is aware
+    assert requested_rates(field, ASKING, BOTH) == rates
+    if not isinstance(field, dict) or not field.get("question_aware"):
+        assert requested_question(field, PLAIN) is False, "of a server that asks nothing"
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "allowed"),
+    [
+        *((ASKING, wrong, "true or false") for wrong in (0, 1, "no", [], {"image": True})),
+        (PLAIN, True, "false, or an engine that was started with --era-question-aware"),
+        (PLAIN, "no", "allowed: false"),
+    ],
+)
+def test_a_wrong_word_on_questions_is_refused(
+    config: EraConfig, given: object, allowed: str
+) -> None:
+    with pytest.raises(FieldError) as refused:
+        requested_question({"question_aware": given}, config)
+    assert refused.value.field == "era.question_aware" and allowed in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"question_aware": False, "level": "light", "pruning_rate": 0.5},
+        {"image": {"question_aware": False}},
+        {"image": {"level": "light", "question_aware": False}},
+        {"question_awar": False},
+    ],
+)
+def test_it_stands_beside_the_rate_and_nowhere_else(field: object) -> None:
+    with pytest.raises(FieldError):
+        requested_rates(field, ASKING, BOTH)
+    with pytest.raises(FieldError, match=r"messages\[0\].content\[1\].era: got"):
+        part = PartFields("messages[0].content[1]", {"question_aware": False})
+        item_rates([part], None, ASKING)
+
+
+def test_a_report_says_how_long_the_question_was() -> None:
+    rates = [ItemRate(0.5, "era")] * 2
+    told = [one.as_dict() for one in reports(rates, [4, 4], [2, 2], ASKING, [7, 0])]
+    assert [one["question_tokens"] for one in told] == [7, 0]
+    (plain, _) = reports(rates, [4, 4], [2, 2], PLAIN)
+    assert "question_tokens" not in plain.as_dict()
 
 
 def with_details(*details: object) -> list[PartFields]:

@@ -1,0 +1,116 @@
+"""How relevant each visual token is to what is asked of its item.
+
+By attention of the question's words to the item's tokens: mean over heads, and the largest (or the
+mean) over words. Whose attention is a form of its own (``QuestionForm``): here that of the language
+model's first layer, each word and each token alone and without positions, which needs no pass
+through any layer. An item of which nothing is asked has 0 everywhere, whatever its neighbours.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+
+from era_vllm.layout import Layout
+from era_vllm.steps.relevance import Reduction, question_attention, relevance
+from era_vllm.types import Signal
+from era_vllm.vllm_plugin.fields import Planned
+from era_vllm.vllm_plugin.signals.first_layer import FirstLayer
+
+
+class QuestionForm(Protocol):
+    """Whose attention it is."""
+
+    def attention(
+        self, questions: Sequence[Int[Tensor, "t"]], tokens: Sequence[Float[Tensor, "n d"]]
+    ) -> list[Float32[Tensor, "t n"]]:
+        """Return each question's attention to its item, the same on every rank.
+
+        Args:
+            questions: Token ids, on the tokens' device; none is empty.
+            tokens: Of each question's item.
+        """
+        ...
+
+
+class FirstLayerForm:
+    """Attention of the language model's first layer, without its rotary embedding."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        """Find the layer.
+
+        Raises:
+            UnsupportedError: a first layer that is another rank's, or makes queries otherwise.
+        """
+        self._layer = FirstLayer(language_model)
+
+    def attention(
+        self, questions: Sequence[Int[Tensor, "t"]], tokens: Sequence[Float[Tensor, "n d"]]
+    ) -> list[Float32[Tensor, "t n"]]:
+        """Return it, of all ranks' heads; words and tokens are projected at once."""
+        words = self._layer.words(torch.cat([*questions]))
+        queries = self._layer.queries(words).split([len(one) for one in questions])
+        keys = self._layer.keys(torch.cat([*tokens])).split([len(one) for one in tokens])
+        scale = self._layer.scale
+        pairs = zip(queries, keys, strict=True)
+        return [_over_ranks(question_attention(*pair, scale)) for pair in pairs]
+
+
+class QuestionRelevance:
+    """Gives it for the items of a pass."""
+
+    gives: Final = frozenset({Signal.RELEVANCE})
+
+    def __init__(self, form: QuestionForm, reduction: Reduction, width: int | None) -> None:
+        """Wrap a form.
+
+        Args:
+            reduction: Over the question's words.
+            width: Columns of a row that are the token; None = all.
+        """
+        self._form, self._reduction, self._width = form, reduction, width
+
+    def before(self, items: Sequence[Planned]) -> None:
+        """Nothing to get ready."""
+
+    def after(
+        self, items: Sequence[Planned], rows: Sequence[Tensor]
+    ) -> Mapping[Signal, Sequence[Tensor]]:
+        """Return float32 [1, length] of each item; separators have 0."""
+        found = [own.new_zeros(1, len(own), dtype=torch.float32) for own in rows]
+        asked = [index for index, item in enumerate(items) if item.plan.question]
+        if not asked:
+            return {Signal.RELEVANCE: found}
+        device = rows[0].device
+        questions, places, tokens = list[Tensor](), list[Tensor | slice](), list[Tensor]()
+        for index in asked:
+            plan, own = items[index].plan, rows[index][:, : self._width]
+            questions.append(torch.tensor(plan.question).to(device, non_blocking=True))
+            places.append(_places(plan.layout, device))
+            tokens.append(own[places[-1]])
+        attention = self._form.attention(questions, tokens)
+        for index, at, one in zip(asked, places, attention, strict=True):
+            found[index][:, at] = relevance(one, self._reduction)
+        return {Signal.RELEVANCE: found}
+
+
+def _places(layout: Layout, device: torch.device) -> Tensor | slice:
+    """Return where an item's visual tokens stand among its rows."""
+    if not len(layout.outside):
+        return slice(None)
+    return torch.cat([one.places for one in layout.segments]).to(device, non_blocking=True)
+
+
+def _over_ranks(attention: Float32[Tensor, "t n"]) -> Float32[Tensor, "t n"]:
+    """Return the mean over the ranks, each of which holds as many heads."""
+    ranks = get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        return attention
+    gathered = tensor_model_parallel_all_gather(attention.contiguous(), dim=0)
+    return gathered.unflatten(0, (ranks, -1)).mean(0)
