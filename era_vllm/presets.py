@@ -1,4 +1,4 @@
-"""Settings by name: ``--era-preset NAME``. Each is a row of docs/policies.md, with its price."""
+"""Settings by name: ``--era-preset NAME``. What each is worth is in docs/accuracy.md."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -11,11 +11,14 @@ PRESETS: Final[Mapping[str, Mapping[str, object]]] = {
         "policy": "era",
         "policy_options": {"profile_weight": 0.5, "weighting": "saliency"},
     },
+    "scout": {"policy": "dpp", "scout": 2, "scout_injection": True},
 }
 """Name -> fields of ``EraConfig``.
 
 ``paper``: the reading of ERA that is nearest to its text and figures (docs/method.md); ``era``'s
-own defaults are what measured best of the readings.
+own defaults are what measured best of the readings. ``scout``: the best of those that are
+independent of the question, at the price of two layers of the language model a picture
+(docs/scout.md).
 """
 
 

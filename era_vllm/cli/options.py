@@ -67,7 +67,7 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
     "preset": (
         str,
         "NAME",
-        f"settings by name, which others win over: {', '.join(PRESETS)} (docs/policies.md)",
+        f"settings by name, which others win over: {', '.join(PRESETS)} (docs/accuracy.md)",
     ),
     "attention_layer": (
         int,
