@@ -327,14 +327,8 @@ class Scouted:
         return replace(segment, embeds=rows, states=states if pruned else None)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param({"scout": 1}, marks=pytest.mark.slow),
-        {"scout": 2, "scout_injection": True},
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"scout": 1}, {"scout": 2, "scout_injection": True}], ids=str)
 def test_families(case, start, theirs, settings):
     """Tiles, newlines, three axes, feature maps, videos: states, anchors and answers."""
     if not hasattr(theirs, "model"):
