@@ -63,17 +63,8 @@ def check(measured):
 @pytest.mark.situation("tensor parallel 2")
 @modes
 def test_tensor_parallel_2(apart, check, tmp_path, settings):
-    build = "from random_llava import save_random_llava as save; import pathlib, sys; "
-    python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
-    saved = apart(
-        {"tensor_parallel_size": 2},
-        settings=settings,
-        questions=QUESTIONS,
-        checkpoint=str(tmp_path / "model"),
-        **EAGER,
-    )
-    first, second = saved["ranks"]
-    assert first == second  # attention, anchors, embeddings, bias of both ranks, bit for bit
+    saved = ask_ranks(apart, tmp_path / "model", settings, "tensor parallel 2")
+    first, _ = saved["ranks"]  # attention, anchors, embeddings, bias of both: bit for bit the same
     oracle = Oracle(str(tmp_path / "model"))
     found = torch.tensor(first[0][0])
     images = [sample.image for sample in load_samples()[:2]]
@@ -88,6 +79,22 @@ LATER_QUERIES = {
     "policy": "entropyprune",
     "policy_options": {"rest": "merged", "entropyprune_k": 2},
 }
+
+
+def ask_ranks(apart, model, settings, how):
+    """Ask a random model with two ranks, or compiled, all of whose ranks have to see the same."""
+    build = "from random_llava import save_random_llava as save; import pathlib, sys; "
+    python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(model))
+    ranks = 2 if how == "tensor parallel 2" else 1
+    saved = apart(
+        {"tensor_parallel_size": ranks, "enforce_eager": ranks == 2},
+        settings=settings,
+        questions=QUESTIONS,
+        checkpoint=str(model),
+        **(EAGER if ranks == 2 else {}),
+    )
+    assert len(saved["ranks"]) == ranks and all(one == saved["ranks"][0] for one in saved["ranks"])
+    return saved
 
 
 @pytest.mark.slow
@@ -108,17 +115,7 @@ LATER_QUERIES = {
 )
 def test_the_language_model_is_read(apart, check, tmp_path, how, settings, signal, channels):
     """All heads on every rank, and as transformers has them; its layers are called uncompiled."""
-    build = "from random_llava import save_random_llava as save; import pathlib, sys; "
-    python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
-    ranks = 2 if how == "tensor parallel 2" else 1
-    saved = apart(
-        {"tensor_parallel_size": ranks, "enforce_eager": ranks == 2},
-        settings=settings,
-        questions=QUESTIONS,
-        checkpoint=str(tmp_path / "model"),
-        **(EAGER if ranks == 2 else {}),
-    )
-    assert len(saved["ranks"]) == ranks and all(one == saved["ranks"][0] for one in saved["ranks"])
+    saved = ask_ranks(apart, tmp_path / "model", settings, how)
     oracle = Oracle(str(tmp_path / "model"))
     images = {
         pixel_hash(oracle.pixels(image)[0]): image
@@ -141,17 +138,7 @@ def test_the_language_model_is_read(apart, check, tmp_path, how, settings, signa
 def test_relevance_to_the_question(apart, check, tmp_path, how):
     """The mean over all ranks' heads on every rank, and as transformers has it."""
     settings = {"policy": "cdpruner", "policy_options": {"rest": "merged"}, "question_aware": True}
-    build = "from random_llava import save_random_llava as save; import pathlib, sys; "
-    python("-c", build + "save(pathlib.Path(sys.argv[1]))", str(tmp_path / "model"))
-    ranks = 2 if how == "tensor parallel 2" else 1
-    saved = apart(
-        {"tensor_parallel_size": ranks, "enforce_eager": ranks == 2},
-        settings=settings,
-        questions=QUESTIONS,
-        checkpoint=str(tmp_path / "model"),
-        **(EAGER if ranks == 2 else {}),
-    )
-    assert len(saved["ranks"]) == ranks and all(one == saved["ranks"][0] for one in saved["ranks"])
+    saved = ask_ranks(apart, tmp_path / "model", settings, how)
     oracle, asked = Oracle(str(tmp_path / "model")), {}
     for text, picture in QUESTIONS:
         if picture is not None:
