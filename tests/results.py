@@ -15,7 +15,7 @@ ROOT: Final = Path(__file__).parents[1]
 FIGURES: Final = ROOT / "docs" / "fidelity" / "sample.json"
 SHOWN: Final = {
     "dpp": "`dpp`",
-    "era": "`era` (the paper)",
+    "era": "`era` (the paper's method)",
     "uniform": "`uniform`",
     "pool": "`pool`",
 }
