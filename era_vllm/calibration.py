@@ -35,9 +35,14 @@ def settings_of(config: EraConfig) -> dict[str, object]:
     """Return the settings that a calibrated gamma depends on."""
     values = config.as_dict()
     names = ("policy", "merge", "positions", "attention_queries", "attention_layer")
-    blocks = ("max_segment", "min_anchors")
+    blocks = ("max_segment", "min_anchors", "frames_per_segment")
+    scout = ("scout", "scout_prefix", "scout_injection")
+    question = ("question_aware", "question_reduction")
     options = asdict(make_policy(config))  # type: ignore[call-overload]  # a dataclass
-    return {**{name: values[name] for name in (*names, *blocks)}, "policy_options": options}
+    return {
+        **{name: values[name] for name in (*names, *blocks, *scout, *question)},
+        "policy_options": options,
+    }
 
 
 def model_identity(folder: Path) -> str:

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     from era_vllm.types import OF_LANGUAGE_MODEL
 
     config = EraConfig.parse(calibrated(arguments.model, era_settings(arguments)))
-    language = bool(OF_LANGUAGE_MODEL & make_policy(config).needs)
+    language = bool(OF_LANGUAGE_MODEL & make_policy(config).needs) or config.scout > 0
     if arguments.question is not None and not config.question_aware:
         raise ConfigError(
             "--question: nothing is pruned for what is asked of it here; add --era-question-aware, "

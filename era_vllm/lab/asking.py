@@ -156,7 +156,7 @@ class TransformersAsker:
         found: list[Answer] = []
         for question in subject.questions:
             started = time.perf_counter()
-            segments = self._for(question.text, images, rate) if shared is None else shared
+            segments = self.kept(question.text, images, rate) if shared is None else shared
             kept = [len(segment.anchors) for segment in segments]
             prompt = chat_prompt(oracle.processor, question.text, len(images))
             ids = oracle.prompt_ids(prompt, kept, add_special_tokens=False)
@@ -167,10 +167,12 @@ class TransformersAsker:
             found.append(Answer(cleaned(text), sum(kept), seconds, _likely(first)))
         return found
 
-    def _for(self, text: str, images: Sequence[Image.Image], rate: float) -> "list[Segment]":
-        """Return what stands for pictures that are pruned for a question."""
+    def kept(self, text: str, images: Sequence[Image.Image], rate: float) -> "list[Segment]":
+        """Return what stands for pictures, pruned for a question where questions count."""
         from era_vllm.lab.oracle import segments_of
 
+        if not self._config.question_aware:
+            return segments_of(self._oracle.reduce(images, self._config, rate))
         tokenizer = self._oracle.processor.tokenizer
         asked = of_text(text, tokenizer, special_ids(tokenizer))
         questions = [asked] * len(images)

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from era_vllm.config import EraConfig
-from era_vllm.lab.asking import Subject, chat_prompt
-from era_vllm.lab.oracle import Oracle, Segment, segments_of
+from era_vllm.lab.asking import Subject, TransformersAsker, chat_prompt
+from era_vllm.lab.oracle import Oracle, Segment
 from era_vllm.lab.screen import bar
 
 
@@ -69,9 +69,11 @@ def measure(
         for subject in subjects:
             images = [Image.open(io.BytesIO(one.data)).convert("RGB") for one in subject.media]
             for own, (_, config, rate) in zip(shares, rows, strict=True):
-                segments = segments_of(oracle.reduce(images, config, rate))
-                kept = [len(segment.anchors) for segment in segments]
+                asker, shared = TransformersAsker(oracle, config), list[Segment]()
                 for question in subject.questions:
+                    segments = shared or asker.kept(question.text, images, rate)
+                    shared = [] if config.question_aware else segments
+                    kept = [len(segment.anchors) for segment in segments]
                     text = chat_prompt(oracle.processor, question.text, len(images))
                     ids = oracle.prompt_ids(text, kept, add_special_tokens=False)
                     own.append(visual_mass(oracle, ids, segments, config))

@@ -76,6 +76,7 @@ def make_policy(config: EraConfig) -> "PruningPolicy":
         options[name] = _converted(f"policy_options.{name}", value, hints[name])
     policy = found(**options)
     _check_question(policy, config)
+    _check_scout(policy, config)
     return policy
 
 
@@ -106,6 +107,29 @@ def _check_question(policy: "PruningPolicy", config: EraConfig) -> None:
             f"era setting question_aware: got True, but policy {config.policy!r} with these "
             "options does not read what is asked, and pictures would be cached for each question "
             f"in vain; choose {_ASKING}, or leave --era-question-aware out"
+        )
+
+    if config.question_reduction != "largest" and not asks:
+        raise ConfigError(
+            f"era setting question_reduction: got {config.question_reduction!r}, but nothing is "
+            "pruned for what is asked; add --era-question-aware with a policy that reads it, or "
+            "leave --era-question-reduction out"
+        )
+
+
+def _check_scout(policy: "PruningPolicy", config: EraConfig) -> None:
+    from era_vllm.contracts import query_layer
+
+    if config.scout_injection and not config.scout:
+        raise ConfigError(
+            "era setting scout_injection: got true without a scout, whose states are injected; "
+            "give --era-scout K too, 1 or more, or leave --era-scout-injection (--era-preset "
+            "scout) out"
+        )
+    if config.scout_prefix is not None and not config.scout and query_layer(policy) < 2:
+        raise ConfigError(
+            "era setting scout_prefix: got token ids without a scout that they would stand before; "
+            "give --era-scout K too, or leave --era-scout-prefix out"
         )
 
 

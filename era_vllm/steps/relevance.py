@@ -17,9 +17,11 @@ Reduction = Literal["largest", "mean"]
 MOST_WEIGHT: Final = 4.0
 """Of the relevance in a quality; with 1 it is already most of what is chosen by."""
 _NUMBERS: Final = 2**25
-"""Attention scores at once: 128 MiB in float32."""
+"""Attention scores at once: 128 MiB in float32, of which softmax needs two."""
 _LEAST: Final = 1e-6
 """Of the segment's largest relevance: what a token has at least."""
+_LOWEST: Final = -60.0
+"""Power of 2 of a quality: its square is still a number of float32."""
 _FLAT: Final = 1e-6  # of the largest value: what float32 leaves of a mean over heads
 _STRONGEST: Final = 30.0
 """Exponent of a ``theta`` close to 1: e^-30 squared is still a number of float32."""
@@ -67,7 +69,7 @@ def quality(tokens: VisualTokens, weight: float) -> Float32[Tensor, "s n"]:
     given = tokens.signal(Signal.RELEVANCE)[:, 0]
     largest = given.amax(-1, keepdim=True)
     part = torch.where(largest > 0, given / torch.where(largest > 0, largest, 1.0), 1.0)
-    return _rounded(weight * part.clamp_min(_LEAST).log2())
+    return _rounded((weight * part.clamp_min(_LEAST).log2()).clamp_min(_LOWEST))
 
 
 def contrast(tokens: VisualTokens, theta: float) -> Float32[Tensor, "s n"]:

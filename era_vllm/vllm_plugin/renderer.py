@@ -187,8 +187,9 @@ class EraRenderer(HfRenderer):
             texts = prompt.get(_TEXTS)
         ids, special = prompt.get("prompt_token_ids"), self._special_ids
         if texts is not None:
-            of_text = partial(question.of_text, tokenizer=self._tokenizer, left_out=special)
-            return {modality: [*map(of_text, texts[modality])] for modality in counts}
+            distinct = {text for modality in counts for text in texts[modality]}
+            known = {text: question.of_text(text, self._tokenizer, special) for text in distinct}
+            return {modality: [known[text] for text in texts[modality]] for modality in counts}
         try:
             return question.of_prompt(ids, self._marks, counts, self._tokenizer, special)
         except LookupError as error:

@@ -5,10 +5,11 @@ parsed, checked against the engine's other settings, and kept in the model's con
 sends to all processes.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PretrainedConfig
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from era_vllm.config import EraConfig
 from era_vllm.contracts import query_layer
@@ -37,17 +38,13 @@ def resolve(vllm_config: VllmConfig) -> None:
     hf_config = vllm_config.model_config.hf_config
     hf_config.era = config.as_dict()
     refuse(vllm_config)
-    if config.scout_injection and not config.scout:
-        raise ConfigError(
-            "scout_injection: got true without a scout, whose states are injected; give "
-            "--era-scout K too, 1 or more, or leave --era-scout-injection out"
-        )
     read = query_layer(policy)
     if needed := max(config.scout, read if read > 1 else 0):
         _refuse_layers(hf_config, needed)
         if config.scout_prefix is None:
             config = replace(config, scout_prefix=prefix_ids(vllm_config.model_config))
             hf_config.era = config.as_dict()
+        _refuse_prefix(vllm_config.model_config, config.scout_prefix or ())
     _refuse_rate(vllm_config)
     refuse_joined_frames(hf_config, config)
     if family_of(hf_config).axes > 1 and config.positions == "compact":
@@ -69,6 +66,21 @@ def _refuse_layers(hf_config: PretrainedConfig, needed: int) -> None:
         raise UnsupportedError(
             f"scout: got layer {needed} (--era-scout, or the layer that a policy reads), allowed: "
             f"up to {layers}, those of the language model"
+        )
+
+
+def _refuse_prefix(model_config: ModelConfig, prefix: Sequence[int]) -> None:
+    """Refuse ids that the model has no embedding of, and more than fit in a prompt."""
+    known = int(model_config.hf_config.get_text_config().vocab_size)
+    if unknown := [token for token in prefix if token >= known]:
+        raise ConfigError(
+            f"era setting scout_prefix: got token {unknown[0]}, allowed: 0 to {known - 1}, those "
+            "of the model (--era-scout-prefix)"
+        )
+    if len(prefix) >= model_config.max_model_len:
+        raise ConfigError(
+            f"era setting scout_prefix: got {len(prefix)} tokens, allowed: fewer than "
+            f"{model_config.max_model_len}, the longest prompt (--max-model-len)"
         )
 
 

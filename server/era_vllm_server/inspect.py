@@ -189,8 +189,11 @@ def _rate(request: InspectRequest, config: EraConfig, takes: tuple[str, ...]) ->
     try:
         asked = requested_rates(request.era, config, takes).get(request.modality)
         (rate,) = item_rates([request.part_fields], asked, config)
-        if request.question is not None and not requested_question(request.era, config):
+        aware = requested_question(request.era, config)
+        if request.question is not None and not aware:
             allowed = "none, or a server that was started with --era-question-aware"
+            if config.question_aware:
+                allowed = "none beside era.question_aware: false"
             raise FieldError("question", request.question, allowed)
         return rate if asked is None else ItemRate(asked, "era")
     except FieldError as error:

@@ -27,7 +27,7 @@ def test_one_image(engine, setup, ask, images, exact, policy):
         {"saliency": "logit"},
         {"saliency": "zscore", "search": "multiplicative"},
         {"search": "dpp", "centroid": "weighted"},
-        {"weighting": "log_size", "matching": "dot"},
+        {"weighting": "saliency", "matching": "dot"},
     ],
     ids=str,
 )
@@ -178,7 +178,7 @@ def test_the_method_in_numpy_decides_what_the_engine_answers(
     engine, setup, ask, images, oracle, rate
 ):
     """From Hugging Face's features and attention, with nothing of the package's own mathematics."""
-    live, clear = engine(setup()), 0
+    live, clear = engine(setup(preset="paper")), 0
     for image in images[:6]:
         request = ask("what shape is red?", image, rate=rate)
         (answer,) = live.ask([request])

@@ -78,7 +78,7 @@ def test_command_is_a_shell_line_of_the_same_flags(monkeypatch):
         ({"prunning_rate": 0.5}, {}, "did you mean 'pruning_rate'"),
         ({"pruning_rate": 1.0}, {}, r"got 1\.0, allowed: \[0, 0\.95\]"),
         ({"policy": "eras"}, {}, "did you mean 'era'"),
-        ({"policy_options": {"mass_scal": 1}}, {}, "did you mean 'mass_scale'"),
+        ({"policy": "era", "policy_options": {"mass_scal": 1}}, {}, "did you mean 'mass_scale'"),
         ({}, {"hf_overrides": {"architectures": ["X"]}}, "chooses the architecture"),
         ({}, {"additional_config": {"era": {}}}, "drop one of the two"),
     ],
@@ -190,7 +190,10 @@ WANTED = {
     "speculative decoding": {"speculative_config": SimpleNamespace(method="eagle")},
     "encoder CUDA graphs": {"compilation_config.cudagraph_mm_encoder": True},
     "a compiled encoder": {"compilation_config.compile_mm_encoder": True},
-    "encoders that share out": {"model_config.multimodal_config.mm_encoder_tp_mode": "data"},
+    "encoders that share out": {
+        "model_config.multimodal_config.mm_encoder_tp_mode": "data",
+        "model_config.hf_config.era": EraConfig(policy="era").as_dict(),
+    },
     "vLLM's own pruning": {"model_config.multimodal_config.video_pruning_rate": 0.5},
     "layers without": {
         "model_config._model_info": SimpleNamespace(is_hybrid=True, is_attention_free=False)
@@ -198,9 +201,13 @@ WANTED = {
     "given embeddings": {"model_config.multimodal_config.enable_mm_embeds": True},
     "prompt embeddings": {"model_config.enable_prompt_embeds": True},
     "LoRA adapters of": {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)},
-    "LoRA adapters (": {
+    "LoRA adapters (--enable-lora) with a policy": {
         "lora_config": SimpleNamespace(enable_tower_connector_lora=False),
         "model_config.hf_config.era": EraConfig(policy="entropyprune").as_dict(),
+    },
+    "LoRA adapters (--enable-lora) with a scout": {
+        "lora_config": SimpleNamespace(enable_tower_connector_lora=False),
+        "model_config.hf_config.era": EraConfig(scout=1).as_dict(),
     },
     "an fp8 KV cache with": {
         "cache_config.cache_dtype": "fp8",
@@ -330,7 +337,7 @@ def test_every_prompt_is_in_a_namespace_of_our_settings(engine, setup, ask, imag
     (own,) = rendered_by(live, {"prompt": "USER: hello ASSISTANT:", "cache_salt": "mine"})
     (picture,) = rendered_by(live, ask("?", images[0]).prompt())
     (other,) = rendered_by(engine(setup(policy="dpp")), {"prompt": "USER: hello ASSISTANT:"})
-    ours = namespace(EraConfig(), LLAVA)
+    ours = namespace(EraConfig(policy="era"), LLAVA)
     assert ours.startswith(f"era {era_vllm.__version__} ")
     assert [one["cache_salt"] for one in (text, own, picture)] == [ours, f"{ours} mine", ours]
     assert other["cache_salt"] != ours

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from era_vllm.calibration import calibrated, model_identity, write_gamma
+from era_vllm.calibration import calibrated, model_identity, settings_of, write_gamma
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 
@@ -54,10 +55,17 @@ def test_heads_of_a_layer_may_differ(model: Path, tmp_path: Path) -> None:
         ({"policy": "era"}, 'measured with policy = "dpp", got "era"'),
         (
             {**DPP, "policy_options": {"ridge": 0.2}},
-            'policy_options = {"ridge": 0.1}, got {"ridge"',
+            'policy_options = {"ridge": 0.1, "relevance_weight": 0.0}, got {"ridge"',
         ),
         ({**DPP, "max_segment": 64}, "measured with max_segment = 4096, got 64"),
         ({**DPP, "merge": False}, "measured with merge = true, got false"),
+        ({"preset": "scout"}, "measured with scout = 0, got 2"),
+        ({**DPP, "scout": 2}, "measured with scout = 0, got 2"),
+        ({**DPP, "frames_per_segment": 2}, "measured with frames_per_segment = 1, got 2"),
+        (
+            {**DPP, "question_aware": True, "policy_options": {"relevance_weight": 0.1}},
+            "measured with question_aware = false, got true",
+        ),
         ({**DPP, "positions": "compact"}, 'measured with positions = "original"'),
         ({**DPP, "bias": False}, "measured with bias = true, got false"),
         ({**DPP, "gamma": 0.5}, "calibration and gamma: choose one"),
@@ -69,6 +77,13 @@ def test_another_way_of_pruning_is_refused(
     with pytest.raises(ConfigError, match="calibration") as caught:
         calibrated(str(model), {**settings, "calibration": str(file)})
     assert said in str(caught.value)
+
+
+def test_every_setting_counts_or_is_known_not_to() -> None:
+    """A new one has to be put on one of the two sides."""
+    free = {*("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels"), "gamma", "bias"}
+    free |= {"separators", "allow_extrapolation", "bias_store", "bias_columns"}
+    assert {field.name for field in fields(EraConfig)} - free == set(settings_of(EraConfig()))
 
 
 def test_rates_and_levels_may_differ(model: Path, file: Path) -> None:
