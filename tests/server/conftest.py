@@ -22,6 +22,8 @@ with warnings.catch_warnings():  # torch and vLLM use what they deprecate
     importlib.import_module("vllm.model_executor.layers.attention")
 
 LIMITS = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"]
+LIMITS += ["--era-policy", "era"]
+"""Flags of nearly every server here: what it may take, and the policy that reads attention."""
 VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 ERA_VLLM = str(Path(sys.executable).with_name("era-vllm"))
 

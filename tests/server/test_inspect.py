@@ -52,7 +52,7 @@ def test_anchors_clusters_bias_and_entropy_are_the_policys(server, image):
     anchors, assignment = said["anchors"], said["assignment"]
     assert anchors == sorted(set(anchors)) and len(anchors) == 16 and len(assignment) == 144
     assert [assignment[token] for token in anchors] == list(range(16))
-    oracle, config = Oracle(str(CHECKPOINT), torch.bfloat16), EraConfig()
+    oracle, config = Oracle(str(CHECKPOINT), torch.bfloat16), EraConfig(policy="era")
     tokens = oracle.tokens([image], config)
     own = oracle.reduce([image], config, 0.889)
     assert len(set(anchors) & set(own.anchors[0].tolist())) >= 14  # bf16: near-ties may differ

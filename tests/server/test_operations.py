@@ -273,7 +273,7 @@ def test_info_says_what_can_be_asked_for(servers):
         "min_anchors": 1,
         "max_model_len": 1024,
     }
-    assert EraConfig.parse(said["settings"]) == EraConfig()
+    assert EraConfig.parse(said["settings"]) == EraConfig(policy="era")
     assert said["server"] == ServerSettings().model_dump(mode="json")
     assert said["families"] == sorted(FAMILIES)
     assert said["modalities"] == ["image"]

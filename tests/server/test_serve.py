@@ -44,7 +44,7 @@ def offline():
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    arguments = era_vllm.engine_args(str(CHECKPOINT))
+    arguments = era_vllm.engine_args(str(CHECKPOINT), policy="era")
     llm = LLM(
         **arguments,
         enforce_eager=True,
@@ -174,7 +174,9 @@ def expected(held_out):
             right, reduced = 0, {}
             for image, question, answer in held_out:
                 if id(image) not in reduced:
-                    reduced[id(image)] = segments_of(oracle.reduce([image], EraConfig(), rate))
+                    reduced[id(image)] = segments_of(
+                        oracle.reduce([image], EraConfig(policy="era"), rate)
+                    )
                 text = f"USER: <image> {question} ASSISTANT:"
                 right += oracle.answer(text, reduced[id(image)]) == answer
             accuracies[rate] = right / len(held_out)

@@ -37,7 +37,7 @@ BODIES = {
     "messages, streamed": (MESSAGES, lambda image: messages_body(image, stream=True)),
     "messages, refused": (MESSAGES, lambda image: messages_body(image) | {"max_tokens": -1}),
 }
-OBJECT = re.compile(r',"era":\{"policy":"era","images":\[[^]]*\]\}')
+OBJECT = re.compile(r',"era":\{"policy":"[a-z]+","images":\[[^]]*\]\}')
 OWN = "id|item_id|created|created_at|completed_at|system_fingerprint"
 """What every answer has for itself, and a hash of the engine's settings."""
 VOLATILE = re.compile(rf'("(?:{OWN})":)("[\w.-]+"|[\d.]+)')
