@@ -61,8 +61,11 @@ def test_anchors_clusters_bias_and_entropy_are_the_policys(server, image):
     entropy = head_entropy(profile, unattended(tokens, policy.mass_guard))[0]
     assert (torch.tensor(said["entropy"]) - entropy).abs().max() < 0.05
     assert max(said["entropy"]) - min(said["entropy"]) > 0.1
+    sizes = torch.bincount(torch.tensor(assignment), minlength=16).float()
+    assert (torch.tensor(said["log_bias"]) - sizes.log()).abs().max() < 1e-4
     (again,) = oracle.recycle([image], config, torch.tensor([anchors]))
-    assert (torch.tensor(said["log_bias"]) - again.log_bias).abs().max() < 0.1
+    same = (again.log_bias.exp() - sizes).abs() < 0.5  # bf16: near-ties may join another anchor
+    assert same.sum() >= 12
     assert max(said["log_bias"]) > 1
 
 
