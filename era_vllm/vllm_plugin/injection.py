@@ -85,8 +85,7 @@ class InjectedStates(nn.Module):
         """
         tokens = hidden.shape[0]
         mask, states = self.mask[:tokens], self.states[level, :tokens]
-        zero = torch.zeros_like(hidden)
-        return torch.where(mask, zero, hidden), torch.where(mask, states, residual)
+        return hidden.masked_fill(mask, 0.0), torch.where(mask, states, residual)
 
 
 class _Injected:
