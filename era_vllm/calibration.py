@@ -36,7 +36,7 @@ def settings_of(config: EraConfig) -> dict[str, object]:
     values = config.as_dict()
     names = ("policy", "merge", "positions", "attention_queries", "attention_layer")
     blocks = ("max_segment", "min_anchors", "frames_per_segment")
-    scout = ("scout", "scout_prefix", "scout_injection")
+    scout = ("scout", "scout_prefix", "scout_suffix", "scout_injection")
     question = ("question_aware", "question_reduction")
     options = asdict(make_policy(config))  # type: ignore[call-overload]  # a dataclass
     return {

@@ -91,6 +91,9 @@ class EraConfig:
     scout_prefix: tuple[int, ...] | None = None
     """Token ids that stand before the picture there; None = what the model's chat template writes
     before a picture, worked out where an engine starts."""
+    scout_suffix: tuple[int, ...] | None = None
+    """Token ids that stand behind a question there; None = what the template writes behind a user's
+    text, up to where the answer begins, likewise. Read with ``question_aware``."""
     scout_injection: bool = False
     """Visual tokens come out of each of the scout's layers with the mean of their cluster's states
     there; needs ``scout`` >= 1."""
@@ -167,12 +170,9 @@ class EraConfig:
             "1 or null for value_column, more for key_columns only",
         )
         _check(_is_int(self.scout) and self.scout >= 0, "scout", self.scout, "an integer >= 0")
-        _check(
-            _is_ids(self.scout_prefix),
-            "scout_prefix",
-            self.scout_prefix,
-            "a list of token ids, integers >= 0, or null",
-        )
+        for name in ("scout_prefix", "scout_suffix"):
+            ids: object = getattr(self, name)
+            _check(_is_ids(ids), name, ids, "a list of token ids, integers >= 0, or null")
         _check(
             self.question_reduction in ("largest", "mean"),
             "question_reduction",
@@ -204,8 +204,9 @@ class EraConfig:
         values = with_preset(raw)
         values["policy_options"] = _options(values.get("policy_options"))
         values["gamma"] = _frozen(values.get("gamma"))
-        if isinstance(prefix := values.get("scout_prefix"), list):
-            values["scout_prefix"] = tuple(map(_plain, cast(list[object], prefix)))
+        for name in ("scout_prefix", "scout_suffix"):
+            if isinstance(ids := values.get(name), list):
+                values[name] = tuple(map(_plain, cast(list[object], ids)))
         if "levels" in values:
             values["levels"] = _levels(values["levels"])
         if "pruning_rate" not in values:
@@ -219,9 +220,14 @@ class EraConfig:
     def as_dict(self) -> dict[str, object]:
         """Return plain JSON values; ``parse`` gives the same config back."""
         gamma = json.loads(json.dumps(self.gamma))  # lists for tuples
-        tables = {"levels": dict(self.levels), "policy_options": dict(self.policy_options)}
-        prefix = None if self.scout_prefix is None else list(self.scout_prefix)
-        return {**asdict(self), **tables, "gamma": gamma, "scout_prefix": prefix}
+        tables: dict[str, object] = {
+            "levels": dict(self.levels),
+            "policy_options": dict(self.policy_options),
+        }
+        for name in ("scout_prefix", "scout_suffix"):
+            ids = getattr(self, name)
+            tables[name] = None if ids is None else list(ids)
+        return {**asdict(self), **tables, "gamma": gamma}
 
     def exponents(self, layers: int, kv_heads: int) -> tuple[tuple[float, ...], ...] | None:
         """Return gamma as [layers][kv_heads] of a language model; None = 1 everywhere.

@@ -90,6 +90,21 @@ def of_prompt(
     return found
 
 
+def followed(question: Question, suffix: Sequence[int]) -> Question:
+    """Return a question with what a chat template writes behind it, once.
+
+    A rendered prompt's question ends with that already, but for its special tokens.
+
+    Args:
+        suffix: The template's, special tokens included.
+    """
+    end = len(question)
+    for token in reversed(suffix):
+        if end and question[end - 1] == token:
+            end -= 1
+    return question[:end] + tuple(suffix)
+
+
 def _first(ids: Sequence[int], left_out: Set[int]) -> Question:
     return tuple(id_ for id_ in ids if id_ not in left_out)[:MOST]
 

@@ -112,6 +112,11 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "JSON",
         "token ids before the picture there (default: what the chat template writes)",
     ),
+    "scout_suffix": (
+        _json,
+        "JSON",
+        "token ids behind a question there (default: what the chat template writes)",
+    ),
     "question_reduction": (
         str,
         "largest|mean",

@@ -23,14 +23,16 @@ from era_vllm.errors import UnsupportedError
 from era_vllm.lab.blocks import prune_blocks
 from era_vllm.lab.scout import (
     chat_prefix,
+    chat_suffix,
     first_queries,
     reads_layers,
     replace_output,
+    scout_relevance,
     scout_signals,
 )
 from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
-from era_vllm.question import Question
+from era_vllm.question import Question, followed
 from era_vllm.steps.merge import average
 from era_vllm.types import PrunedTokens, Signal, VisualTokens
 
@@ -249,6 +251,11 @@ class Oracle(LanguageOracle):
         prefix = config.scout_prefix
         if prefix is None and reads_layers(config):
             prefix = chat_prefix(self.processor, self.image_token)
+        asked = list(questions or [()] * len(images))
+        if config.scout and any(asked):
+            suffix = config.scout_suffix
+            suffix = chat_suffix(self.processor) if suffix is None else suffix
+            asked = [followed(one, suffix) if one else one for one in asked]
         scouted, of_layers = scout_signals(body.language_model, prefix or (), embeds, config)
         return VisualTokens(
             embeds,
@@ -261,22 +268,26 @@ class Oracle(LanguageOracle):
                 Signal.PIXEL_HASH: torch.tensor([pixel_hash(image) for image in pixels]),
                 **first_queries(body.language_model.layers, embeds),
                 **scouted,
-                **self._relevance(embeds, questions or [()] * len(images), config),
+                **self._relevance(embeds, asked, config, prefix or ()),
             },
             of_layers,
         )
 
     def _relevance(
-        self, embeds: Float[Tensor, "s n d"], questions: Sequence[Question], config: EraConfig
+        self,
+        embeds: Float[Tensor, "s n d"],
+        questions: Sequence[Question],
+        config: EraConfig,
+        prefix: Sequence[int],
     ) -> dict[Signal, Float32[Tensor, "s 1 n"]]:
-        layers = self.model.model.language_model.layers
-        if not len(layers):
+        language, table = self.model.model.language_model, self.model.get_input_embeddings()
+        if not len(language.layers):
             return {}
-        table = self.model.get_input_embeddings()
-        pairs = zip(embeds, questions, strict=True)
         found = [
-            first_relevance(layers, table, own, asked, config.question_reduction)
-            for own, asked in pairs
+            scout_relevance(language, prefix, own, asked, config)
+            if config.scout
+            else first_relevance(language.layers, table, own, asked, config.question_reduction)
+            for own, asked in zip(embeds, questions, strict=True)
         ]
         return {Signal.RELEVANCE: torch.stack(found)[:, None]}
 

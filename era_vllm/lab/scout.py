@@ -1,4 +1,5 @@
-"""The scout in plain transformers: what comes out of a language model's first layers for a picture.
+"""The scout in plain transformers: what comes out of a language model's first layers for a picture,
+and how a question's words look at it there.
 
 The Hugging Face model itself runs on prefix and picture, and is listened to. Nothing of vLLM is
 used. Leaves out who compares by it (``oracle.py``).
@@ -16,6 +17,7 @@ from era_vllm.config import EraConfig
 from era_vllm.contracts import query_layer
 from era_vllm.errors import UnsupportedError
 from era_vllm.policies import make_policy
+from era_vllm.question import Question
 from era_vllm.types import Signal
 
 
@@ -29,6 +31,13 @@ def chat_prefix(processor: Any, mark: int) -> list[int]:  # noqa: ANN401  # tran
     text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids[: ids.index(mark)]
+
+
+def chat_suffix(processor: Any) -> list[int]:  # noqa: ANN401
+    """Return the token ids of what a chat template writes between a user's text and the answer."""
+    messages = [{"role": "user", "content": [{"type": "text", "text": "scout"}]}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return processor.tokenizer(text.partition("scout")[2], add_special_tokens=False)["input_ids"]
 
 
 @torch.inference_mode()
@@ -78,6 +87,37 @@ def scout_states(
     finally:
         hook.remove()
     return found[0][:, len(prefix) :].float()
+
+
+@torch.inference_mode()
+def scout_relevance(
+    language_model: Any,  # noqa: ANN401
+    prefix: Sequence[int],
+    embeds: Float[Tensor, "n d"],
+    question: Question,
+    config: EraConfig,
+    arguments: Mapping[str, object] | None = None,
+) -> Float32[Tensor, "n"]:
+    """Return how much a question's words attend to a picture's tokens in the scout's last layer.
+
+    The model, loaded with eager attention, runs on prefix, picture and question. 0 where nothing
+    is asked.
+
+    Args:
+        config: ``scout`` and ``question_reduction``.
+        arguments: Further ones of the model, for all of it.
+    """
+    if not question:
+        return torch.zeros(len(embeds))
+    table = language_model.get_input_embeddings()
+    before, words = (table(torch.tensor([*ids], dtype=torch.int64)) for ids in (prefix, question))
+    given = torch.cat([before.to(embeds.dtype), embeds, words.to(embeds.dtype)])[None]
+    out = language_model(
+        inputs_embeds=given, use_cache=False, output_attentions=True, **(arguments or {})
+    )
+    each = out.attentions[config.scout - 1][0].float().mean(0)
+    each = each[-len(question) :, len(prefix) : len(prefix) + len(embeds)]
+    return each.amax(0) if config.question_reduction == "largest" else each.mean(0)
 
 
 def reads_layers(config: EraConfig) -> bool:

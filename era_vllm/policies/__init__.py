@@ -131,6 +131,12 @@ def _check_scout(policy: "PruningPolicy", config: EraConfig) -> None:
             "era setting scout_prefix: got token ids without a scout that they would stand before; "
             "give --era-scout K too, or leave --era-scout-prefix out"
         )
+    if config.scout_suffix is not None and not (config.scout and config.question_aware):
+        raise ConfigError(
+            "era setting scout_suffix: got token ids without a scout that reads questions, behind "
+            "which they would stand; give --era-scout K and --era-question-aware too, or leave "
+            "--era-scout-suffix out"
+        )
 
 
 def _module(name: str, module_name: str) -> ModuleType:

@@ -7,7 +7,7 @@ import math
 from typing import Final, Literal
 
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from era_vllm.steps.similarity import quantize
@@ -46,6 +46,32 @@ def question_attention(
         for first in range(0, words, at_once)
     ]
     return torch.cat(parts)
+
+
+def attention_behind(
+    query: Float[Tensor, "b hq t dh"], key: Float[Tensor, "b hkv m dh"], scale: float
+) -> Float32[Tensor, "b t m"]:
+    """Return causal attention of the last t of m tokens to all of them, its mean over heads.
+
+    Args:
+        query: Of those t.
+        key: Of all; each head of it serves hq / hkv of the queries.
+        scale: Of the scores.
+    """
+    batch, heads, words, _ = query.shape
+    kv_heads, total = key.shape[1:3]
+    of_heads = key.float().transpose(2, 3)[:, :, None]  # [b, hkv, 1, dh, m]
+    by_kv = query.float().reshape(batch, kv_heads, heads // kv_heads, words, -1) * scale
+    place = torch.arange(total, device=query.device)
+    last = place[total - words :, None]
+    at_once = max(1, _NUMBERS // (batch * heads * total))
+    parts: list[Tensor] = []
+    for first in range(0, words, at_once):
+        chosen = slice(first, first + at_once)
+        scores: Tensor = by_kv[..., chosen, :] @ of_heads
+        scores = scores.masked_fill(place > last[chosen], -torch.inf)
+        parts.append(scores.softmax(-1).mean((1, 2)))
+    return torch.cat(parts, 1)
 
 
 def relevance(attention: Float32[Tensor, "t n"], reduction: Reduction) -> Float32[Tensor, "1 n"]:

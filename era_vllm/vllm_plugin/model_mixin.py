@@ -171,6 +171,7 @@ class PrunedModelMixin(nn.Module):
                 "uniform"
             )
         sources: list[SignalSource] = [PixelHash()]
+        asks = self.era.question_reduction if Signal.RELEVANCE in self.policy.needs else None
         if (queries_of := query_layer(self.policy)) == 1:
             width = self.adapter.width(self.config)
             sources.append(LanguageQueries(self.adapter.language_model(self), width))
@@ -184,12 +185,14 @@ class PrunedModelMixin(nn.Module):
                     width=self.adapter.width(self.config),
                     most=self.tokens_per_pass,
                     every_layer=self.era.scout_injection,
+                    asks=asks if self.era.scout else None,
+                    suffix=self.era.scout_suffix or (),
                 )
             )
-        if Signal.RELEVANCE in self.policy.needs:
+        if asks and not self.era.scout:
             width = self.adapter.width(self.config)
             form = FirstLayerForm(self.adapter.language_model(self))
-            sources.append(QuestionRelevance(form, self.era.question_reduction, width))
+            sources.append(QuestionRelevance(form, asks, width))
         layer = self.adapter.tapped_layer(self, self.config, self.era.attention_layer)
         if layer is not None and (wanted := self.policy.needs & self.adapter.provides):
             queries = self.era.attention_queries

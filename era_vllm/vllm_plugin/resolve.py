@@ -20,7 +20,7 @@ from era_vllm.vllm_plugin.names import RATES, SCHEDULER, WORKER
 from era_vllm.vllm_plugin.positions import carry_positions
 from era_vllm.vllm_plugin.rates import refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
-from era_vllm.vllm_plugin.scout_prefix import prefix_ids
+from era_vllm.vllm_plugin.scout_text import text_around
 from era_vllm.vllm_plugin.version import check_vllm_version
 
 
@@ -41,10 +41,8 @@ def resolve(vllm_config: VllmConfig) -> None:
     read = query_layer(policy)
     if needed := max(config.scout, read if read > 1 else 0):
         _refuse_layers(hf_config, needed)
-        if config.scout_prefix is None:
-            config = replace(config, scout_prefix=prefix_ids(vllm_config.model_config))
-            hf_config.era = config.as_dict()
-        _refuse_prefix(vllm_config.model_config, config.scout_prefix or ())
+        config = _with_text(vllm_config.model_config, config)
+        hf_config.era = config.as_dict()
     _refuse_rate(vllm_config)
     refuse_joined_frames(hf_config, config)
     if family_of(hf_config).axes > 1 and config.positions == "compact":
@@ -69,17 +67,30 @@ def _refuse_layers(hf_config: PretrainedConfig, needed: int) -> None:
         )
 
 
-def _refuse_prefix(model_config: ModelConfig, prefix: Sequence[int]) -> None:
+def _with_text(model_config: ModelConfig, config: EraConfig) -> EraConfig:
+    """Return settings that have the text around a picture and its question, as far as needed."""
+    wanted = ["scout_prefix", *(["scout_suffix"] if config.scout and config.question_aware else [])]
+    if any(getattr(config, name) is None for name in wanted):
+        found = dict(zip(("scout_prefix", "scout_suffix"), text_around(model_config), strict=True))
+        worked_out = {name: found[name] for name in wanted if getattr(config, name) is None}
+        config = replace(config, **worked_out)
+    for name in wanted:
+        _refuse_ids(model_config, name, getattr(config, name))
+    return config
+
+
+def _refuse_ids(model_config: ModelConfig, name: str, ids: Sequence[int]) -> None:
     """Refuse ids that the model has no embedding of, and more than fit in a prompt."""
+    flag = f"--era-{name.replace('_', '-')}"
     known = int(model_config.hf_config.get_text_config().vocab_size)
-    if unknown := [token for token in prefix if token >= known]:
+    if unknown := [token for token in ids if token >= known]:
         raise ConfigError(
-            f"era setting scout_prefix: got token {unknown[0]}, allowed: 0 to {known - 1}, those "
-            "of the model (--era-scout-prefix)"
+            f"era setting {name}: got token {unknown[0]}, allowed: 0 to {known - 1}, those "
+            f"of the model ({flag})"
         )
-    if len(prefix) >= model_config.max_model_len:
+    if len(ids) >= model_config.max_model_len:
         raise ConfigError(
-            f"era setting scout_prefix: got {len(prefix)} tokens, allowed: fewer than "
+            f"era setting {name}: got {len(ids)} tokens, allowed: fewer than "
             f"{model_config.max_model_len}, the longest prompt (--max-model-len)"
         )
 

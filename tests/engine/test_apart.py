@@ -135,9 +135,11 @@ def test_the_language_model_is_read(apart, check, tmp_path, how, settings, signa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["tensor parallel 2", "torch.compile"])
-def test_relevance_to_the_question(apart, check, tmp_path, how):
+@pytest.mark.parametrize("scout", [0, 2])
+def test_relevance_to_the_question(apart, check, tmp_path, how, scout):
     """The mean over all ranks' heads on every rank, and as transformers has it."""
     settings = {"policy": "cdpruner", "policy_options": {"rest": "merged"}, "question_aware": True}
+    settings |= {"scout": scout}
     saved = ask_ranks(apart, tmp_path / "model", settings, how)
     oracle, asked = Oracle(str(tmp_path / "model")), {}
     for text, picture in QUESTIONS:

@@ -13,6 +13,8 @@ from era_vllm.lab import CHECKPOINT_QWEN3_VL
 from era_vllm.lab.asking import messages_of
 from era_vllm.lab.oracle import first_relevance
 from era_vllm.lab.samples import load_task_samples
+from era_vllm.lab.scout import scout_relevance
+from era_vllm.question import followed
 from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with
 from tests.engine.test_policies import even
@@ -63,6 +65,10 @@ def marked(image, number):
     return found
 
 
+SCOUTED = (
+    {"scout": 1, "question_reduction": "mean"},
+    {"scout": 2, "scout_injection": True},
+)
 HALF = {"image": [0.5]}
 OFF = {"question_aware": False}
 
@@ -156,9 +162,11 @@ def test_a_question_is_the_message_or_the_text_up_to_the_next_picture(asking, im
     ]
 
 
-@pytest.mark.parametrize("name", ASKING)
-def test_relevance_and_answers_are_those_of_transformers(asking, ask, oracle, images, name):
-    live = asking(name)
+@pytest.mark.parametrize(
+    ("name", "more"), [*((name, {}) for name in ASKING), *(("dpp", scouted) for scouted in SCOUTED)]
+)
+def test_relevance_and_answers_are_those_of_transformers(asking, ask, oracle, images, name, more):
+    live = asking(name, **more)
     chosen = []
     for question in (RED, MANY):
         image = marked(images[3], 8)
@@ -221,11 +229,12 @@ def test_without_a_question_the_policy_is_the_one_that_asks_nothing(
     assert torch.equal(one.embeds[row], other.embeds[place])
 
 
-def test_neighbours_do_not_matter(asking, images, oracle):
+@pytest.mark.parametrize("more", [{}, {"scout": 2}], ids=str)
+def test_neighbours_do_not_matter(asking, images, oracle, more):
     """Asked together, each item is what it is alone; one of them is asked nothing."""
-    live = asking()
+    live = asking(**more)
     some = [marked(images[5], 30 + number) for number in range(3)]
-    asked = list(zip(some, (RED, MANY, RED), (HALF, HALF, {**HALF, **OFF}), strict=True))
+    asked = list(zip(some, (RED, f"{RED} {MANY}", RED), (HALF, HALF, {**HALF, **OFF}), strict=True))
     together = [prompt(text, image, era=era) for image, text, era in asked]
     from vllm import SamplingParams
 
@@ -240,8 +249,9 @@ def test_neighbours_do_not_matter(asking, images, oracle):
     assert live.encoded == before + 3
     for key, (tokens, result, row) in zip(keys, whole, strict=True):
         alone, own, place = live.pruned[key]
-        close = tokens.signals[Signal.RELEVANCE][row], alone.signals[Signal.RELEVANCE][place]
-        assert torch.allclose(*close, atol=1e-6)
+        for signal in {Signal.RELEVANCE, Signal.SCOUT_STATES} & set(tokens.signals):
+            close = tokens.signals[signal][row], alone.signals[signal][place]
+            assert torch.allclose(*close, atol=1e-6 if signal == Signal.RELEVANCE else 1e-5)
         assert torch.equal(result.anchors[row], own.anchors[place])
     nothing = whole[2][0].signals[Signal.RELEVANCE][whole[2][2]]
     assert not nothing.any()
@@ -277,23 +287,49 @@ def test_settings_reach_the_fingerprint():
     assert one.fingerprint() != other.fingerprint()
 
 
-def test_pictures_and_videos_of_the_small_qwen3_vl(engine, setup, images):
-    """Grouped heads, query and key norms, riders; a video's frames share its question."""
+def relevance_of(model, features, grid, asked, era):
+    """Return that of a picture of the Qwen3-VL by transformers."""
+    language, table = model.model.language_model, model.get_input_embeddings()
+    rows = features.pooler_output[0]
+    if not era.scout:
+        return first_relevance(language.layers, table, rows, asked, "largest")
+    asked = followed(asked, era.scout_suffix)
+    start, (_, tall, wide) = len(era.scout_prefix), (grid[0] // torch.tensor([1, 2, 2])).tolist()
+    places = [[place] * 3 for place in range(start)]
+    places += [
+        [start, start + row, start + column] for row in range(tall) for column in range(wide)
+    ]
+    places += [[start + max(tall, wide) + place] * 3 for place in range(len(asked))]
+    visual = torch.zeros(1, len(places), dtype=torch.bool)
+    visual[:, start : start + len(rows)] = True
+    more = {
+        "position_ids": torch.tensor(places).T[:, None],
+        "visual_pos_masks": visual,
+        "deepstack_visual_embeds": [torch.cat([*one]) for one in features.deepstack_features],
+    }
+    return scout_relevance(language, era.scout_prefix, rows, asked, era, more)
+
+
+@pytest.mark.parametrize("scout", [0, 3])
+def test_pictures_and_videos_of_the_small_qwen3_vl(engine, setup, images, scout):
+    """Grouped heads, query and key norms, riders; a video's frames share its question.
+
+    With a scout also three axes of positions, and feature maps behind its layers.
+    """
     path = str(CHECKPOINT_QWEN3_VL)
-    live = engine(setup(model=path, policy="cdpruner", question_aware=True))
+    live = engine(setup(model=path, policy="cdpruner", question_aware=True, scout=scout))
     mark = "<|vision_start|><|image_pad|><|vision_end|>"
     content = {"prompt": f"{mark}what shape is red?", "multi_modal_data": {"image": images[0]}}
     live.llm.generate(content, use_tqdm=False)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        path, dtype=torch.float32
+        path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     processor = transformers.AutoProcessor.from_pretrained(path)
     given = processor.image_processor(images=[images[0]], return_tensors="pt")
     asked = tuple(processor.tokenizer("what shape is red?", add_special_tokens=False)["input_ids"])
     with torch.inference_mode():
         features = model.model.get_image_features(given["pixel_values"], given["image_grid_thw"])
-        layers, table = model.model.language_model.layers, model.get_input_embeddings()
-        expected = first_relevance(layers, table, features.pooler_output[0], asked, "largest")
+        expected = relevance_of(model, features, given["image_grid_thw"], asked, live.model.era)
     (item,) = live.items.values()
     assert item.item.plan.question == asked
     (segment,) = item.segments

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from era_vllm.question import MOST, of_prompt, of_text, special_ids
+from era_vllm.question import MOST, followed, of_prompt, of_text, special_ids
 
 WORDS = ["<s>", "<image>", "<video>", "<pad>", "<", "img", ">", *"abcdefgh"]
 START, IMAGE, VIDEO, PAD = range(4)
@@ -100,3 +100,20 @@ def test_a_mark_that_has_merged_with_its_neighbours_is_found_in_the_text() -> No
 def test_more_marks_than_items_are_refused() -> None:
     with pytest.raises(LookupError, match="3 places for 2 images"):
         of_prompt(ids("<image> <image> <image> a"), MARKS, {"image": 2}, TOKENIZER, SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("question", "suffix", "expected"),
+    [
+        ((8, 9), (), (8, 9)),
+        ((8, 9), (1, 10, 11), (8, 9, 1, 10, 11)),
+        ((8, 9, 10, 11), (1, 10, 11), (8, 9, 1, 10, 11)),  # rendered: specials are left out
+        ((8, 9, 10), (10, 1, 11), (8, 9, 10, 1, 11)),
+        ((10,), (10, 11), (10, 11)),
+    ],
+)
+def test_what_the_template_writes_follows_once(
+    question: tuple[int, ...], suffix: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    assert followed(question, suffix) == expected
+    assert followed(expected, suffix) == expected

@@ -9,14 +9,11 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-)
 
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.fields import Planned
 from era_vllm.vllm_plugin.signals.first_layer import FirstLayer
+from era_vllm.vllm_plugin.signals.ranks import all_heads
 
 
 class LanguageQueries:
@@ -42,8 +39,7 @@ class LanguageQueries:
         self, items: Sequence[Planned], rows: Sequence[Tensor]
     ) -> Mapping[Signal, Sequence[Tensor]]:
         """Return float32 [hq, dh, length] of each item."""
-        queries = self._layer.queries(torch.cat([own[:, : self._width] for own in rows]))
-        if get_tensor_model_parallel_world_size() > 1:
-            queries = tensor_model_parallel_all_gather(queries.contiguous(), dim=1)
+        tokens = torch.cat([own[:, : self._width] for own in rows])
+        queries = all_heads(self._layer.queries(tokens))
         of_items = queries.split([len(own) for own in rows])
         return {Signal.LANGUAGE_QUERIES: [one.permute(1, 2, 0) for one in of_items]}

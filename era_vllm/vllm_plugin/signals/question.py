@@ -1,42 +1,25 @@
 """How relevant each visual token is to what is asked of its item.
 
-By attention of the question's words to the item's tokens: mean over heads, and the largest (or the
-mean) over words. Whose attention is a form of its own (``QuestionForm``): here that of the language
-model's first layer, each word and each token alone and without positions, which needs no pass
-through any layer. An item of which nothing is asked has 0 everywhere, whatever its neighbours.
+By attention of the question's words to the item's tokens in the language model's first layer: mean
+over heads, and the largest (or the mean) over words; each word and each token alone and without
+positions, which needs no pass through any layer. An item of which nothing is asked has 0
+everywhere, whatever its neighbours. Where there is a scout, its last layer says it
+(``scout_question.py``).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-)
 
 from era_vllm.layout import Layout
 from era_vllm.steps.relevance import Reduction, question_attention, relevance
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.fields import Planned
 from era_vllm.vllm_plugin.signals.first_layer import FirstLayer
-
-
-class QuestionForm(Protocol):
-    """Whose attention it is."""
-
-    def attention(
-        self, questions: Sequence[Int[Tensor, "t"]], tokens: Sequence[Float[Tensor, "n d"]]
-    ) -> list[Float32[Tensor, "t n"]]:
-        """Return each question's attention to its item, the same on every rank.
-
-        Args:
-            questions: Token ids, on the tokens' device; none is empty.
-            tokens: Of each question's item.
-        """
-        ...
+from era_vllm.vllm_plugin.signals.ranks import mean_over_ranks
 
 
 class FirstLayerForm:
@@ -53,13 +36,18 @@ class FirstLayerForm:
     def attention(
         self, questions: Sequence[Int[Tensor, "t"]], tokens: Sequence[Float[Tensor, "n d"]]
     ) -> list[Float32[Tensor, "t n"]]:
-        """Return it, of all ranks' heads; words and tokens are projected at once."""
+        """Return each question's attention to its item, of all ranks' heads.
+
+        Args:
+            questions: Token ids, on the tokens' device; none is empty.
+            tokens: Of each question's item; words and tokens are projected at once.
+        """
         words = self._layer.words(torch.cat([*questions]))
         queries = self._layer.queries(words).split([len(one) for one in questions])
         keys = self._layer.keys(torch.cat([*tokens])).split([len(one) for one in tokens])
         scale = self._layer.scale
         pairs = zip(queries, keys, strict=True)
-        return [_over_ranks(question_attention(*pair, scale)) for pair in pairs]
+        return [mean_over_ranks(question_attention(*pair, scale)) for pair in pairs]
 
 
 class QuestionRelevance:
@@ -67,10 +55,11 @@ class QuestionRelevance:
 
     gives: Final = frozenset({Signal.RELEVANCE})
 
-    def __init__(self, form: QuestionForm, reduction: Reduction, width: int | None) -> None:
-        """Wrap a form.
+    def __init__(self, form: FirstLayerForm, reduction: Reduction, width: int | None) -> None:
+        """Wrap a layer.
 
         Args:
+            form: Whose attention it is.
             reduction: Over the question's words.
             width: Columns of a row that are the token; None = all.
         """
@@ -105,12 +94,3 @@ def _places(layout: Layout, device: torch.device) -> Tensor | slice:
     if not len(layout.outside):
         return slice(None)
     return torch.cat([one.places for one in layout.segments]).to(device, non_blocking=True)
-
-
-def _over_ranks(attention: Float32[Tensor, "t n"]) -> Float32[Tensor, "t n"]:
-    """Return the mean over the ranks, each of which holds as many heads."""
-    ranks = get_tensor_model_parallel_world_size()
-    if ranks == 1:
-        return attention
-    gathered = tensor_model_parallel_all_gather(attention.contiguous(), dim=0)
-    return gathered.unflatten(0, (ranks, -1)).mean(0)

@@ -1,55 +1,32 @@
 """The scout: the first layers of the language model, run on each picture alone before it is pruned.
 
-Its own modules are called on the encoder's rows (norms, projections, rotary embedding, MLP), with
-plain causal attention in place of ``Attention``: that is never called, so that no forward context
-and no KV cache are needed and a compiled model is left as it is. Before the picture stands the
-prefix (``scout_prefix.py``); tokens have the positions they have unpruned. Under tensor parallelism
-the projections reduce by themselves, and the heads of queries are gathered, so that every rank
-chooses the same anchors. Leaves out who compares by the states (``VisualTokens.compared``).
+Before the picture stands the prefix (``scout_text.py``); tokens have the positions they have
+unpruned (``decoder.py``: how). Under tensor parallelism the heads of queries are gathered, so that
+every rank chooses the same anchors. What is asked of a picture may be run behind it, for how
+relevant its tokens are (``scout_question.py``). Leaves out who compares by the states
+(``VisualTokens.compared``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-)
 
-from era_vllm.errors import UnsupportedError
 from era_vllm.layout import Layout
+from era_vllm.question import Question, followed
+from era_vllm.steps.relevance import Reduction
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.fields import Planned
-from era_vllm.vllm_plugin.positions import built_rows
-
-_MODELS: Final = frozenset(
-    {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Qwen3LLMModel"}
-)
-"""vLLM's language models that are embeddings and then layers, nothing between."""
-_LAYERS: Final = {
-    "LlamaDecoderLayer": "LlamaAttention",
-    "MistralDecoderLayer": "MistralAttention",
-    "Qwen2DecoderLayer": "Qwen2Attention",
-    "Qwen3DecoderLayer": "Qwen3Attention",
-    "Qwen3VLDecoderLayer": "Qwen3Attention",
-}
-"""Their layers that do what is done here, and the attention of each."""
-_DEEP: Final = "Qwen3LLMModel"
-"""The one that adds a map of the encoder to the tokens behind each of its first layers."""
-_UNKNOWN: Final = ("ada_rms_norm_t_cond", "do_llama_4_scaling", "dual_chunk_attention_config")
-"""What some of these layers may do beside it."""
-
-_INSTEAD: Final = "; leave --era-scout out, or choose another policy with --era-policy, such as dpp"
+from era_vllm.vllm_plugin.signals.decoder import Decoder, Heads
+from era_vllm.vllm_plugin.signals.ranks import all_heads
+from era_vllm.vllm_plugin.signals.scout_question import relevance_by_scout
 
 
 class Scout:
-    """Gives states, or queries of a later layer, for the rows of a pass."""
+    """Gives states, queries of a later layer, or relevance, for the rows of a pass."""
 
     def __init__(
         self,
@@ -61,6 +38,8 @@ class Scout:
         width: int | None,
         most: int,
         every_layer: bool = False,
+        asks: Reduction | None = None,
+        suffix: Sequence[int] = (),
     ) -> None:
         """Find the layers.
 
@@ -71,20 +50,22 @@ class Scout:
             width: Columns of a row that are the token, the others its maps; None = all.
             most: Rows that are run at once, prefix included; a longer picture runs alone.
             every_layer: Give each layer's output too, for injection.
+            asks: Give relevance to what is asked by the last of ``layers``, and so over words.
+            suffix: Token ids behind each question.
 
         Raises:
             UnsupportedError: a language model whose layers are not known here, or fewer of them.
         """
-        self._model: Any = getattr(language_model, "model", None)
-        _check(language_model, self._model, max(layers, query_layer), width)
+        self._decoder = Decoder(language_model, max(layers, query_layer), width)
         self._states, self._query_layer = layers, query_layer
         self._prefix = torch.tensor(list(prefix), dtype=torch.int64, device="cpu")
-        self._width, self._most = width, most
-        self._last = built_rows(language_model) - 1
+        self._suffix = suffix
+        self._width, self._most, self._asks = width, most, asks
         given = {
             Signal.SCOUT_STATES: layers > 0,
             Signal.SCOUT_LAYERS: every_layer,
             Signal.LANGUAGE_QUERIES: query_layer > 0,
+            Signal.RELEVANCE: asks is not None,
         }
         self.gives = frozenset(signal for signal, wanted in given.items() if wanted)
 
@@ -94,28 +75,35 @@ class Scout:
     def after(
         self, items: Sequence[Planned], rows: Sequence[Tensor]
     ) -> Mapping[Signal, Sequence[Tensor]]:
-        """Return float32 [d, length] and [hq, dh, length] of each item."""
+        """Return float32 [d, length], [hq, dh, length] and [1, length] of each item."""
         found: dict[tuple[Signal, int], Tensor] = {}
         for members in batches([len(own) for own in rows], len(self._prefix), self._most):
-            layouts = [items[index].plan.layout for index in members]
-            seen = self._run(layouts, torch.stack([rows[index] for index in members]))
+            plans = [items[index].plan for index in members]
+            seen = self._run(
+                [plan.layout for plan in plans],
+                [followed(one.question, self._suffix) if one.question else () for one in plans],
+                torch.stack([rows[index] for index in members]),
+            )
             for signal, values in seen.items():
                 for row, index in enumerate(members):
                     found[signal, index] = values[row].movedim(0, -1)
         return {s: [found[s, index] for index in range(len(items))] for s in self.gives}
 
     def _run(
-        self, layouts: Sequence[Layout], rows: Float[Tensor, "b n c"]
+        self,
+        layouts: Sequence[Layout],
+        questions: Sequence[Question],
+        rows: Float[Tensor, "b n c"],
     ) -> dict[Signal, Float32[Tensor, "b n *c"]]:
         """Run the layers on pictures of one length."""
         batch, start, device = len(layouts), len(self._prefix), rows.device
         if self._prefix.device != device:
             self._prefix = self._prefix.to(device, non_blocking=True)
         tokens, *maps = rows.split(self._width or rows.shape[-1], -1)
-        before = self._model.embed_tokens(self._prefix).to(rows.dtype)
+        before = self._decoder.embedded(self._prefix).to(rows.dtype)
         hidden = torch.cat([before.expand(batch, -1, -1), tokens], 1).flatten(0, 1)
         residual: Tensor | None = None
-        places = [_positions(one, start, self._last, device) for one in layouts]
+        places = [_positions(one, start, self._decoder.last, device) for one in layouts]
         positions = torch.cat(places, -1)
 
         def own(x: Tensor) -> Tensor:
@@ -123,18 +111,18 @@ class Scout:
 
         seen: dict[Signal, Tensor] = {}
         of_layers: list[Float32[Tensor, "b n d"]] = []
+        kept: list[Heads] = []
+        asks = self._asks is not None and any(questions)
         for index in range(max(self._states, self._query_layer)):
-            layer = self._model.layers[index]
-            normed, residual = _normed(layer.input_layernorm, hidden, residual)
-            query, key, value = _projected(layer.self_attn, normed)
+            parts, residual = self._decoder.projected(index, hidden, residual)
             if index + 1 == self._query_layer:
-                seen[Signal.LANGUAGE_QUERIES] = _all_heads(own(query).float())
+                seen[Signal.LANGUAGE_QUERIES] = all_heads(own(parts[0]).float())
                 if index >= self._states:
                     break
-            out = _attended(layer.self_attn, positions, query, key, value, batch)
-            hidden, _ = layer.self_attn.o_proj(out)
-            hidden, residual = layer.post_attention_layernorm(hidden, residual)
-            hidden = layer.mlp(hidden)
+            heads = self._decoder.turned(index, parts, positions, batch)
+            if asks and index < self._states:
+                kept.append(heads)
+            hidden, residual = self._decoder.onwards(index, heads, residual)
             if Signal.SCOUT_LAYERS in self.gives and index < self._states:
                 of_layers.append(own(hidden).float() + own(residual).float())
             if index < len(maps):
@@ -143,6 +131,11 @@ class Scout:
                 seen[Signal.SCOUT_STATES] = own(hidden).float() + own(residual).float()
         if of_layers:
             seen[Signal.SCOUT_LAYERS] = torch.cat(of_layers, -1)
+        if asks and self._asks is not None:
+            found = relevance_by_scout(self._decoder, layouts, questions, kept, self._asks)
+            seen[Signal.RELEVANCE] = found.transpose(1, 2)
+        elif self._asks is not None:
+            seen[Signal.RELEVANCE] = rows.new_zeros(*rows.shape[:2], 1, dtype=torch.float32)
         return seen
 
 
@@ -173,82 +166,3 @@ def _positions(
     found = torch.cat([before, own]).clamp(max=last).T.contiguous()
     found = found.to(device, non_blocking=True)
     return found[0] if len(found) == 1 else found
-
-
-def _normed(norm: nn.Module, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what a layer's first norm gives, and the residual. On CUDA both are written over."""
-    return (norm(hidden), hidden) if residual is None else norm(hidden, residual)
-
-
-def _projected(attention: Any, normed: Float[Tensor, "m d"]) -> list[Float[Tensor, "m h dh"]]:  # noqa: ANN401
-    """Return queries, keys and values of this rank's heads, before their rotary embedding."""
-    joined, _ = attention.qkv_proj(normed)
-    sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-    parts = [part.unflatten(-1, (-1, attention.head_dim)) for part in joined.split(sizes, -1)]
-    for index, name in enumerate(("q_norm", "k_norm")):
-        if (norm := getattr(attention, name, None)) is not None:
-            parts[index] = norm(parts[index].contiguous())
-    return parts
-
-
-def _attended(
-    attention: Any,  # noqa: ANN401
-    positions: Tensor,
-    query: Float[Tensor, "m hq dh"],
-    key: Float[Tensor, "m hkv dh"],
-    value: Float[Tensor, "m hkv dh"],
-    batch: int,
-) -> Float[Tensor, "m hq_dh"]:
-    """Return plain causal attention within each picture."""
-    query, key = attention.rotary_emb(
-        positions, query.flatten(1).contiguous(), key.flatten(1).contiguous()
-    )
-    groups = attention.num_heads // attention.num_kv_heads
-
-    def by_head(x: Tensor, copies: int = 1) -> Float[Tensor, "b h t dh"]:
-        heads = x.reshape(batch, -1, x.shape[1] // attention.head_dim, attention.head_dim)
-        return heads.transpose(1, 2).repeat_interleave(copies, 1)
-
-    out = scaled_dot_product_attention(
-        by_head(query),
-        by_head(key, groups),
-        by_head(value.flatten(1), groups),
-        is_causal=True,
-        scale=attention.scaling,
-    )
-    return out.transpose(1, 2).reshape(len(query), -1)
-
-
-def _all_heads(queries: Float[Tensor, "b n h dh"]) -> Float[Tensor, "b n hq dh"]:
-    if get_tensor_model_parallel_world_size() == 1:
-        return queries
-    return tensor_model_parallel_all_gather(queries.contiguous(), dim=2)
-
-
-def _check(language_model: nn.Module, model: Any, needed: int, width: int | None) -> None:  # noqa: ANN401
-    name, kind = type(language_model).__name__, type(model).__name__
-    if kind not in _MODELS or (width is not None and kind != _DEEP):
-        raise UnsupportedError(
-            f"scout of {name}: got {kind}{'' if width is None else ' with feature maps'}, allowed: "
-            f"{', '.join(sorted(_MODELS))}{_INSTEAD}"
-        )
-    layers: Sequence[Any] = model.layers
-    if needed > len(layers):
-        raise UnsupportedError(
-            f"scout of {name}: got {needed} layers, allowed: up to {len(layers)}, its own{_INSTEAD}"
-        )
-    for index, layer in enumerate(layers[:needed]):
-        attention = getattr(layer, "self_attn", None)
-        found = type(layer).__name__, type(attention).__name__
-        more = [
-            name
-            for name in _UNKNOWN
-            if getattr(layer, name, None) or getattr(attention, name, None)
-        ]
-        mlp = type(getattr(layer, "mlp", None)).__name__
-        more += [] if mlp.endswith("MLP") else [mlp]
-        if found not in _LAYERS.items() or more:
-            raise UnsupportedError(
-                f"scout of {name}: got layer {index + 1} of {' with '.join([*found, *more])}, "
-                f"allowed: {', '.join(sorted(_LAYERS))}, held by every rank{_INSTEAD}"
-            )

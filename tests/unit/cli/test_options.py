@@ -33,6 +33,7 @@ VALUES: dict[str, object] = {
     "gamma": [1.0, 0.5],
     "scout": 2,
     "scout_prefix": [1, 7],
+    "scout_suffix": [8],
     "scout_injection": True,
     "question_aware": True,
     "question_reduction": "mean",

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from era_vllm.steps import relevance as module
-from era_vllm.steps.relevance import contrast, is_asked, quality, question_attention, relevance
+from era_vllm.steps.relevance import (
+    attention_behind,
+    contrast,
+    is_asked,
+    quality,
+    question_attention,
+    relevance,
+)
 from era_vllm.types import Signal, VisualTokens
 from tests.strategies import build, with_signal
 
@@ -70,3 +77,24 @@ def test_noise_of_the_last_bits_is_no_difference() -> None:
     noisy = given([0.2, 0.4, 0.1, 0.2 * (1 + 1e-7)])
     for found in (quality(noisy, 0.25), contrast(noisy, 1.0)):
         assert found[0, 0] == found[0, 3]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_attention_behind_is_causal_among_the_last(
+    kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each word, what it is by hand where it stands last and nothing follows."""
+    random = torch.Generator().manual_seed(kv_heads)
+    query = torch.randn(2, 6, 4, 5, generator=random)
+    key = torch.randn(2, kv_heads, 11, 5, generator=random)
+    expected = np.zeros((2, 4, 11))
+    for row in range(2):
+        for word in range(4):
+            seen = 8 + word
+            own = query[row, :, word][None], key[row, :, :seen].transpose(0, 1)
+            expected[row, word, :seen] = by_hand(*own, 0.5)
+    found = attention_behind(query, key, 0.5)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert not found[:, 0, 8:].any(), "no word sees what follows it"
+    monkeypatch.setattr(module, "_NUMBERS", 3 * 2 * 6 * 11)
+    np.testing.assert_allclose(attention_behind(query, key, 0.5).numpy(), expected, atol=1e-6)

@@ -98,10 +98,10 @@ def language():
 
 
 def test_the_first_layer_s_attention_is_that_of_its_modules(monkeypatch):
-    from era_vllm.vllm_plugin.signals import question
+    from era_vllm.vllm_plugin.signals import ranks
     from era_vllm.vllm_plugin.signals.question import FirstLayerForm
 
-    monkeypatch.setattr(question, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(ranks, "get_tensor_model_parallel_world_size", lambda: 1)
     torch.manual_seed(0)
     model, ids = language(), [torch.tensor([3, 4]), torch.tensor([9])]
     tokens = [torch.randn(4, 5), torch.randn(7, 5)]
@@ -123,14 +123,16 @@ def test_the_first_layer_s_attention_is_that_of_its_modules(monkeypatch):
 
 
 def test_ranks_heads_are_averaged(monkeypatch):
-    from era_vllm.vllm_plugin.signals import question
+    from era_vllm.vllm_plugin.signals import ranks
 
-    ranks = [torch.rand(2, 5), torch.rand(2, 5)]
-    monkeypatch.setattr(question, "get_tensor_model_parallel_world_size", lambda: 2)
+    of_ranks = [torch.rand(2, 5), torch.rand(2, 5)]
+    monkeypatch.setattr(ranks, "get_tensor_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(
-        question, "tensor_model_parallel_all_gather", lambda x, dim: torch.cat(ranks, dim)
+        ranks, "tensor_model_parallel_all_gather", lambda x, dim: torch.cat(of_ranks, dim)
     )
-    torch.testing.assert_close(question._over_ranks(ranks[0]), (ranks[0] + ranks[1]) / 2)
+    found = ranks.mean_over_ranks(of_ranks[0])
+    torch.testing.assert_close(found, (of_ranks[0] + of_ranks[1]) / 2)
+    assert ranks.all_heads(of_ranks[0]).shape == (4, 5), "side by side"
 
 
 def test_another_first_layer_is_refused():

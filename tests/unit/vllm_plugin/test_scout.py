@@ -45,12 +45,12 @@ def test_runs_stand_behind_one_another_and_end_with_the_rotary_table():
 
 
 @pytest.fixture
-def prefix(monkeypatch):
-    """``prefix(template, mark=...)``: of the sample's tokenizer with another chat template."""
+def around(monkeypatch):
+    """``around(template, mark=...)``: of the sample's tokenizer with another chat template."""
     import vllm.renderers.hf
     import vllm.tokenizers
 
-    from era_vllm.vllm_plugin.scout_prefix import prefix_ids
+    from era_vllm.vllm_plugin.scout_text import text_around
 
     def found(template, mark=None, tokenizer=True):
         made = AutoTokenizer.from_pretrained(CHECKPOINT) if tokenizer else None
@@ -58,8 +58,8 @@ def prefix(monkeypatch):
         monkeypatch.setattr(
             vllm.renderers.hf, "resolve_chat_template", lambda *_, model_config: template
         )
-        ids = prefix_ids(SimpleNamespace(hf_config=SimpleNamespace(image_token_id=mark)))
-        return made.decode(ids).split()
+        ids = text_around(SimpleNamespace(hf_config=SimpleNamespace(image_token_id=mark)))
+        return tuple(made.decode(of).split() for of in ids)
 
     return found
 
@@ -70,19 +70,22 @@ PARTS = (
     "{% endfor %}{% endfor %}"
 )
 STRINGS = "{{ bos_token }} USER : {{ messages[0]['content'] + '' }}"
+ANSWER = "{% if add_generation_prompt %} red ASSISTANT : {% endif %}"
 
 
-def test_it_is_what_a_template_writes_before_the_picture(prefix):
+def test_it_is_what_a_template_writes_before_the_picture_and_behind_the_text(around):
     mark = AutoTokenizer.from_pretrained(CHECKPOINT).convert_tokens_to_ids("<image>")
-    assert prefix(PARTS, mark) == ["<s>", "USER:", "red"]
+    assert around(PARTS, mark) == (["<s>", "USER:", "red"], [])
+    assert around(PARTS + ANSWER, mark) == (["<s>", "USER:", "red"], ["red", "ASSISTANT:"])
 
 
-def test_a_template_of_strings_has_the_picture_where_the_text_begins(prefix):
-    assert prefix(STRINGS) == ["<s>", "USER:"]
+def test_a_template_of_strings_has_the_picture_where_the_text_begins(around):
+    assert around(STRINGS) == (["<s>", "USER:"], [])
+    assert around(STRINGS + ANSWER) == (["<s>", "USER:"], ["red", "ASSISTANT:"])
 
 
-def test_a_model_without_a_template_has_its_first_token(prefix):
-    assert prefix(None) == ["<s>"]
+def test_a_model_without_a_template_has_its_first_token(around):
+    assert around(None) == (["<s>"], [])
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,6 @@ def test_a_model_without_a_template_has_its_first_token(prefix):
     [("{{ raise_exception('no') }}",), ("nothing of it",), (STRINGS, None, False)],
     ids=["raises", "leaves the text out", "no tokenizer"],
 )
-def test_what_cannot_be_worked_out_is_asked_for(prefix, given):
+def test_what_cannot_be_worked_out_is_asked_for(around, given):
     with pytest.raises(ConfigError, match="scout_prefix: got .*--era-scout-prefix"):
-        prefix(*given)
+        around(*given)

@@ -1,8 +1,10 @@
-"""What stands before a picture in the scout: token ids, worked out once, where an engine starts.
+"""What stands around a picture and its question in the scout: token ids, worked out at the start.
 
 A causal layer sees what is before a token, so that the scout's states are the engine's own where
 the same text stands before its picture: the fixed text of the model's chat template, which all
-prompts of a chat share. Carried in the settings, and so in every cache key. Leaves out the scout
+prompts of a chat share. What the template writes behind a user's text, up to where the answer
+begins, follows a question: a model gathers there what it is about to say, and so looks where that
+is to be seen. Carried in the settings, and so in every cache key. Leaves out the scout
 (``signals/scout.py``); a template given to a server is not seen here.
 """
 
@@ -17,10 +19,15 @@ _TEXT: Final = "scout"
 """A user's text, where the template puts the picture as vLLM does: in front of it."""
 
 
-def prefix_ids(model_config: "ModelConfig") -> tuple[int, ...]:
-    """Return what the chat template writes before the first picture of a user's first message.
+Ids = tuple[int, ...]
 
-    The beginning-of-text token alone for a model without a template, nothing where it has none.
+
+def text_around(model_config: "ModelConfig") -> tuple[Ids, Ids]:
+    """Return what the chat template writes before the first picture of a user's first message, and
+    behind the message's text, up to the answer.
+
+    The beginning-of-text token and nothing for a model without a template; nothing at all where it
+    has no such token.
 
     Raises:
         ConfigError: no tokenizer, or a template that does not render a user's message.
@@ -34,7 +41,7 @@ def prefix_ids(model_config: "ModelConfig") -> tuple[int, ...]:
     template = resolve_chat_template(tokenizer, None, None, model_config=model_config)
     if template is None:
         first = tokenizer.bos_token_id
-        return () if first is None else (int(first),)
+        return (() if first is None else (int(first),)), ()
     mark = getattr(model_config.hf_config, "image_token_id", None)
     parts = [{"type": "image"}, {"type": "text", "text": _TEXT}]
     found: Exception | None = None
@@ -47,12 +54,25 @@ def prefix_ids(model_config: "ModelConfig") -> tuple[int, ...]:
         except Exception as error:  # a template's own, of any kind
             found = error
             continue
+        if _TEXT not in text:
+            continue
         ids = _encoded(tokenizer, text)
+        before, after = (text[: place(_TEXT)] for place in (text.index, text.rindex))
+        behind = _behind(ids, _encoded(tokenizer, after + _TEXT))
         if mark in ids:
-            return tuple(ids[: ids.index(mark)])
-        if content == _TEXT and _TEXT in text:
-            return tuple(_encoded(tokenizer, text[: text.index(_TEXT)]))
+            return tuple(ids[: ids.index(mark)]), behind
+        if content == _TEXT:
+            return tuple(_encoded(tokenizer, before)), behind
     raise _refusal("a chat template that does not render a user's message") from found
+
+
+def _behind(ids: list[int], begin: list[int]) -> Ids:
+    """Return the ids behind those that a text begins with, whose last may have been cut."""
+    same = next(
+        (at for at, pair in enumerate(zip(ids, begin, strict=False)) if pair[0] != pair[1]),
+        len(begin),
+    )
+    return tuple(ids[same:])
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401  # transformers'
@@ -62,5 +82,5 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401  # transfo
 def _refusal(got: str) -> ConfigError:
     return ConfigError(
         f"scout_prefix: got {got}, needed what stands before a picture in a prompt; give the "
-        "token ids with --era-scout-prefix '[1, ...]'"
+        "token ids with --era-scout-prefix '[1, ...]' (and --era-scout-suffix with questions)"
     )

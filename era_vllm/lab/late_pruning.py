@@ -1,0 +1,227 @@
+"""EntropyPrune as published, inside the language model, beside what is served: before layer 0.
+
+    python -m era_vllm.lab.late_pruning --count 60
+
+In the paper all visual tokens go through the first k layers, together with the text, and those of
+lowest matrix entropy (of layer k - 1's queries, from 0) leave before layer k, with positions as
+they were. Here a token that has left is one that no later row attends to, which is the same. Beside
+it the same place with random tokens, and the policy ``entropyprune``, which prunes before layer 0
+by what the same layers say of the picture alone. Plain transformers, LLaVA-1.5 (``oracle.py``).
+
+Source: arXiv:2602.17196.
+"""
+
+import argparse
+import io
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from era_vllm.config import EraConfig
+from era_vllm.lab import CHECKPOINT
+from era_vllm.lab.asking import Answer, Subject, chat_prompt, cleaned
+from era_vllm.lab.oracle import Oracle, Segment, segments_of
+from era_vllm.lab.scores import accuracy, count
+from era_vllm.lab.screen import bar
+from era_vllm.lab.synth.assets import load_material
+from era_vllm.lab.synth.tasks import QUOTAS, draw_task
+from era_vllm.steps.matrix_entropy import matrix_entropy
+from era_vllm.steps.ranking import top
+from era_vllm.steps.similarity import quantize
+
+RATES: Final = (0.778, 0.889, 0.944)
+_MAX_TOKENS: Final = 8
+_QUOTAS: Final = {
+    name: QUOTAS[name] for name in ("color", "shape", "count", "number", "word", "chart")
+}
+"""Of questions: families that the sample model learned, without yes and no."""
+Choose = Callable[[Float[Tensor, "1 hq dh n"], int], Int[Tensor, "1 a"]]
+"""From queries of a layer and K, the tokens that stay."""
+
+
+def most_entropic(queries: Float[Tensor, "1 hq dh n"], count: int) -> Int[Tensor, "1 a"]:
+    """Choose as EntropyPrune does, and the policy of that name."""
+    return top(quantize(matrix_entropy(queries.float()).float()), count)
+
+
+def at_random(seed: int) -> Choose:
+    """Return a choice by chance, the same for a picture whenever it is made."""
+
+    def choose(queries: Float[Tensor, "1 hq dh n"], count: int) -> Int[Tensor, "1 a"]:
+        drawn = torch.Generator().manual_seed(seed)
+        return torch.randperm(queries.shape[-1], generator=drawn)[:count].sort().values[None]
+
+    return choose
+
+
+@dataclass(slots=True)
+class Late:
+    """Prunes behind a layer of the language model while it runs on one prompt with one picture."""
+
+    oracle: Oracle
+    layer: int
+    """k: tokens leave before layer k, from 0; >= 1."""
+    choose: Choose
+
+    def answer(self, ids: Sequence[int], whole: Segment, kept: int) -> tuple[str, Tensor]:
+        """Return the answer, and which tokens stayed.
+
+        Args:
+            ids: Prompt, with the picture as it is unpruned.
+            kept: How many stay, K.
+        """
+        layers = self.oracle.model.model.language_model.layers
+        visual = self.oracle.is_visual(torch.tensor([list(ids)]), 1)[0].nonzero()[:, 0]
+        chosen: list[Tensor] = []
+
+        def read(_: nn.Module, __: object, output: Float[Tensor, "1 t c"]) -> None:
+            if not chosen:  # by the prompt, of which an answer's later passes know no more
+                heads = output[0, visual].unflatten(-1, (-1, layers[0].self_attn.head_dim))
+                chosen.append(self.choose(heads.permute(1, 2, 0)[None], kept)[0])
+
+        def without(_: nn.Module, args: object, given: dict[str, Any]) -> object:
+            left = visual[~torch.isin(torch.arange(len(visual)), chosen[0])]
+            mask = given["attention_mask"].clone()
+            mask[..., left] = torch.finfo(mask.dtype).min
+            mask[..., left, left] = (
+                0.0  # a row that nobody reads still needs something to attend to
+            )
+            return args, {**given, "attention_mask": mask}
+
+        with ExitStack() as stack:
+            query = layers[self.layer - 1].self_attn.q_proj
+            hooks: list[RemovableHandle] = [query.register_forward_hook(read)]
+            for layer in layers[self.layer :]:
+                hooks.append(layer.register_forward_pre_hook(without, with_kwargs=True))
+            for hook in hooks:
+                stack.callback(hook.remove)
+            said, _ = self.oracle.decode(ids, [whole], _MAX_TOKENS, "original")
+        return cleaned(said), chosen[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A way to prune, at a rate."""
+
+    name: str
+    rate: float
+    answers: list[list[Answer]]
+    same: list[float]
+    """Of each picture: how much of the published choice it keeps, as intersection over union."""
+
+
+@torch.inference_mode()
+def measure(oracle: Oracle, subjects: Sequence[Subject], layer: int) -> list[Row]:
+    """Ask about pictures unpruned and pruned in each way at each rate, with a progress bar."""
+    settings = {
+        "before layer 0, dropped": "dropped",
+        "before layer 0, merged, log-size bias": "merged",
+    }
+    names = (f"before layer {layer}: EntropyPrune", f"before layer {layer}: random", *settings)
+    rows = [Row("unpruned", 0.0, [], [])]
+    rows += [Row(name, rate, [], []) for rate in RATES for name in names]
+    with bar(len(subjects), "asking", "picture") as shown:
+        for number, subject in enumerate(subjects):
+            image = Image.open(io.BytesIO(subject.media[0].data)).convert("RGB")
+            (whole,) = segments_of(oracle.reduce([image], EraConfig(), 0.0))
+            for row in rows:
+                row.answers.append([])
+            for question in subject.questions:
+                rows[0].answers[-1].append(_plain(oracle, question.text, whole))
+            for rate in RATES:
+                of_rate = {row.name: row for row in rows if row.rate == rate}
+                published = _late(oracle, subject, whole, of_rate, number, layer)
+                for name, rest in settings.items():
+                    options = {"entropyprune_k": layer, "rest": rest}
+                    config = EraConfig.parse({"policy": "entropyprune", "policy_options": options})
+                    (own,) = segments_of(oracle.reduce([image], config, rate))
+                    of_rate[name].same.append(_overlap(published, own.anchors))
+                    of_rate[name].answers[-1].extend(
+                        _plain(oracle, question.text, own) for question in subject.questions
+                    )
+            shown.update()
+    return rows
+
+
+def _late(
+    oracle: Oracle,
+    subject: Subject,
+    whole: Segment,
+    of_rate: dict[str, Row],
+    number: int,
+    layer: int,
+) -> Tensor:
+    """Ask in the two late ways, and return which tokens the published one keeps."""
+    rate = next(iter(of_rate.values())).rate
+    kept = EraConfig().num_anchors(whole.n, rate)
+    ways = {"EntropyPrune": most_entropic, "random": at_random(number)}
+    published = torch.empty(0, dtype=torch.int64)
+    for name, choose in ways.items():
+        row = of_rate[f"before layer {layer}: {name}"]
+        for question in subject.questions:
+            ids = _ids(oracle, question.text, whole)
+            said, chosen = Late(oracle, layer, choose).answer(ids, whole, kept)
+            row.answers[-1].append(Answer(said, kept))
+        if name == "EntropyPrune":
+            published = chosen
+        row.same.append(_overlap(published, chosen))
+    return published
+
+
+def _ids(oracle: Oracle, question: str, segment: Segment) -> list[int]:
+    text = chat_prompt(oracle.processor, question)
+    return oracle.prompt_ids(text, [len(segment.anchors)], add_special_tokens=False)
+
+
+def _plain(oracle: Oracle, question: str, segment: Segment) -> Answer:
+    said, _ = oracle.decode(_ids(oracle, question, segment), [segment], _MAX_TOKENS, "original")
+    return Answer(cleaned(said), len(segment.anchors))
+
+
+def _overlap(one: Tensor, other: Tensor) -> float:
+    both = len(set(one.tolist()) & set(other.tolist()))
+    return both / (len(one) + len(other) - both)
+
+
+def table(subjects: Sequence[Subject], rows: Sequence[Row]) -> str:
+    """Return Markdown."""
+    lines = ["| pruned | rate | right % | of the published choice |", "|---" * 4 + "|"]
+    for row in rows:
+        right = accuracy(count(subjects, row.answers))
+        assert right is not None
+        shown = f"{100 * right.value:.1f} ({100 * right.low:.1f} to {100 * right.high:.1f})"
+        same = f"{sum(row.same) / len(row.same):.2f}" if row.same else "-"
+        lines.append(f"| {row.name} | {row.rate:g} | {shown} | {same} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a LLaVA-1.5 folder."""
+    parser = argparse.ArgumentParser(prog="python -m era_vllm.lab.late_pruning", allow_abbrev=False)
+    parser.add_argument("model", nargs="?", default=str(CHECKPOINT), help="a LLaVA-1.5 folder")
+    parser.add_argument("--count", type=int, default=60, help="pictures (default 60)")
+    parser.add_argument("--layer", type=int, default=2, help="k, >= 1 (default 2, the paper's)")
+    parser.add_argument("--seed", type=int, default=777)
+    arguments = parser.parse_args(argv)
+    oracle = Oracle(arguments.model)
+    layers = len(oracle.model.model.language_model.layers)
+    if not 1 <= arguments.layer < layers:
+        parser.error(f"--layer: got {arguments.layer}, allowed: 1 to {layers - 1}, of {layers}")
+    material = load_material(split="test")
+    drawn = (
+        draw_task("standard", arguments.seed, at, material, quotas=_QUOTAS)
+        for at in range(arguments.count)
+    )
+    subjects = [task for task in drawn if task.questions]
+    print(table(subjects, measure(oracle, subjects, arguments.layer)))
+
+
+if __name__ == "__main__":
+    main()
