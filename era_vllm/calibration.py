@@ -2,9 +2,10 @@
 
     {"format": 1, "gamma": {"values": [[...], ...], "model": "<hash>", "settings": {...}}}
 
-A section each for what can be calibrated, with its own validity; today ``gamma``. ``calibrated``
-turns ``calibration = FILE`` among settings into the field that it sets, so that its content is in
-the fingerprint of every cache. Leaves out the measuring (``lab/calibrate.py``).
+A section each for what can be calibrated, with its own validity: ``gamma``, and ``mass_scale`` of
+the policy ``era``, with which gamma beside it was measured. ``calibrated`` turns ``calibration =
+FILE`` among settings into the fields that it sets, so that its content is in the fingerprint of
+every cache. Leaves out the measuring (``lab/calibrate.py``).
 """
 
 import hashlib
@@ -19,6 +20,8 @@ from era_vllm.errors import ConfigError
 from era_vllm.policies import make_policy
 
 FORMAT: Final = 1
+SECTIONS: Final = ("mass_scale", "gamma")
+"""In the order in which they are set: gamma belongs to the mass beside it."""
 SETTING: Final = "calibration"
 """The key among settings that names a file."""
 _WEIGHTS: Final = (".safetensors", ".bin")
@@ -31,14 +34,15 @@ _LARGEST: Final = 1 << 24
 _NOT_THE_MODEL: Final = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
 
 
-def settings_of(config: EraConfig) -> dict[str, object]:
-    """Return the settings that a calibrated gamma depends on."""
+def settings_of(config: EraConfig, section: str = "gamma") -> dict[str, object]:
+    """Return the settings that what is calibrated depends on: all but itself."""
     values = config.as_dict()
     names = ("policy", "merge", "positions", "attention_queries", "attention_layer")
     blocks = ("max_segment", "min_anchors", "frames_per_segment")
     scout = ("scout", "scout_prefix", "scout_suffix", "scout_injection")
     question = ("question_aware", "question_reduction")
     options = asdict(make_policy(config))  # type: ignore[call-overload]  # a dataclass
+    options.pop(section, None)
     return {
         **{name: values[name] for name in (*names, *blocks, *scout, *question)},
         "policy_options": options,
@@ -98,41 +102,41 @@ def _plain(config: Any) -> Any:  # noqa: ANN401  # JSON
     return config
 
 
-def write_gamma(
+def write(
     path: Path,
     model: Path,
-    config: EraConfig,
-    values: list[list[float]],
+    sections: Mapping[str, tuple[EraConfig, object]],
     about: Mapping[str, object],
 ) -> None:
-    """Write a file with one section.
+    """Write a file.
 
     Args:
-        values: [layers][KV heads], or [layers][1].
+        sections: Name -> the settings it was measured with, and its values: of ``gamma``
+            [layers][KV heads], or [layers][1]; of ``mass_scale`` a number.
         about: What else a reader should know: command, pictures, commit.
     """
-    section = {
-        "values": values,
-        "model": model_identity(model),
-        "settings": settings_of(config),
-        **about,
-    }
-    text = json.dumps({"format": FORMAT, "gamma": section}, indent=1)
+    known = model_identity(model)
+    content: dict[str, object] = {"format": FORMAT}
+    for name in SECTIONS:
+        if name in sections:
+            config, values = sections[name]
+            settings = settings_of(config, name)
+            content[name] = {"values": values, "model": known, "settings": settings, **about}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
-    new.write_text(text + "\n", encoding="utf-8")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
 
 
 def calibrated(model: str, settings: Mapping[str, object]) -> dict[str, object]:
-    """Return settings in which ``calibration`` has become ``gamma``; without it the same ones.
+    """Return settings in which ``calibration`` has become what it sets; without it the same ones.
 
     Args:
         model: The folder that is served.
 
     Raises:
-        ConfigError: the file cannot be read, is of another model or way of pruning, or gamma is
-            set beside it.
+        ConfigError: the file cannot be read, is of another model or way of pruning, or what it sets
+            is set beside it.
     """
     found = dict(settings)
     path = found.pop(SETTING, None)
@@ -140,34 +144,47 @@ def calibrated(model: str, settings: Mapping[str, object]) -> dict[str, object]:
         return found
     if not isinstance(path, str | Path):
         raise ConfigError(f"{SETTING}: got {path!r}, needed the name of a file")
-    if found.get("gamma") is not None:
-        raise ConfigError(f"{SETTING} and gamma: choose one; {str(path)!r} sets gamma")
-    section = _section(Path(path))
-    config = EraConfig.parse(found)
-    if section["model"] != model_identity(Path(model)):
-        raise ConfigError(
-            f"{SETTING} {str(path)!r}: was measured on another model than {model!r}, or its "
-            "weights have changed; measure this one: era-vllm calibrate MODEL"
-        )
-    ours = settings_of(config)
-    differing = [name for name in ours if ours[name] != section["settings"].get(name)]
-    if differing or not config.bias:
-        name = differing[0] if differing else "bias"
-        known = section["settings"]
-        was = json.dumps(known[name]) if name in known else "true" if name == "bias" else "nothing"
-        raise ConfigError(
-            f"{SETTING} {str(path)!r}: was measured with {name} = {was}, got "
-            f"{json.dumps(ours.get(name, config.bias))}; prune as it was measured, or measure anew"
-        )
-    found["gamma"] = [row[0] if len(row) == 1 else row for row in section["values"]]
-    try:
-        EraConfig.parse(found)
-    except ConfigError as error:
-        raise ConfigError(f"{SETTING} {str(path)!r}: {error}") from error
+    sections = _sections(Path(path))
+    said = f"{SETTING} {str(path)!r}"
+    for name, section in sections.items():
+        config = EraConfig.parse(found)
+        if name in dict(config.policy_options) or found.get(name) is not None:
+            raise ConfigError(f"{SETTING} and {name}: choose one; {str(path)!r} sets {name}")
+        if section["model"] != model_identity(Path(model)):
+            raise ConfigError(
+                f"{said}: was measured on another model than {model!r}, or its "
+                "weights have changed; measure this one: era-vllm calibrate MODEL"
+            )
+        _refuse_settings(said, config, name, section["settings"])
+        values = section["values"]
+        if name == "mass_scale":
+            given = found.get("policy_options")
+            found["policy_options"] = {
+                **(given if isinstance(given, Mapping) else {}),
+                name: values,
+            }
+        else:
+            found[name] = [row[0] if len(row) == 1 else row for row in values]
+        try:
+            make_policy(EraConfig.parse(found))
+        except ConfigError as error:
+            raise ConfigError(f"{said}: {error}") from error
     return found
 
 
-def _section(path: Path) -> dict[str, Any]:
+def _refuse_settings(said: str, config: EraConfig, section: str, known: dict[str, Any]) -> None:
+    ours = settings_of(config, section)
+    differing = [name for name in ours if ours[name] != known.get(name)]
+    if differing or not config.bias:
+        name = differing[0] if differing else "bias"
+        was = json.dumps(known[name]) if name in known else "true" if name == "bias" else "nothing"
+        raise ConfigError(
+            f"{said}: was measured with {name} = {was}, got "
+            f"{json.dumps(ours.get(name, config.bias))}; prune as it was measured, or measure anew"
+        )
+
+
+def _sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with path.open("rb") as opened:
             content = json.loads(opened.read(_LARGEST))
@@ -177,18 +194,23 @@ def _section(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{SETTING} {str(path)!r}: is no JSON ({error}); needed what era-vllm calibrate writes"
         ) from error
-    section = content.get("gamma") if isinstance(content, dict) else None
-    if not isinstance(section, dict) or content.get("format") != FORMAT:
+    known = content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+    found = {name: known[name] for name in SECTIONS if isinstance(known.get(name), dict)}
+    if not found:
         raise ConfigError(
-            f"{SETTING} {str(path)!r}: has no section gamma of format {FORMAT}; needed what "
-            "era-vllm calibrate writes"
+            f"{SETTING} {str(path)!r}: has no section {' or '.join(SECTIONS)} of format {FORMAT}; "
+            "needed what era-vllm calibrate writes"
         )
-    kinds = {"values": list, "model": str, "settings": dict}
-    if bad := [name for name, kind in kinds.items() if not isinstance(section.get(name), kind)]:
-        raise ConfigError(
-            f"{SETTING} {str(path)!r}: gamma has no {bad[0]}; write it anew: era-vllm calibrate"
-        )
-    rows = section["values"]
-    if not rows or not all(isinstance(row, list) and row for row in rows):
-        raise ConfigError(f"{SETTING} {str(path)!r}: gamma's values are no [layer][KV head]")
-    return section
+    for name, section in found.items():
+        kinds = {"values": list, "model": str, "settings": dict}
+        if name == "mass_scale":
+            kinds["values"] = float
+        if bad := [key for key, kind in kinds.items() if not isinstance(section.get(key), kind)]:
+            raise ConfigError(
+                f"{SETTING} {str(path)!r}: {name} has no {bad[0]}; write it anew: era-vllm "
+                "calibrate"
+            )
+        rows = section["values"]
+        if name == "gamma" and not (rows and all(isinstance(row, list) and row for row in rows)):
+            raise ConfigError(f"{SETTING} {str(path)!r}: gamma's values are no [layer][KV head]")
+    return found

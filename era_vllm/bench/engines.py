@@ -23,6 +23,7 @@ from era_vllm.bench.stages import StageClock
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.asking import MAX_TOKENS, SHOWN, Answer, Subject, cleaned, messages_of
 from era_vllm.lab.screen import muted
+from era_vllm.vllm_plugin.signals.scout import Scout
 
 _SUBJECTS_AT_ONCE: Final = 16
 _VISUAL: Final = ("image_token_id", "image_token_index", "video_token_id")
@@ -113,7 +114,7 @@ class TimedEngine:
         """Of the last request."""
 
     def watch(self) -> None:
-        """Hook tower, projector, what is read from the tower, language model, its attention.
+        """Hook tower, projector, what is read from the tower, scout, language model, its attention.
 
         The whole model's forward is the language model: tower and projector run before it.
         """
@@ -132,6 +133,9 @@ class TimedEngine:
                 self.model, self.model.config, self.model.era.attention_layer
             )
             clock.watch_hooks("tap", layer.attention)
+            for source in self.model.sources:
+                if isinstance(source, Scout):
+                    clock.watch_method("scout", source, "after")
 
     def ask(self, prompt: Mapping[str, object], decode_tokens: int) -> dict[str, float]:
         """Run one request and return its seconds.
@@ -162,7 +166,9 @@ class TimedEngine:
         """KV blocks of the cache and what they hold."""
         cache = self.llm.llm_engine.vllm_config.cache_config
         layer = self._attention_layers()[0]
+        injected = getattr(getattr(self.model, "step_state", None), "injected", None)
         return {
+            "injection_mib": 0.0 if injected is None else injected.states.nbytes / 2**20,
             "head_size": layer.head_size,
             "attention_layer": type(layer).__name__,
             "attention_backend": layer.attn_backend.get_name(),
@@ -193,6 +199,8 @@ class TimedEngine:
                 "projector": projector,
                 "reducer": encoder - tower - projector + tap,
             }
+            if scout := sum(spans.get("scout", ())):
+                told |= {"scout": scout, "reducer": told["reducer"] - scout}
         calls = {"merge": 1, "language_model": 1, "attention": len(self._attention_layers())}
         for stage, of_a_step in calls.items():
             found = spans.get(stage, ())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STAGES: Final = {
     "tower": "#9aa5b1",
     "projector": "#c7ced6",
+    "scout": "#8f3fae",
     "reducer": "#e4572e",
     "merge": "#f2b134",
     "language_model": "#2e6fe4",

@@ -80,7 +80,8 @@ def _ratios(samples: Samples, rates: list[float]) -> dict[str, float | None]:
         found[f"ttft {own} / stock"] = samples.ratio(own, "stock", "ttft")
         found[f"ttft {bound} / stock"] = samples.ratio(bound, "stock", "ttft")
         found[f"ttft {own} / {bound}"] = samples.ratio(own, bound, "ttft")
-        found[f"reducer / tower, {own}"] = samples.ratio(own, own, "reducer", "tower")
+        for stage in ("reducer", "scout"):
+            found[f"{stage} / tower, {own}"] = samples.ratio(own, own, stage, "tower")
     for base in ("wide", "stock"):
         for measure in ("ttft", "decode"):
             found[f"{measure} text era / {base}"] = samples.ratio(
@@ -110,7 +111,7 @@ def _report(
 ) -> Report:
     images = [cell for cell in samples.values if not cell.startswith("text ")]
     texts = [cell for cell in samples.values if cell.startswith("text ")]
-    stages = [stage for stage in plots.STAGES if samples.of("stock", stage)]
+    stages = [stage for stage in plots.STAGES if any(samples.of(cell, stage) for cell in images)]
 
     def timed(cell: str, measure: str, base: str) -> list[str]:
         return [
@@ -127,6 +128,7 @@ def _report(
             *timed(cell, "ttft", "stock"),
             *(shown(samples.median(cell, measure)) for measure in ("decode", *stages)),
             percent(samples.ratio(cell, cell, "reducer", "tower")),
+            percent(samples.ratio(cell, cell, "scout", "tower")),
         ]
         for cell in images
     ]
@@ -137,7 +139,9 @@ def _report(
     names = [stage.replace("_", " ") for stage in stages]
     head = ["TTFT", "p90", "of stock", "decode"]
     tables = [
-        table(["picture", "tokens", "TFLOP", *head, *names, "reducer / tower"], rows),
+        table(
+            ["picture", "tokens", "TFLOP", *head, *names, "reducer / tower", "scout / tower"], rows
+        ),
         table(["text only", *head, "p90", "of stock"], text_rows),
         engine_table(facts["engines"]),
     ]

@@ -112,6 +112,7 @@ SERVE: Final = """Time requests to an engine that prunes, to stock vLLM, and to 
   era-vllm bench serve --rates .889 --rounds 2 --no-profile      a quick look
   era-vllm bench serve --shape 7b --era-policy dpp               LLaVA-1.5-7B's shape
   era-vllm bench serve --family llava-next --rates .944          2,928 tokens of five tiles -> 208
+  era-vllm bench serve --era-preset scout --rates .889           what the scout's layers take
 
 Four engines with dummy weights stay alive in this process and are asked in turn, one request at a
 time, the same KV cache memory each; every picture and prompt is new, so no cache answers:
@@ -123,11 +124,12 @@ time, the same KV cache memory each; every picture and prompt is new, so no cach
   wide     stock vLLM, a model whose heads are as wide as era's widened ones; text. Its projections
            are wider too, so it is a mild judge: `era-vllm bench attention` has the strict one
 
-TTFT runs from the call of LLM.generate to the first token. Inside it: tower, projector, reducer
-(whatever else happens between pixels and tokens, reading the tower's attention included), merge
-(embeddings into the prompt, the biases into their buffer), language model, rest (preprocessing,
-scheduling, sampling). torch.compile and CUDA graphs may hide the language model's part. Memory:
-four times the model, all at once (0.9b: 2.5 GB each).
+TTFT runs from the call of LLM.generate to the first token. Inside it: tower, projector, scout (with
+--era-scout K: K layers on the picture alone), reducer (whatever else happens between pixels and
+tokens, reading the tower's attention included), merge (embeddings into the prompt, the biases into
+their buffer), language model, rest (preprocessing, scheduling, sampling). torch.compile and CUDA
+graphs may hide the language model's part. Memory: four times the model, all at once (0.9b: 2.5 GB
+each).
 
 Goals: TTFT 2.0x faster at .889 and 2.2x at .944; text within 3 % of `wide`; reducer at most 5 % of
 the tower. Writes OUT/bench-serve.json and .png.

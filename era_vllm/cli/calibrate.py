@@ -1,4 +1,4 @@
-"""``era-vllm calibrate``: how much of the log-bias each layer takes, measured on pictures.
+"""``era-vllm calibrate``: how much log-bias there is, and each layer takes, measured on pictures.
 
 Leaves out the fit (``lab/calibrate.py``) and what reads the file (``calibration.py``).
 """
@@ -6,10 +6,12 @@ Leaves out the fit (``lab/calibrate.py``) and what reads the file (``calibration
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from era_vllm.calibration import SECTIONS
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
 from era_vllm.cli.preflight import check_folder
 from era_vllm.config import EraConfig
@@ -27,18 +29,20 @@ DESCRIPTION: Final = """Measure how much of the log-bias each layer takes to att
 
   era-vllm calibrate                                     the sample model, generated pictures
   era-vllm calibrate MODEL pictures/ --era-policy dpp    a LLaVA-1.5 folder, your own pictures
+  era-vllm calibrate --era-preset paper --sections mass_scale gamma       rho of era, then gamma
   era-vllm serve MODEL --era-policy dpp --era-calibration out/calibration.json
 
 No labels: unpruned attention and pruned attention are compared, on a few dozen pictures, and an
 exponent of the mass (gamma) is worked out for each layer. Every second picture is kept back and
 says what it is worth: attention, KL of the next word and equal next words, without bias, with the
-paper's, and with gamma. Writes calibration.json and .png to --out. The file belongs to the model's
-weights and to the policy; a server refuses it with others. Plain transformers, LLaVA-1.5, float32:
-a 7B takes 28 GB, and some ten passes a picture.
+paper's, and with what was found. mass_scale is one number for all layers, of era's weighting by
+saliency; gamma beside it is measured with it. Writes calibration.json and .png to --out. The file
+belongs to the model's weights and to the policy; a server refuses it with others. Plain
+transformers, LLaVA-1.5, float32: a 7B takes 28 GB, and some ten passes a picture.
 """
 RATES: Final = (0.778, 0.889, 0.944)
 NAME: Final = "calibration"
-_SETTINGS: Final = ("no bias", "bias", "gamma")
+_SETTINGS: Final = ("no bias", "bias")
 _NOT_HERE: Final = (
     "calibration", "gamma", "bias", "pruning_rate", "min_pruning_rate", "max_pruning_rate",
     "levels", "bias_store", "bias_columns", "separators", "frames_per_segment",
@@ -58,6 +62,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--count", type=int, default=48, metavar="N", help="pictures at most (default 48)")
     text = "rates that gamma is to suit together (default .778 .889 .944)"
     add("--rates", nargs="+", type=float, default=RATES, metavar="R", help=text)
+    text = "what to work out: gamma, mass_scale (default gamma)"
+    add("--sections", nargs="+", choices=SECTIONS, default=["gamma"], metavar="NAME", help=text)
     text = "a gamma for each KV head of a layer, not one a layer"
     add("--per-head", action="store_true", help=text)
     add("--seed", type=int, default=31, help="of generated pictures (default 31)")
@@ -72,9 +78,18 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     path = arguments.out / f"{NAME}.json"
     check_out(arguments.out, (path.name, f"{NAME}.png"))
     from era_vllm.bench.provenance import provenance
-    from era_vllm.calibration import model_identity, write_gamma
+    from era_vllm.calibration import model_identity, write
     from era_vllm.cli.loading import lacking_memory, open_oracle
-    from era_vllm.lab.calibrate import PASSES, as_setting, cases_of, check, fit
+    from era_vllm.lab.calibrate import (
+        MASS_PASSES,
+        PASSES,
+        as_setting,
+        cases_of,
+        check,
+        fit,
+        fit_mass,
+        rescaled,
+    )
     from era_vllm.lab.screen import bar
 
     if arguments.count < 4:
@@ -93,24 +108,42 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             shown.update()
     fitted, held_out = ([case for own in found[at::2] for case in own] for at in (0, 1))
     _check_cases(oracle, [*fitted, *held_out])
-    with bar(PASSES * len(fitted) + len(held_out), "calibrating", "question") as shown:
+    wanted = arguments.sections
+    passes = MASS_PASSES * ("mass_scale" in wanted) + PASSES * ("gamma" in wanted)
+    settings: list[tuple[bool, Gamma, float]] = [(False, None, 1.0), (True, None, 1.0)]
+    names, sections = list(_SETTINGS), dict[str, tuple[EraConfig, object]]()
+    with bar(passes * len(fitted) + len(held_out), "calibrating", "question") as shown:
         common: dict[str, Any] = {"positions": config.positions, "step": shown.update}
-        values = fit(oracle, fitted, per_head=arguments.per_head, **common)
-        settings: list[tuple[bool, Gamma]] = [(False, None), (True, None)]
-        settings.append((True, as_setting(values)))
+        if "mass_scale" in wanted:
+            before = asdict(make_policy(config))["mass_scale"]  # type: ignore[call-overload]
+            scale = round(before * fit_mass(oracle, fitted, **common), 4)
+            settings.append((True, None, scale / before))
+            names.append("mass_scale")
+            sections["mass_scale"] = config, scale
+            options = {**dict(config.policy_options), "mass_scale": scale}
+            config = replace(config, policy_options=tuple(sorted(options.items())))
+            fitted = [
+                replace(case, pruned=rescaled(case.pruned, scale / before)) for case in fitted
+            ]
+        if "gamma" in wanted:
+            values = fit(oracle, fitted, per_head=arguments.per_head, **common)
+            settings.append((True, as_setting(values), settings[-1][2]))
+            names.append("gamma")
+            sections["gamma"] = config, values
         checked = check(oracle, held_out, settings, **common)
     about = {
         "command": shlex.join(["era-vllm", *sys.argv[1:]]),
         "commit": provenance()["commit"],
         "rates": list(arguments.rates),
         "pictures": len(asked),
-        "kl": dict(zip(_SETTINGS, checked.kl.mean(1).tolist(), strict=True)),
-        "agree": dict(zip(_SETTINGS, checked.agree.mean(1).tolist(), strict=True)),
+        "kl": dict(zip(names, checked.kl.mean(1).tolist(), strict=True)),
+        "agree": dict(zip(names, checked.agree.mean(1).tolist(), strict=True)),
         "kl_saved": checked.gain,
     }
-    write_gamma(path, Path(arguments.model), config, values, about)
-    draw(path.with_suffix(".png"), values, checked)
-    print(table(values, checked, len(held_out)))
+    write(path, Path(arguments.model), sections, about)
+    found = {name: values for name, (_, values) in sections.items()}
+    draw(path.with_suffix(".png"), found, names, checked)
+    print(table(found, names, checked, len(held_out)))
     print(f"\n{path} and .png; {verdict(checked, path)}")
     return 0
 
@@ -137,7 +170,19 @@ def _config(arguments: argparse.Namespace) -> EraConfig:
     if bad := [rate for rate in arguments.rates if not 0 < rate <= 0.99]:
         raise ConfigError(f"--rates: got {bad[0]:g}, allowed: above 0, at most 0.99")
     config = EraConfig.parse({**settings, "max_pruning_rate": max(0.95, *arguments.rates)})
-    make_policy(config)
+    policy = make_policy(config)
+    of_era = {"weighting": "saliency", "centroid": "mean"}
+    if "mass_scale" in arguments.sections and any(
+        getattr(policy, name, None) != value for name, value in of_era.items()
+    ):
+        raise ConfigError(
+            "--sections mass_scale: needs era's weighting by saliency, of plain means, which alone "
+            "has it; add --era-preset paper, or leave mass_scale out"
+        )
+    if "mass_scale" in arguments.sections and not getattr(policy, "mass_scale", 0.0):
+        raise ConfigError(
+            "--sections mass_scale: got mass_scale=0, which cannot grow; leave it out"
+        )
     return config
 
 
@@ -183,35 +228,39 @@ def verdict(found: "Check", path: Path) -> str:
     return f"it {said} in the next word: measure answers before you use it (era-vllm eval)"
 
 
-def table(values: Sequence[Sequence[float]], found: "Check", cases: int) -> str:
-    """Return gamma by layer, and what it is worth, as Markdown."""
-    lines = ["| layer | gamma | odds missing: bias | odds missing: gamma |", "|---" * 4 + "|"]
-    for layer, row in enumerate(values):
+def table(values: Mapping[str, object], names: Sequence[str], found: "Check", cases: int) -> str:
+    """Return what was found by layer, and what it is worth, as Markdown."""
+    lines = [f"mass_scale: {values['mass_scale']}", ""] if "mass_scale" in values else []
+    headings = [f" odds missing: {name} |" for name in names[1:]]
+    lines += ["| layer | gamma |" + "".join(headings), "|---" * (2 + len(headings)) + "|"]
+    gamma: Any = values.get("gamma", [[1.0]] * found.odds.shape[1])
+    for layer, row in enumerate(gamma):
         span = f"{min(row):.2f}" + (f" to {max(row):.2f}" if len(row) > 1 else "")
-        missing = [f"{found.odds[index, layer].exp():.2f}" for index in (1, 2)]
-        lines.append(f"| {layer} | {span} | {missing[0]} | {missing[1]} |")
+        missing = [f" {found.odds[index, layer].exp():.2f} |" for index in range(1, len(names))]
+        lines.append(f"| {layer} | {span} |" + "".join(missing))
     lines += ["", "Odds missing: of attending to a picture, unpruned over pruned; 1 = as unpruned."]
     lines += ["", f"{cases} questions about pictures that were kept back:", ""]
     lines += ["| | KL of the next word | next word the same |", "|---" * 3 + "|"]
-    for name, kl, agree in zip(_SETTINGS, found.kl.mean(1), found.agree.mean(1), strict=True):
+    for name, kl, agree in zip(names, found.kl.mean(1), found.agree.mean(1), strict=True):
         lines.append(f"| {name} | {kl:.4f} | {100 * agree:.1f} % |")
     gain, error = found.gain
-    lines += ["", f"KL that gamma saves beside the bias: {gain:+.4f} +- {error:.4f} (95 %)"]
+    lines += ["", f"KL that {names[-1]} saves beside the bias: {gain:+.4f} +- {error:.4f} (95 %)"]
     return "\n".join(lines)
 
 
-def draw(path: Path, values: Sequence[Sequence[float]], found: "Check") -> None:
+def draw(path: Path, values: Mapping[str, object], names: Sequence[str], found: "Check") -> None:
     """Draw gamma, and odds of attending to pictures against unpruned, over layers."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    layers: Any = range(len(values))
-    for head in range(len(values[0])):
-        above.plot(layers, [row[head] for row in values], ".-", lw=0.8)
+    gamma: Any = values.get("gamma", [[1.0]] * found.odds.shape[1])
+    layers: Any = range(len(gamma))
+    for head in range(len(gamma[0])):
+        above.plot(layers, [row[head] for row in gamma], ".-", lw=0.8)
     above.axhline(1, color="0.7", lw=0.8)
     above.set_ylabel("gamma")
-    for name, row, style in zip(_SETTINGS, found.odds, ("C3:", "C1--", "C0-"), strict=True):
+    for name, row, style in zip(names, found.odds, ("C3:", "C1--", "C2-.", "C0-"), strict=False):
         below.plot(layers, (-row).exp().tolist(), style, marker=".", label=name)
     below.axhline(1, color="0.7", lw=0.8)
     below.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Fit gamma: how much of the log-bias each layer takes, so that it attends as unpruned.
+"""Fit the bias: how much of it each layer takes (gamma), and how much there is (mass_scale of era).
 
 The bias that restores attention in one layer is too little in the next: anchors are the tokens that
 early layers look at, and late layers look elsewhere. With b_s the bias of an anchor, a layer's
@@ -11,13 +11,16 @@ with w = a (1 - a), a the unpruned attention to the picture: where nearly all or
 a change of odds changes nothing. Closed form, no labels, no gradients; a second pass measures with
 the first one's gamma, as a layer sees what the layers before it did.
 
+One number for all layers is rho of ``era``, with b = 1 + rho W of an anchor: the same step with m =
+E[W / (1 + rho W)], what the odds' logarithm gains by rho, over all layers at once.
+
 Source: docs/method.md, ideas beyond the paper; the paper has gamma = 1 in all layers. Leaves out
 the file (``calibration.py``) and the command (``cli/calibrate.py``).
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
@@ -36,8 +39,11 @@ if TYPE_CHECKING:
 Positions = Literal["original", "compact"]
 
 PASSES: Final = 2
+MASS_PASSES: Final = 4
 MOST: Final = 4.0
 """Largest gamma."""
+_MOST_MASS: Final = 20.0
+"""Largest rho."""
 _TINY: Final = 1e-6
 Progress = Callable[[], object]
 
@@ -95,8 +101,9 @@ class Seen:
     odds: Float[Tensor, "l h r"]
     """Logarithm of the odds of attending to a picture."""
     share: Float[Tensor, "l h r"]
-    bias: Float[Tensor, "l h r"]
-    """Mean log-bias of what is attended to in pictures."""
+    mean: Float[Tensor, "l h r"]
+    """Of ``attend``'s values, over what is attended to in pictures; the log-bias unless others are
+    given."""
     log_probs: Float[Tensor, "v"]
     """Behind the last row."""
 
@@ -109,11 +116,15 @@ def attend(
     bias: bool,
     gamma: Gamma = None,
     positions: Positions = "original",
+    values: Sequence[Float[Tensor, "a"]] | None = None,
 ) -> Seen:
-    """Run the language model over a prompt, and read what text behind its pictures attends to."""
+    """Run the language model over a prompt, and read what text behind its pictures attends to.
+
+    Args:    values: Of each segment's tokens, to be averaged; None = their log-bias.
+    """
     visual: Bool[Tensor, t] = oracle.is_visual(torch.tensor([list(ids)]), 1)[0]
     first = int(visual.nonzero().max()) + 1
-    of_slot = torch.cat([segment.log_bias for segment in segments]).float()
+    of_slot = torch.cat(values or [segment.log_bias for segment in segments]).float()
     found: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: object, __: object, given: tuple[Tensor, Tensor]) -> None:
@@ -165,10 +176,46 @@ def fit(
     return [[round(value, 4) for value in row] for row in gamma.tolist()]
 
 
+def rescaled(segments: Sequence[Segment], factor: float) -> list[Segment]:
+    """Return segments whose b = 1 + rho W has so many times the rho."""
+    return [
+        replace(one, log_bias=(factor * one.log_bias.float().expm1()).log1p()) for one in segments
+    ]
+
+
+def fit_mass(
+    oracle: LanguageOracle,
+    cases: Sequence[Case],
+    *,
+    positions: Positions = "original",
+    step: Progress,
+) -> float:
+    """Return how many times the rho that cases were pruned with restores the odds, on the whole.
+
+    Args:    as of ``fit``; ``step`` is called after each case of each of ``MASS_PASSES``.
+    """
+    factor, wholes = 1.0, list[Seen]()
+    for number in range(MASS_PASSES):
+        sums = torch.zeros(2)
+        for index, case in enumerate(cases):
+            if not number:
+                wholes.append(attend(oracle, case.whole_ids, case.whole, bias=False))
+            now = rescaled(case.pruned, factor)
+            gain = [-torch.expm1(-one.log_bias) / factor for one in now]
+            pruned = attend(
+                oracle, case.pruned_ids, now, bias=True, positions=positions, values=gain
+            )
+            sums += _sums(wholes[index], pruned, 1).sum((1, 2))
+            step()
+        factor += float(sums[0] / sums[1].clamp_min(_TINY))
+        factor = min(max(factor, _TINY), _MOST_MASS)
+    return factor
+
+
 def _sums(whole: Seen, pruned: Seen, heads: int) -> Float[Tensor, "2 l h"]:
     weight = whole.share * (1 - whole.share)
     missing = whole.odds - pruned.odds
-    parts = torch.stack([weight * pruned.bias * missing, weight * pruned.bias.square()])
+    parts = torch.stack([weight * pruned.mean * missing, weight * pruned.mean.square()])
     return parts.unflatten(2, (heads, -1)).sum((3, 4))
 
 
@@ -192,28 +239,33 @@ class Check:
 
     @property
     def gain(self) -> tuple[float, float]:
-        """Return the KL that the last setting saves beside the last but one, and 1.96 errors."""
-        saved = self.kl[-2] - self.kl[-1]
+        """Return the KL that the last setting saves beside the bias as it is, and 1.96 errors."""
+        saved = self.kl[1] - self.kl[-1]
         return float(saved.mean()), float(1.96 * saved.std() / len(saved) ** 0.5)
 
 
 def check(
     oracle: LanguageOracle,
     cases: Sequence[Case],
-    settings: Sequence[tuple[bool, Gamma]],
+    settings: Sequence[tuple[bool, Gamma, float]],
     *,
     positions: Positions = "original",
     step: Progress,
 ) -> Check:
-    """Measure settings of (bias, gamma) against unpruned."""
+    """Measure settings against unpruned.
+
+    Args:    settings: bias, gamma, and how many times the rho; of ``Check`` the second is the bias
+        as it is.
+    """
     odds: list[list[Tensor]] = [[] for _ in settings]
     kl: list[list[Tensor]] = [[] for _ in settings]
     agree: list[list[Any]] = [[] for _ in settings]
     for case in cases:
         whole = attend(oracle, case.whole_ids, case.whole, bias=False)
         weight = whole.share * (1 - whole.share)
-        for index, (bias, gamma) in enumerate(settings):
-            ids, segments = case.pruned_ids, case.pruned
+        for index, (bias, gamma, factor) in enumerate(settings):
+            ids = case.pruned_ids
+            segments = case.pruned if factor == 1 else rescaled(case.pruned, factor)
             seen = attend(oracle, ids, segments, bias=bias, gamma=gamma, positions=positions)
             missing = (weight * (whole.odds - seen.odds)).sum((1, 2)) / weight.sum((1, 2))
             odds[index].append(missing)

@@ -3,8 +3,9 @@
 ``exact`` is what most tests end with; ``difference`` returns the numbers behind it, and
 ``measured`` puts them into the situation table.
 
-The first engine takes about 25 s, each further one 4 s: so they are made once per configuration
-and stay alive to the end. Subjects that need processes of their own start them themselves.
+The first engine takes about 25 s, each further one two to four: so they are made once per
+configuration, and the last dozen stay alive. Subjects that need processes of their own start them
+themselves.
 """
 
 import gc
@@ -21,6 +22,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import warnings  # noqa: E402
 from collections.abc import Callable, Iterable, Iterator, Sequence  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from dataclasses import asdict, dataclass, field  # noqa: E402
 from functools import partial  # noqa: E402
 
@@ -147,6 +149,19 @@ class Answer:
     text: str
 
 
+MOST_ENGINES = 12
+"""Alive in a process: each has some 85 MB, and another is there in two seconds."""
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """vLLM collects garbage as an engine ends, through all others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda *_: 0)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+
+
 @dataclass
 class Engine:
     """A live engine and everything that it pruned."""
@@ -186,6 +201,14 @@ class Engine:
     def block_size(self) -> int:
         """Slots of a KV block."""
         return self.core.vllm_config.cache_config.block_size
+
+    def retire(self) -> None:
+        """Free its memory, and leave what others share: vLLM's ``shutdown`` ends that for all."""
+        with without_collecting():
+            self.runner._cleanup_profiling_kv_cache()
+        self.runner.model = None
+        self.pruned.clear()
+        self.items.clear()
 
     def record(self, items: Sequence["PrunedItem"]) -> None:
         """Keep what was pruned, by picture and number of anchors."""
@@ -278,11 +301,14 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
     """``engine(setup(...))``: a live engine with that setup, started on first use."""
     from vllm import LLM
 
-    alive: dict[Setup, Engine] = {}
+    alive: dict[Setup, Engine] = {}  # the one that was asked for last is the last
 
     def start(wanted: Setup) -> Engine:
         if wanted in alive:
+            alive[wanted] = alive.pop(wanted)
             return alive[wanted]
+        while len(alive) >= MOST_ENGINES:
+            alive.pop(next(iter(alive))).retire()
         arguments: dict[str, object] = {
             "dtype": "float32",
             "max_model_len": 1024,
@@ -307,9 +333,7 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
         return alive[wanted]
 
     yield start
-    with pytest.MonkeyPatch.context() as patch:  # vLLM collects as each ends, through all others
-        patch.setattr(gc, "collect", lambda *_: 0)
-        patch.setattr(gc, "unfreeze", lambda: None)
+    with without_collecting():
         for one in alive.values():
             one.core.shutdown()
 
@@ -499,7 +523,7 @@ def exact(
 def python(*arguments: str, **variables: str) -> None:
     """Run Python in this folder, without this process's settings; fail with what it printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TORCH_"))}
-    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **variables}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

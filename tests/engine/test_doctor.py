@@ -16,6 +16,7 @@ from tests.engine.families.case import Case
 
 def doctor(*words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "era_vllm.cli.main", "doctor", "--json", *words],
         capture_output=True,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from era_vllm.calibration import calibrated, model_identity, settings_of, write_gamma
+from era_vllm.calibration import calibrated, model_identity, settings_of, write
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 
@@ -29,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def file(model: Path, tmp_path: Path) -> Path:
     path = tmp_path / "calibration.json"
-    write_gamma(path, model, EraConfig.parse(DPP), [[0.5], [1.25]], {"pictures": 8})
+    write(path, model, {"gamma": (EraConfig.parse(DPP), [[0.5], [1.25]])}, {"pictures": 8})
     return path
 
 
@@ -44,7 +44,7 @@ def test_it_sets_gamma_and_enters_every_cache_key(model: Path, file: Path) -> No
 
 def test_heads_of_a_layer_may_differ(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "heads.json"
-    write_gamma(path, model, EraConfig(), [[0.5, 1.0], [2.0, 0.0]], {})
+    write(path, model, {"gamma": (EraConfig(), [[0.5, 1.0], [2.0, 0.0]])}, {})
     found = calibrated(str(model), {"calibration": path})
     assert EraConfig.parse(found).exponents(2, 2) == ((0.5, 1.0), (2.0, 0.0))
 
@@ -137,9 +137,9 @@ def test_a_file_that_is_none_is_refused(model: Path, file: Path) -> None:
     whole = json.loads(file.read_text())
     for text, said in (
         ("", "is no JSON"),
-        ("[]", "has no section gamma"),
+        ("[]", "has no section mass_scale or gamma"),
         ("[" * 100_000, "is no JSON"),
-        (json.dumps({**whole, "format": 2}), "has no section gamma of format 1"),
+        (json.dumps({**whole, "format": 2}), "has no section .* of format 1"),
         (json.dumps(_without(whole, "model")), "gamma has no model"),
         (json.dumps({**whole, "gamma": {**whole["gamma"], "values": [1.0]}}), "no \\[layer\\]"),
         (json.dumps({**whole, "gamma": {**whole["gamma"], "values": [[-1.0]]}}), "gamma"),
@@ -152,3 +152,28 @@ def test_a_file_that_is_none_is_refused(model: Path, file: Path) -> None:
         calibrated(str(model), settings)
     with pytest.raises(ConfigError, match="needed the name of a file"):
         calibrated(str(model), {"calibration": 3})
+
+
+def test_mass_is_set_before_the_gamma_that_was_measured_with_it(
+    model: Path, tmp_path: Path
+) -> None:
+    path, preset = tmp_path / "both.json", {"preset": "paper"}
+    paper = EraConfig.parse(preset)
+    options = {**dict(paper.policy_options), "mass_scale": 0.7}
+    heavier = EraConfig.parse({**preset, "policy_options": options})
+    write(path, model, {"mass_scale": (paper, 0.7), "gamma": (heavier, [[0.5], [1.25]])}, {})
+    found = calibrated(str(model), {**preset, "calibration": path})
+    assert EraConfig.parse(found) == EraConfig.parse(
+        {**preset, "policy_options": options, "gamma": [0.5, 1.25]}
+    )
+    for settings, said in (
+        ({**preset, "policy_options": {"mass_scale": 0.39}}, "calibration and mass_scale"),
+        ({"policy": "era"}, "measured with policy_options = .*saliency"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            calibrated(str(model), {**settings, "calibration": path})
+    content = json.loads(path.read_text())
+    content["mass_scale"]["values"] = 0.71
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="measured with policy_options"):
+        calibrated(str(model), {**preset, "calibration": path})

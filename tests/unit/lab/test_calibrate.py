@@ -1,6 +1,7 @@
 """The fit of gamma: attention as unpruned on pictures it has not seen; nothing to fit, nothing."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,18 @@ from era_vllm.cli.main import main
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.asking import chat_prompt
-from era_vllm.lab.calibrate import Case, Check, Seen, _sums, as_setting, cases_of, check, fit
+from era_vllm.lab.calibrate import (
+    Case,
+    Check,
+    Seen,
+    _sums,
+    as_setting,
+    cases_of,
+    check,
+    fit,
+    fit_mass,
+    rescaled,
+)
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 
@@ -42,10 +54,22 @@ def _nothing() -> None:
 def test_layers_attend_as_unpruned_on_other_pictures(oracle: Oracle, cases: list[Case]) -> None:
     half = len(cases) // 2
     gamma = as_setting(fit(oracle, cases[:half], step=_nothing))
-    found = check(oracle, cases[half:], [(True, None), (True, gamma)], step=_nothing)
+    found = check(oracle, cases[half:], [(True, None, 1.0), (True, gamma, 1.0)], step=_nothing)
     before, after = found.odds.abs()
     assert (before > 0.4).all()  # the paper's bias is too little in each layer of this model
     assert (after < 0.25).all()
+
+
+def test_one_mass_for_all_layers_restores_their_mean(oracle: Oracle, cases: list[Case]) -> None:
+    """What is left is between layers; a bias that is three times too little is found out."""
+    half = len(cases) // 2
+    factor = fit_mass(oracle, cases[:half], step=_nothing)
+    assert factor > 1.2, "the paper's figure has another model"
+    third = [replace(case, pruned=rescaled(case.pruned, 1 / 3)) for case in cases[:half]]
+    assert fit_mass(oracle, third, step=_nothing) == pytest.approx(3 * factor, rel=0.02)
+    found = check(oracle, cases[half:], [(True, None, 1.0), (True, None, factor)], step=_nothing)
+    before, after = found.odds.mean(1)
+    assert before > 0.4 and abs(after) < before / 3
 
 
 def test_what_was_not_pruned_keeps_the_papers_bias(oracle: Oracle, cases: list[Case]) -> None:
@@ -119,6 +143,14 @@ def test_the_command_writes_what_a_server_takes(
     found = calibrated(str(CHECKPOINT), {"policy": "dpp", "calibration": str(file)})
     gamma = EraConfig.parse(found).gamma
     assert isinstance(gamma, tuple) and len(gamma) == 4 and gamma != (1.0,) * 4
+    words = ["calibrate", str(CHECKPOINT), str(pictures), "--sections", "mass_scale", "gamma"]
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    assert "needs era's weighting by saliency" in capsys.readouterr().err
+    assert main([*words, "--era-preset", "paper", "--out", str(tmp_path)]) == 0
+    assert "mass_scale: " in capsys.readouterr().out
+    settings = calibrated(str(CHECKPOINT), {"preset": "paper", "calibration": str(file)})
+    both = EraConfig.parse(settings)
+    assert dict(both.policy_options)["mass_scale"] != 0.39 and both.gamma is not None
     refused = tmp_path / "refused"
     (refused / "calibration.json").mkdir(parents=True)
     assert main([*command, "--out", str(refused)]) == 2
