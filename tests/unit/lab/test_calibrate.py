@@ -208,3 +208,12 @@ def test_every_command_with_the_flag_reads_the_file(
     assert "nosuch.json': No such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "serve", *flag])
+
+
+@pytest.mark.parametrize("name", ["dpp", "paper"])
+def test_the_files_beside_the_sample_model_are_of_it(name: str) -> None:
+    settings = {"preset": "paper"} if name == "paper" else {"policy": "dpp"}
+    file = CHECKPOINT / f"calibration.{name}.json"
+    found = EraConfig.parse(calibrated(str(CHECKPOINT), {**settings, "calibration": file}))
+    assert isinstance(found.gamma, tuple) and len(found.gamma) == 4
+    assert ("mass_scale" in dict(found.policy_options)) == (name == "paper")
