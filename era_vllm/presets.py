@@ -12,13 +12,21 @@ PRESETS: Final[Mapping[str, Mapping[str, object]]] = {
         "policy_options": {"profile_weight": 0.5, "weighting": "saliency"},
     },
     "scout": {"policy": "dpp", "scout": 2, "scout_injection": True},
+    "question": {
+        "policy": "dpp",
+        "policy_options": {"relevance_weight": 0.25},
+        "scout": 2,
+        "scout_injection": True,
+        "question_aware": True,
+    },
 }
 """Name -> fields of ``EraConfig``.
 
 ``paper``: the reading of ERA that is nearest to its text and figures (docs/method.md); ``era``'s
 own defaults are what measured best of the readings. ``scout``: the best of those that are
 independent of the question, at the price of two layers of the language model a picture
-(docs/scout.md).
+(docs/scout.md). ``question``: the best of all, at that price for each question about a picture,
+whose entries no other question finds (docs/question.md).
 """
 
 
