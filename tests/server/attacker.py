@@ -29,7 +29,7 @@ ENGINE = [
 ]
 ERA_VLLM = str(Path(sys.executable).with_name("era-vllm"))
 STOCK = "import sys; from era_vllm_server.app import run; run(sys.argv[1:])"
-VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

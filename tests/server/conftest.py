@@ -24,7 +24,7 @@ with warnings.catch_warnings():  # torch and vLLM use what they deprecate
 LIMITS = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64M"]
 LIMITS += ["--era-policy", "era"]
 """Flags of nearly every server here: what it may take, and the policy that reads attention."""
-VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 ERA_VLLM = str(Path(sys.executable).with_name("era-vllm"))
 
 
