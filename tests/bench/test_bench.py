@@ -48,6 +48,17 @@ def test_serve_tells_where_the_time_goes(tmp_path: Path) -> None:
     assert [goal["met"] is None for goal in found["goals"]] == [False, True, False, False, False]
 
 
+def test_the_scout_stands_apart(tmp_path: Path) -> None:
+    short = ("--text-tokens", "32", "--dtype", "float32", "--no-profile", "--rounds", "1")
+    found = _run("serve", tmp_path, *short, "--era-preset", "scout")
+    samples, engines = found["samples"], found["facts"]["engines"]
+    parts = [samples["era 0.889"][stage]["values_s"][0] for stage in (*STAGES, "scout")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(samples["era 0.889"]["ttft"]["median_s"])
+    assert "scout" not in samples["stock"]
+    assert found["facts"]["ratios"]["scout / tower, era 0.889"] > 0
+    assert engines["era"]["injection_mib"] > 0 == engines["stock"]["injection_mib"]
+
+
 def test_attention_compares_layers_and_steps(tmp_path: Path) -> None:
     found = _run("attention", tmp_path, "--text-tokens", "32")
     kinds = {name: engine["attention_layer"] for name, engine in found["facts"]["engines"].items()}
