@@ -45,14 +45,16 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {id_ for id_, one in added if one.special}
 
 
-def of_text(text: str, tokenizer: Tokenizer, left_out: Set[int]) -> Question:
+def of_text(
+    text: str, tokenizer: Tokenizer, left_out: Set[int], suffix: Sequence[int] = ()
+) -> Question:
     """Return a text's question.
 
     Args:
-        left_out: ``special_ids``.
+        left_out, suffix: As of ``of_prompt``; a user's own text has no suffix.
     """
     ids = tokenizer(text[:_CHARACTERS], add_special_tokens=False)["input_ids"]
-    return _first(ids, left_out)
+    return _first(ids, left_out, suffix)
 
 
 def of_prompt(
@@ -61,6 +63,7 @@ def of_prompt(
     counts: Mapping[str, int],
     tokenizer: Tokenizer,
     left_out: Set[int],
+    suffix: Sequence[int] = (),
 ) -> dict[str, list[Question]]:
     """Return the question of each item of a rendered prompt, by modality, in its order.
 
@@ -69,6 +72,8 @@ def of_prompt(
         marks: Modality -> tokens that stand for an item of it.
         counts: Modality -> items.
         left_out: ``special_ids``.
+        suffix: What a chat template writes behind a text, which is no part of a question that ends
+            with it.
 
     Raises:
         LookupError: it has more marks than items, so that theirs cannot be told.
@@ -77,12 +82,12 @@ def of_prompt(
     found: dict[str, list[Question]] = {modality: [] for modality in counts}
     for modality, text in _behind(ids, marks):
         if modality in found:
-            found[modality].append(_first(text, left_out))
+            found[modality].append(_first(text, left_out, suffix))
     if any(len(found[modality]) < count for modality, count in counts.items()):
         found = {modality: [] for modality in counts}  # a mark merged with its neighbours
         for modality, text in _behind_text(tokenizer.decode(ids), marks, tokenizer):
             if modality in found:
-                found[modality].append(of_text(text, tokenizer, left_out))
+                found[modality].append(of_text(text, tokenizer, left_out, suffix))
     for modality, count in counts.items():
         if len(found[modality]) > count:
             raise LookupError(f"{len(found[modality])} places for {count} {modality}s")
@@ -90,23 +95,11 @@ def of_prompt(
     return found
 
 
-def followed(question: Question, suffix: Sequence[int]) -> Question:
-    """Return a question with what a chat template writes behind it, once.
-
-    A rendered prompt's question ends with that already, but for its special tokens.
-
-    Args:
-        suffix: The template's, special tokens included.
-    """
-    end = len(question)
-    for token in reversed(suffix):
-        if end and question[end - 1] == token:
-            end -= 1
-    return question[:end] + tuple(suffix)
-
-
-def _first(ids: Sequence[int], left_out: Set[int]) -> Question:
-    return tuple(id_ for id_ in ids if id_ not in left_out)[:MOST]
+def _first(ids: Sequence[int], left_out: Set[int], suffix: Sequence[int]) -> Question:
+    said, end = (tuple(id_ for id_ in some if id_ not in left_out) for some in (ids, suffix))
+    if end and said[-len(end) :] == end:
+        said = said[: -len(end)]
+    return said[:MOST]
 
 
 def _behind(

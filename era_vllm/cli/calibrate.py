@@ -179,6 +179,8 @@ def _config(arguments: argparse.Namespace) -> EraConfig:
             "--sections mass_scale: needs era's weighting by saliency, of plain means, which alone "
             "has it; add --era-preset paper, or leave mass_scale out"
         )
+    if arguments.per_head and "gamma" not in arguments.sections:
+        raise ConfigError("--per-head: is of gamma, which --sections leaves out; leave one out")
     if "mass_scale" in arguments.sections and not getattr(policy, "mass_scale", 0.0):
         raise ConfigError(
             "--sections mass_scale: got mass_scale=0, which cannot grow; leave it out"

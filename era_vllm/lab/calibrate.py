@@ -42,8 +42,8 @@ PASSES: Final = 2
 MASS_PASSES: Final = 4
 MOST: Final = 4.0
 """Largest gamma."""
-_MOST_MASS: Final = 20.0
-"""Largest rho."""
+_MOST_FACTOR: Final = 50.0
+"""Of rho, against that which was pruned with."""
 _TINY: Final = 1e-6
 Progress = Callable[[], object]
 
@@ -208,7 +208,7 @@ def fit_mass(
             sums += _sums(wholes[index], pruned, 1).sum((1, 2))
             step()
         factor += float(sums[0] / sums[1].clamp_min(_TINY))
-        factor = min(max(factor, _TINY), _MOST_MASS)
+        factor = min(max(factor, _TINY), _MOST_FACTOR)
     return factor
 
 

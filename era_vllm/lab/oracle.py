@@ -32,7 +32,7 @@ from era_vllm.lab.scout import (
 )
 from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
-from era_vllm.question import Question, followed
+from era_vllm.question import Question
 from era_vllm.steps.merge import average
 from era_vllm.types import PrunedTokens, Signal, VisualTokens
 
@@ -255,7 +255,7 @@ class Oracle(LanguageOracle):
         if config.scout and any(asked):
             suffix = config.scout_suffix
             suffix = chat_suffix(self.processor) if suffix is None else suffix
-            asked = [followed(one, suffix) if one else one for one in asked]
+            asked = [(*one, *suffix) if one else one for one in asked]
         scouted, of_layers = scout_signals(body.language_model, prefix or (), embeds, config)
         return VisualTokens(
             embeds,

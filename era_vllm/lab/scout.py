@@ -13,6 +13,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from era_vllm.chat_text import text_around
 from era_vllm.config import EraConfig
 from era_vllm.contracts import query_layer
 from era_vllm.errors import UnsupportedError
@@ -35,9 +36,9 @@ def chat_prefix(processor: Any, mark: int) -> list[int]:  # noqa: ANN401  # tran
 
 def chat_suffix(processor: Any) -> list[int]:  # noqa: ANN401
     """Return the token ids of what a chat template writes between a user's text and the answer."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": "scout"}]}]
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return processor.tokenizer(text.partition("scout")[2], add_special_tokens=False)["input_ids"]
+    template = processor.chat_template or processor.tokenizer.chat_template
+    mark = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    return [*text_around(processor.tokenizer, template, mark)[1]]
 
 
 @torch.inference_mode()

@@ -123,8 +123,8 @@ def _check_scout(policy: "PruningPolicy", config: EraConfig) -> None:
     if config.scout_injection and not config.scout:
         raise ConfigError(
             "era setting scout_injection: got true without a scout, whose states are injected; "
-            "give --era-scout K too, 1 or more, or leave --era-scout-injection (--era-preset "
-            "scout) out"
+            "give --era-scout K too, 1 or more, or leave --era-scout-injection (or the "
+            "preset that has it) out"
         )
     if config.scout_prefix is not None and not config.scout and query_layer(policy) < 2:
         raise ConfigError(

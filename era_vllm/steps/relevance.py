@@ -58,18 +58,21 @@ def attention_behind(
         key: Of all; each head of it serves hq / hkv of the queries.
         scale: Of the scores.
     """
-    batch, heads, words, _ = query.shape
+    batch, heads, words, size = query.shape
     kv_heads, total = key.shape[1:3]
-    of_heads = key.float().transpose(2, 3)[:, :, None]  # [b, hkv, 1, dh, m]
-    by_kv = query.float().reshape(batch, kv_heads, heads // kv_heads, words, -1) * scale
+    groups = heads // kv_heads
+    of_heads = key.float().transpose(2, 3)
+    by_kv = query.float().reshape(batch, kv_heads, groups, words, size) * scale
     place = torch.arange(total, device=query.device)
     last = place[total - words :, None]
     at_once = max(1, _NUMBERS // (batch * heads * total))
     parts: list[Tensor] = []
     for first in range(0, words, at_once):
         chosen = slice(first, first + at_once)
-        scores: Tensor = by_kv[..., chosen, :] @ of_heads
-        scores = scores.masked_fill(place > last[chosen], -torch.inf)
+        # the heads that share a key are rows of one product, so that it is not copied for each
+        product: Tensor = by_kv[..., chosen, :].flatten(2, 3) @ of_heads
+        scores = product.view(batch, kv_heads, groups, -1, total)
+        scores.masked_fill_(place > last[chosen], -torch.inf)
         parts.append(scores.softmax(-1).mean((1, 2)))
     return torch.cat(parts, 1)
 

@@ -191,7 +191,8 @@ class EraRenderer(HfRenderer):
             known = {text: question.of_text(text, self._tokenizer, special) for text in distinct}
             return {modality: [known[text] for text in texts[modality]] for modality in counts}
         try:
-            return question.of_prompt(ids, self._marks, counts, self._tokenizer, special)
+            suffix = self.era.scout_suffix or ()
+            return question.of_prompt(ids, self._marks, counts, self._tokenizer, special, suffix)
         except LookupError as error:
             raise ConfigError(
                 f"the prompt has {error}, so that what is asked of each cannot be told; write one "

@@ -8,21 +8,16 @@ is to be seen. Carried in the settings, and so in every cache key. Leaves out th
 (``signals/scout.py``); a template given to a server is not seen here.
 """
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from era_vllm import chat_text
 from era_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-_TEXT: Final = "scout"
-"""A user's text, where the template puts the picture as vLLM does: in front of it."""
 
-
-Ids = tuple[int, ...]
-
-
-def text_around(model_config: "ModelConfig") -> tuple[Ids, Ids]:
+def text_around(model_config: "ModelConfig") -> tuple[chat_text.Ids, chat_text.Ids]:
     """Return what the chat template writes before the first picture of a user's first message, and
     behind the message's text, up to the answer.
 
@@ -43,44 +38,15 @@ def text_around(model_config: "ModelConfig") -> tuple[Ids, Ids]:
         first = tokenizer.bos_token_id
         return (() if first is None else (int(first),)), ()
     mark = getattr(model_config.hf_config, "image_token_id", None)
-    parts = [{"type": "image"}, {"type": "text", "text": _TEXT}]
-    found: Exception | None = None
-    for content in (parts, _TEXT):
-        messages = [{"role": "user", "content": content}]
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template's own, of any kind
-            found = error
-            continue
-        if _TEXT not in text:
-            continue
-        ids = _encoded(tokenizer, text)
-        before, after = (text[: place(_TEXT)] for place in (text.index, text.rindex))
-        behind = _behind(ids, _encoded(tokenizer, after + _TEXT))
-        if mark in ids:
-            return tuple(ids[: ids.index(mark)]), behind
-        if content == _TEXT:
-            return tuple(_encoded(tokenizer, before)), behind
-    raise _refusal("a chat template that does not render a user's message") from found
-
-
-def _behind(ids: list[int], begin: list[int]) -> Ids:
-    """Return the ids behind those that a text begins with, whose last may have been cut."""
-    same = next(
-        (at for at, pair in enumerate(zip(ids, begin, strict=False)) if pair[0] != pair[1]),
-        len(begin),
-    )
-    return tuple(ids[same:])
-
-
-def _encoded(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401  # transformers'
-    return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    try:
+        return chat_text.text_around(tokenizer, template, mark)
+    except ValueError as error:
+        raise _refusal(f"a chat template that renders {error}") from error
 
 
 def _refusal(got: str) -> ConfigError:
     return ConfigError(
         f"scout_prefix: got {got}, needed what stands before a picture in a prompt; give the "
-        "token ids with --era-scout-prefix '[1, ...]' (and --era-scout-suffix with questions)"
+        "token ids with --era-scout-prefix '[1, ...]' (with --era-question-aware also "
+        "--era-scout-suffix)"
     )

@@ -14,7 +14,6 @@ from era_vllm.lab.asking import messages_of
 from era_vllm.lab.oracle import first_relevance
 from era_vllm.lab.samples import load_task_samples
 from era_vllm.lab.scout import scout_relevance
-from era_vllm.question import followed
 from era_vllm.types import Signal
 from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with
 from tests.engine.test_policies import even
@@ -121,6 +120,21 @@ def test_later_turns_of_a_chat_keep_the_entry(asking, images):
     assert told(live, *turns, chat=True, mm_processor_kwargs=off)[0] == 1
 
 
+def test_with_a_scout_a_rendered_prompt_and_its_chat_ask_the_same(asking, images, oracle):
+    """And a prompt that has nothing but the template's words behind its picture asks nothing."""
+    live, image = asking(scout=2), marked(images[1], 60)
+    assert told(live, prompt(RED, image, era=HALF))[0] == 1
+    era = {"mm_processor_kwargs": {"era": 0.5}}
+    assert told(live, [message(RED, image)], chat=True, **era)[0] == 0
+    colon = "what color:"  # whose last sign the template writes too
+    assert told(live, [message(colon, image)], chat=True, **era)[0] == 1
+    key = live._key(image, 0.5, oracle)[0]
+    expected = oracle.processor.tokenizer(colon, add_special_tokens=False)["input_ids"]
+    assert questions_of(live, key) == [tuple(expected)] and len(expected) == 3
+    assert told(live, [message("", image)], chat=True, **era)[0] == 1
+    assert told(live, prompt("", image, era=HALF))[0] == 0
+
+
 def questions_of(live, *images):
     return [
         next(
@@ -175,6 +189,9 @@ def test_relevance_and_answers_are_those_of_transformers(asking, ask, oracle, im
         tokens, result, row = live.pruned[live._key(image, 0.778, oracle)]
         filled = oracle.processor.tokenizer(request.prompt()["prompt"])["input_ids"]
         behind = filled[filled.index(oracle.image_token) + 1 :]
+        if live.config.scout:  # the template's words, which are the scout's to add
+            assert list(live.model.era.scout_suffix) == behind[-2:]
+            behind = behind[:-2]
         expected = oracle.tokens([image], live.config, [tuple(behind)])
         read = tokens.signals[Signal.RELEVANCE][row]
         relevance = expected.signals[Signal.RELEVANCE][0]
@@ -293,7 +310,7 @@ def relevance_of(model, features, grid, asked, era):
     rows = features.pooler_output[0]
     if not era.scout:
         return first_relevance(language.layers, table, rows, asked, "largest")
-    asked = followed(asked, era.scout_suffix)
+    asked = (*asked, *era.scout_suffix)
     start, (_, tall, wide) = len(era.scout_prefix), (grid[0] // torch.tensor([1, 2, 2])).tolist()
     places = [[place] * 3 for place in range(start)]
     places += [

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from era_vllm.question import MOST, followed, of_prompt, of_text, special_ids
+from era_vllm.question import MOST, of_prompt, of_text, special_ids
 
 WORDS = ["<s>", "<image>", "<video>", "<pad>", "<", "img", ">", *"abcdefgh"]
 START, IMAGE, VIDEO, PAD = range(4)
@@ -103,17 +103,22 @@ def test_more_marks_than_items_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "suffix", "expected"),
+    ("text", "suffix", "expected"),
     [
-        ((8, 9), (), (8, 9)),
-        ((8, 9), (1, 10, 11), (8, 9, 1, 10, 11)),
-        ((8, 9, 10, 11), (1, 10, 11), (8, 9, 1, 10, 11)),  # rendered: specials are left out
-        ((8, 9, 10), (10, 1, 11), (8, 9, 10, 1, 11)),
-        ((10,), (10, 11), (10, 11)),
+        ("abcd", "", "abcd"),
+        ("abcd", "cd", "ab"),
+        ("abcd", "acd", "abcd"),  # no part of it alone
+        ("abd", "cd", "abd"),
+        ("cd", "cd", ""),  # nothing but the template's words: nothing is asked
+        ("d", "cd", "d"),
     ],
 )
-def test_what_the_template_writes_follows_once(
-    question: tuple[int, ...], suffix: tuple[int, ...], expected: tuple[int, ...]
+def test_what_a_template_writes_behind_is_no_part_of_a_rendered_question(
+    text: str, suffix: str, expected: str
 ) -> None:
-    assert followed(question, suffix) == expected
-    assert followed(expected, suffix) == expected
+    """All of it, in one piece, but for special tokens."""
+    own, end, left = (ids(" ".join(some)) for some in (text, suffix, expected))
+    prompt, behind = [IMAGE, *own], [PAD, *end, START]
+    found = of_prompt(prompt, MARKS, {"image": 1}, TOKENIZER, SPECIAL, behind)
+    assert found == {"image": [tuple(left)]}
+    assert of_text(" ".join(text), TOKENIZER, SPECIAL) == tuple(own), "a user's own text stays"

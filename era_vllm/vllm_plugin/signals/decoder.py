@@ -37,6 +37,13 @@ _UNKNOWN: Final = ("ada_rms_norm_t_cond", "do_llama_4_scaling", "dual_chunk_atte
 _INSTEAD: Final = "; leave --era-scout out, or choose another policy with --era-policy, such as dpp"
 
 
+class Before(NamedTuple):
+    """What a layer keeps of tokens that others will follow."""
+
+    key: Float[Tensor, "b hkv n dh"]
+    value: Float[Tensor, "b hkv n dh"]
+
+
 class Heads(NamedTuple):
     """Queries, keys and values of this rank's heads."""
 
@@ -45,12 +52,14 @@ class Heads(NamedTuple):
     """Of the tokens before, then of the t."""
     value: Float[Tensor, "b hkv m dh"]
 
-    def behind(self, before: "Heads | None") -> "Heads":
+    def kept(self, members: Int[Tensor, "a"]) -> Before:
+        """Return a copy for some of a batch: what they are views of may go."""
+        return Before(self.key[members], self.value[members])
+
+    def behind(self, before: Before) -> "Heads":
         """Return the same of tokens that follow others."""
-        if before is None:
-            return self
-        keys = torch.cat([before.key, self.key], 2)
-        return Heads(self.query, keys, torch.cat([before.value, self.value], 2))
+        keys, values = (torch.cat(pair, 2) for pair in zip(before, self[1:], strict=True))
+        return Heads(self.query, keys, values)
 
 
 class Decoder:

@@ -16,11 +16,11 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from era_vllm.layout import Layout
-from era_vllm.question import Question, followed
+from era_vllm.question import Question
 from era_vllm.steps.relevance import Reduction
 from era_vllm.types import Signal
 from era_vllm.vllm_plugin.fields import Planned
-from era_vllm.vllm_plugin.signals.decoder import Decoder, Heads
+from era_vllm.vllm_plugin.signals.decoder import Before, Decoder
 from era_vllm.vllm_plugin.signals.ranks import all_heads
 from era_vllm.vllm_plugin.signals.scout_question import relevance_by_scout
 
@@ -48,7 +48,7 @@ class Scout:
             layers: Layers whose last output is given as states; 0 = none are.
             query_layer: Layer, from 1, whose queries are given; 0 = none are.
             width: Columns of a row that are the token, the others its maps; None = all.
-            most: Rows that are run at once, prefix included; a longer picture runs alone.
+            most: Rows that are run at once, prefix and words included; what is longer runs alone.
             every_layer: Give each layer's output too, for injection.
             asks: Give relevance to what is asked by the last of ``layers``, and so over words.
             suffix: Token ids behind each question.
@@ -77,17 +77,24 @@ class Scout:
     ) -> Mapping[Signal, Sequence[Tensor]]:
         """Return float32 [d, length], [hq, dh, length] and [1, length] of each item."""
         found: dict[tuple[Signal, int], Tensor] = {}
-        for members in batches([len(own) for own in rows], len(self._prefix), self._most):
-            plans = [items[index].plan for index in members]
+        asked = [self._asked(item) for item in items]
+        around = len(self._prefix) + max(map(len, asked), default=0)
+        for members in batches([len(own) for own in rows], around, self._most):
             seen = self._run(
-                [plan.layout for plan in plans],
-                [followed(one.question, self._suffix) if one.question else () for one in plans],
+                [items[index].plan.layout for index in members],
+                [asked[index] for index in members],
                 torch.stack([rows[index] for index in members]),
             )
             for signal, values in seen.items():
                 for row, index in enumerate(members):
                     found[signal, index] = values[row].movedim(0, -1)
         return {s: [found[s, index] for index in range(len(items))] for s in self.gives}
+
+    def _asked(self, item: Planned) -> Question:
+        """Return an item's question and what follows it; empty = nothing is asked."""
+        if self._asks is None or not item.plan.question:
+            return ()
+        return (*item.plan.question, *self._suffix)
 
     def _run(
         self,
@@ -111,17 +118,20 @@ class Scout:
 
         seen: dict[Signal, Tensor] = {}
         of_layers: list[Float32[Tensor, "b n d"]] = []
-        kept: list[Heads] = []
-        asks = self._asks is not None and any(questions)
+        kept: list[Before] = []
+        members = [place for place, question in enumerate(questions) if question]
+        asking = torch.tensor(members, dtype=torch.int64).to(device, non_blocking=True)
         for index in range(max(self._states, self._query_layer)):
             parts, residual = self._decoder.projected(index, hidden, residual)
             if index + 1 == self._query_layer:
-                seen[Signal.LANGUAGE_QUERIES] = all_heads(own(parts[0]).float())
+                # a copy: a rotary embedding may turn them in place
+                before_turning = own(parts[0]).to(torch.float32, copy=True)
+                seen[Signal.LANGUAGE_QUERIES] = all_heads(before_turning)
                 if index >= self._states:
                     break
             heads = self._decoder.turned(index, parts, positions, batch)
-            if asks and index < self._states:
-                kept.append(heads)
+            if members and index < self._states:
+                kept.append(heads.kept(asking))
             hidden, residual = self._decoder.onwards(index, heads, residual)
             if Signal.SCOUT_LAYERS in self.gives and index < self._states:
                 of_layers.append(own(hidden).float() + own(residual).float())
@@ -131,16 +141,25 @@ class Scout:
                 seen[Signal.SCOUT_STATES] = own(hidden).float() + own(residual).float()
         if of_layers:
             seen[Signal.SCOUT_LAYERS] = torch.cat(of_layers, -1)
-        if asks and self._asks is not None:
-            found = relevance_by_scout(self._decoder, layouts, questions, kept, self._asks)
+        if self._asks is not None:
+            found = rows.new_zeros(batch, 1, rows.shape[1], dtype=torch.float32)
+            if members:
+                own_layouts, own_questions = (
+                    [of[at] for at in members] for of in (layouts, questions)
+                )
+                found[asking] = relevance_by_scout(
+                    self._decoder, own_layouts, own_questions, kept, self._asks
+                )
             seen[Signal.RELEVANCE] = found.transpose(1, 2)
-        elif self._asks is not None:
-            seen[Signal.RELEVANCE] = rows.new_zeros(*rows.shape[:2], 1, dtype=torch.float32)
         return seen
 
 
 def batches(lengths: Sequence[int], prefix: int, most: int) -> Iterator[list[int]]:
-    """Yield indices of items of equal length, of as many as have ``most`` rows or fewer, or one."""
+    """Yield indices of items of equal length, of as many as have ``most`` rows or fewer, or one.
+
+    Args:
+        prefix: Rows beside each.
+    """
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         groups.setdefault(length, []).append(index)

@@ -16,7 +16,7 @@ from torch import Tensor
 from era_vllm.layout import Layout
 from era_vllm.question import Question
 from era_vllm.steps.relevance import Reduction, attention_behind, relevance
-from era_vllm.vllm_plugin.signals.decoder import Decoder, Heads
+from era_vllm.vllm_plugin.signals.decoder import Before, Decoder
 from era_vllm.vllm_plugin.signals.ranks import mean_over_ranks
 
 _NONE: Final = 0
@@ -27,14 +27,14 @@ def relevance_by_scout(
     decoder: Decoder,
     layouts: Sequence[Layout],
     questions: Sequence[Question],
-    pictures: Sequence[Heads],
+    pictures: Sequence[Before],
     reduction: Reduction,
 ) -> Float32[Tensor, "b 1 n"]:
-    """Return each token's relevance; 0 where nothing is asked.
+    """Return each token's relevance.
 
     Args:
         layouts: Of b pictures of one length n.
-        questions: Of each; not all empty.
+        questions: Of each; none is empty.
         pictures: What each of the scout's layers made of prefix and picture.
     """
     device = pictures[0].key.device
@@ -52,14 +52,12 @@ def relevance_by_scout(
         heads = decoder.turned(index, parts, positions, len(layouts)).behind(before)
         hidden, residual = decoder.onwards(index, heads, residual)
     parts, _ = decoder.projected(last, hidden, residual)
-    query, key, _ = decoder.turned(last, parts, positions, len(layouts)).behind(pictures[last])
-    attention = attention_behind(query, key, decoder.scale(last))
+    heads = decoder.turned(last, parts, positions, len(layouts))
+    key = torch.cat([pictures[last].key, heads.key], 2)
+    attention = attention_behind(heads.query, key, decoder.scale(last))
     words = mean_over_ranks(attention[..., -count - n : -count])
-    found = [
-        relevance(own[: len(question)], reduction) if question else own.new_zeros(1, n)
-        for own, question in zip(words, questions, strict=True)
-    ]
-    return torch.stack(found)
+    pairs = zip(words, questions, strict=True)
+    return torch.stack([relevance(own[: len(question)], reduction) for own, question in pairs])
 
 
 def _behind(

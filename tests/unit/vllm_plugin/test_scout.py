@@ -84,14 +84,26 @@ def test_a_template_of_strings_has_the_picture_where_the_text_begins(around):
     assert around(STRINGS + ANSWER) == (["<s>", "USER:"], ["red", "ASSISTANT:"])
 
 
+def test_the_sign_that_ends_a_question_is_the_question_s(around):
+    """The sample's own template writes it, once, whether the user did or not."""
+    template = "{{ messages[0]['content'] | trim('?') }} ?" + ANSWER
+    assert around(template) == ([], ["red", "ASSISTANT:"])
+
+
 def test_a_model_without_a_template_has_its_first_token(around):
     assert around(None) == (["<s>"], [])
 
 
 @pytest.mark.parametrize(
     "given",
-    [("{{ raise_exception('no') }}",), ("nothing of it",), (STRINGS, None, False)],
-    ids=["raises", "leaves the text out", "no tokenizer"],
+    [
+        ("{{ raise_exception('no') }}",),
+        ("nothing of it",),
+        (STRINGS, None, False),
+        ("{{ messages[0].content[1].text }} <image>", 4),
+        ("{{ messages[0].content }} {{ messages[0].content }}",),
+    ],
+    ids=["raises", "leaves the text out", "no tokenizer", "the text first", "the text twice"],
 )
 def test_what_cannot_be_worked_out_is_asked_for(around, given):
     with pytest.raises(ConfigError, match="scout_prefix: got .*--era-scout-prefix"):
