@@ -116,6 +116,8 @@ def engine_table(engines: Mapping[str, Mapping[str, object]], base: str = "") ->
         base: The one that the tokens held are compared with in a last column; none by default.
     """
     keys = ("head_size", "attention_backend", "kv_blocks", "kv_block_tokens", "kv_tokens")
+    if any(fact.get("injection_mib") for fact in engines.values()):
+        keys = (*keys, "injection_mib")
     header = ["engine", *(key.replace("_", " ") for key in keys)]
     rows = [[name, *(str(fact[key]) for key in keys)] for name, fact in engines.items()]
     if base:

@@ -169,6 +169,7 @@ def _report(
         notes=(
             f"{facts['model']}; one request at a time",
             "TFLOP: of the language model's layers over the prompt, computed",
+            "the scout's layers are no part of the reducer's share",
             "`of stock` is the median of ratios within a round; wide's projections are wider too",
         ),
     )

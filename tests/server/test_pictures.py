@@ -334,11 +334,12 @@ def answered(server, url):
     return 200, reply.json()["choices"][0]["message"]["content"]
 
 
-def test_table_of_formats(server):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_table_of_formats(server, every):
     """Each file by inspect and by chat, beside a plain PNG of what a viewer shows."""
     references, wrong = {}, []
     print(f"\n| {'file':44} | inspect | difference | chat |")
-    for name, (data, shown) in formats().items():
+    for name, (data, shown) in list(formats().items())[::every]:
         url = url_of(data)
         (seen, given), (said, text) = inspected(server, url), answered(server, url)
         difference = ""

@@ -27,6 +27,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_rate_is_recommended_and_what_changed_is_shown(servers, pictures, tmp_path, capsys):
     words = ["recommend", "--url", servers[0].url, str(pictures), str(pictures / "questions.jsonl")]
     words += ["--target", ".9", "--worst", "2", "--out", str(tmp_path)]
