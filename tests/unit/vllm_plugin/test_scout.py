@@ -8,7 +8,9 @@ from transformers import AutoTokenizer
 
 from era_vllm.errors import ConfigError
 from era_vllm.lab import CHECKPOINT
-from era_vllm.layout import Layout, SegmentLayout
+from era_vllm.layout import Layout, SegmentLayout, one_grid
+from era_vllm.plan import Plan
+from era_vllm.vllm_plugin.fields import Planned
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -27,6 +29,30 @@ def test_pictures_of_one_length_are_run_together(lengths, most, expected):
     from era_vllm.vllm_plugin.signals.scout import batches
 
     assert list(batches(lengths, 2, most)) == expected
+
+
+def test_words_count_among_the_rows_that_are_run_at_once():
+    """A feed of small pictures with long questions is no larger than what memory is profiled for."""
+    from era_vllm.vllm_plugin.signals.scout import Scout
+
+    class Recorded(Scout):
+        def __init__(self, asks):
+            self._prefix, self._suffix, self._most = torch.tensor([1, 2]), (8, 9), 40
+            self._asks, self.gives, self.runs = asks, frozenset(), []
+
+        def _run(self, layouts, questions, rows):
+            self.runs.append((len(rows), [len(one) for one in questions]))
+            return {}
+
+    def run(asks, *lengths):
+        scout = Recorded(asks)
+        items = [Planned(Plan(one_grid(1, 6, ()), (1,), (5,) * n), 0) for n in lengths]
+        scout.after(items, [torch.zeros(6, 4)] * len(items))
+        return scout.runs
+
+    assert run("largest", 10, 0, 3) == [(2, [12, 0]), (1, [5])]
+    assert run("largest", 0, 0, 0) == [(3, [0, 0, 0])]
+    assert run(None, 10, 3, 3) == [(3, [0, 0, 0])], "nobody asks"
 
 
 def two_runs(offsets=None):
