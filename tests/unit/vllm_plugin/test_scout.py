@@ -32,7 +32,7 @@ def test_pictures_of_one_length_are_run_together(lengths, most, expected):
 
 
 def test_words_count_among_the_rows_that_are_run_at_once():
-    """A feed of small pictures with long questions is no larger than what memory is profiled for."""
+    """Small pictures with long questions take no more than what memory is profiled for."""
     from era_vllm.vllm_plugin.signals.scout import Scout
 
     class Recorded(Scout):
