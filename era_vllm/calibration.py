@@ -22,6 +22,7 @@ from era_vllm.policies import make_policy
 FORMAT: Final = 1
 SECTIONS: Final = ("mass_scale", "gamma")
 """In the order in which they are set: gamma belongs to the mass beside it."""
+_ROWS: Final = "[layer][KV head]"
 SETTING: Final = "calibration"
 """The key among settings that names a file."""
 _WEIGHTS: Final = (".safetensors", ".bin")
@@ -220,74 +221,13 @@ def _sections(path: Path) -> dict[str, dict[str, Any]]:
             )
         values = section["values"]
         if name == "mass_scale":
-            given = found.get("policy_options")
-            found["policy_options"] = {
-                **(given if isinstance(given, Mapping) else {}),
-                name: values,
-            }
-        else:
-            found[name] = [row[0] if len(row) == 1 else row for row in values]
-        try:
-            make_policy(EraConfig.parse(found))
-        except ConfigError as error:
-            raise ConfigError(f"{said}: {error}") from error
-    return found
-
-
-def _refuse_settings(said: str, config: EraConfig, section: str, known: dict[str, Any]) -> None:
-    ours = settings_of(config, section)
-    differing = [name for name in ours if ours[name] != known.get(name)]
-    if differing or not config.bias:
-        name = differing[0] if differing else "bias"
-        was = json.dumps(known[name]) if name in known else "true" if name == "bias" else "nothing"
-        raise ConfigError(
-            f"{said}: was measured with {name} = {was}, got "
-            f"{json.dumps(ours.get(name, config.bias))}; prune as it was measured, or measure anew"
-        )
-
-
-def _sections(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        with path.open("rb") as opened:
-            content = json.loads(opened.read(_LARGEST))
-    except OSError as error:
-        raise ConfigError(f"{SETTING} {str(path)!r}: {error.strerror}; name a file") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{SETTING} {str(path)!r}: is no JSON ({error}); needed what era-vllm calibrate writes"
-        ) from error
-    known = content if isinstance(content, dict) and content.get("format") == FORMAT else {}
-    if unknown := [name for name in known if name not in ("format", *SECTIONS)]:
-        raise ConfigError(
-            f"{SETTING} {str(path)!r}: {unknown_name('section', unknown[0], SECTIONS)}"
-        )
-    found = {name: known[name] for name in SECTIONS if name in known}
-    if broken := [name for name, section in found.items() if not isinstance(section, dict)]:
-        raise ConfigError(
-            f"{SETTING} {str(path)!r}: {broken[0]} is no section; write it anew: era-vllm calibrate"
-        )
-    if not found:
-        raise ConfigError(
-            f"{SETTING} {str(path)!r}: has no section {' or '.join(SECTIONS)} of format {FORMAT}; "
-            "needed what era-vllm calibrate writes"
-        )
-    for name, section in found.items():
-        kinds = {"values": object, "model": str, "settings": dict}
-        missing = (
-            key for key, kind in kinds.items() if not isinstance(section.get(key, ...), kind)
-        )
-        if bad := next((key for key in missing), None) or ("values" not in section and "values"):
-            raise ConfigError(
-                f"{SETTING} {str(path)!r}: {name} has no {bad}; write it anew: era-vllm calibrate"
+            right, needed = (
+                isinstance(values, int | float) and not isinstance(values, bool),
+                "number",
             )
-        values = section["values"]
-        if name == "mass_scale" and (
-            isinstance(values, bool) or not isinstance(values, int | float)
-        ):
-            raise ConfigError(f"{SETTING} {str(path)!r}: mass_scale's values are no number")
-        is_rows = isinstance(values, list) and values
-        if name == "gamma" and not (
-            is_rows and all(isinstance(row, list) and row for row in values)
-        ):
-            raise ConfigError(f"{SETTING} {str(path)!r}: gamma's values are no [layer][KV head]")
+        else:
+            rows = values if isinstance(values, list) else []
+            right, needed = rows and all(isinstance(row, list) and row for row in rows), _ROWS
+        if not right:
+            raise ConfigError(f"{SETTING} {str(path)!r}: {name}'s values are no {needed}")
     return found

@@ -177,3 +177,33 @@ def test_mass_is_set_before_the_gamma_that_was_measured_with_it(
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="measured with policy_options"):
         calibrated(str(model), {**preset, "calibration": path})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gama": {}}, "unknown section 'gama'; did you mean 'gamma'"),
+        ({"gamma": None}, "gamma is no section"),
+        ({"gamma": [1, 2]}, "gamma is no section"),
+        ({"mass_scale": {"values": "much"}}, "mass_scale's values are no number"),
+        ({"mass_scale": {"values": True}}, "mass_scale's values are no number"),
+        ({"mass_scale": {"values": 1}}, None),
+    ],
+    ids=str,
+)
+def test_nothing_in_a_file_is_passed_over(
+    change: dict[str, Any], said: str | None, model: Path, tmp_path: Path
+) -> None:
+    path, paper = tmp_path / "both.json", EraConfig.parse({"preset": "paper"})
+    write(path, model, {"mass_scale": (paper, 1.0)}, {})
+    content = json.loads(path.read_text())
+    for name, value in change.items():
+        merged = {**content.get(name, {}), **value} if name in content else value
+        content[name] = merged
+    path.write_text(json.dumps(content))
+    settings = {"preset": "paper", "calibration": path}
+    if said is None:
+        assert EraConfig.parse(calibrated(str(model), settings)).policy == "era"
+        return
+    with pytest.raises(ConfigError, match=said):
+        calibrated(str(model), settings)
