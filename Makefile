@@ -9,10 +9,11 @@ TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS 
 QUICK := tests/unit tests/contracts
 # Whose engines live in the tests' processes, 7 GB in each: they end before servers start.
 ENGINES := tests/engine
-# Two processes, a file in one of them (JOBS=1 where there is less memory than 16 GB). Tests of
+# Two processes, a file in one of them, in order: that with the longest tests comes first, as it is
+# called (JOBS=1 where there is less memory than 16 GB). Tests of
 # servers share theirs: two processes would start each twice, and gain nothing.
 JOBS   ?= 2
-SHARED = -n $(JOBS) --dist loadfile
+SHARED = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
 APART := not gpu and not bench
 
