@@ -18,8 +18,9 @@ SAME = 0.99
 def test_answers_are_those_of_transformers(engine, setup, oracle, rate):
     pictures = list(generate(56, seed=777))
     kinds = ("picture",) * len(pictures)
-    ours = ask(EngineAsker(engine(setup()).llm), pictures, rate)
-    theirs = ask(TransformersAsker(oracle, EraConfig()), pictures, rate)
+    live = engine(setup())
+    ours = ask(EngineAsker(live.llm), pictures, rate)
+    theirs = ask(TransformersAsker(oracle, live.config), pictures, rate)
     assert sum(map(len, ours)) >= 200
     same, far = agreement(kinds, ours, theirs), divergence(kinds, ours, theirs)
     print(f"rate {rate}: {same.text('.2f')} % the same, KL {far.text('.1e', 1)}")
