@@ -24,7 +24,7 @@ import warnings  # noqa: E402
 from collections.abc import Callable, Iterable, Iterator, Sequence  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from dataclasses import asdict, dataclass, field  # noqa: E402
-from functools import partial  # noqa: E402
+from functools import cache, partial  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -43,6 +43,7 @@ from era_vllm.pixels import pixel_hash  # noqa: E402
 from era_vllm.plan import plan  # noqa: E402
 from era_vllm.types import PrunedTokens, Signal, VisualTokens  # noqa: E402
 from tests import situations  # noqa: E402
+from tests.forked import FORKED  # noqa: E402
 
 with warnings.catch_warnings():  # torch and vLLM use what they deprecate
     warnings.simplefilter("ignore")
@@ -155,7 +156,7 @@ MOST_ENGINES = 12
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """vLLM collects garbage as an engine ends, through all others."""
+    """vLLM collects garbage as an engine starts and ends, through all others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "collect", lambda *_: 0)
         patch.setattr(gc, "unfreeze", lambda: None)
@@ -298,10 +299,22 @@ def images() -> list[Image]:
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Callable[[Setup], Engine]]:
-    """``engine(setup(...))``: a live engine with that setup, started on first use."""
+    """``engine(setup(...))``: a live engine with that setup, started on first use.
+
+    What vLLM does again in each, though once a process is enough, takes longer than all else.
+    """
     from vllm import LLM
+    from vllm.platforms.cpu import CpuPlatform
 
     alive: dict[Setup, Engine] = {}  # the one that was asked for last is the last
+    look_through_modules = staticmethod(cache(CpuPlatform.register_triton_kernel_overrides))
+
+    def llm(**arguments: object) -> LLM:
+        with pytest.MonkeyPatch.context() as patch, without_collecting():
+            patch.setattr(CpuPlatform, "register_triton_kernel_overrides", look_through_modules)
+            made = LLM(**arguments)
+        made.llm_engine.engine_core._finalizer.detach()  # a second for each, as a process ends
+        return made
 
     def start(wanted: Setup) -> Engine:
         if wanted in alive:
@@ -322,10 +335,10 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
         }
         settings = json.loads(wanted.settings)
         if settings is None:
-            alive[wanted] = Engine(LLM(**{"model": wanted.model, **arguments}), None)
+            alive[wanted] = Engine(llm(**{"model": wanted.model, **arguments}), None)
         else:
             pruning = era_vllm.engine_args(wanted.model, **settings)
-            alive[wanted] = Engine(LLM(**{**pruning, **arguments}), EraConfig.parse(settings))
+            alive[wanted] = Engine(llm(**{**pruning, **arguments}), EraConfig.parse(settings))
             if hasattr(alive[wanted].model, "policy"):
                 alive[wanted].model.reducer.listeners.append(alive[wanted].record)
         gc.collect()
@@ -336,6 +349,7 @@ def engine() -> Iterator[Callable[[Setup], Engine]]:
     with without_collecting():
         for one in alive.values():
             one.core.shutdown()
+    gc.unfreeze()
 
 
 Measured = Callable[..., None]
@@ -521,10 +535,11 @@ def exact(
 
 
 def python(*arguments: str, **variables: str) -> None:
-    """Run Python in this folder, without this process's settings; fail with what it printed."""
+    """Run a script of this folder, or ``-c`` and code; fail with what it printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TORCH_"))}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **variables}
-    command = [sys.executable, *arguments]
+    begin = (sys.executable,) if arguments[0] == "-c" else FORKED
+    command = [*begin, *arguments]
     done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 

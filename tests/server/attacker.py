@@ -13,6 +13,7 @@ from PIL import Image
 
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server
+from tests.forked import FORKED
 
 KEYS = ("key-of-one-client", "key-of-another")
 METRICS_KEY = "key-of-prometheus"
@@ -70,7 +71,7 @@ class Target:
 
 def start_ours(stack: ExitStack, folder: Path, *flags: str, name: str = "ours") -> Server:
     """Start ``era-vllm serve``; returns it before it answers."""
-    command = [ERA_VLLM, "serve", str(CHECKPOINT), *ENGINE, *flags]
+    command = [*FORKED, ERA_VLLM, "serve", str(CHECKPOINT), *ENGINE, *flags]
     return stack.enter_context(Server(name, command, VARIABLES, folder / f"{name}.log"))
 
 

@@ -5,7 +5,6 @@ A pytest plugin: ``pytest_plugins = ["tests.server.guarded"]`` gives the fixture
 
 import gzip
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ import pytest
 
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server, wait_for
+from tests.forked import FORKED
 from tests.server.attacker import (
     DEADLINE_S,
     ENGINE,
@@ -58,7 +58,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         for name in [name for name in os.environ if name.startswith("VLLM_")]:
             patch.delenv(name)  # other tests' own
         ours = start_ours(stack, folder, *flags)
-        command = [sys.executable, "-c", STOCK, str(CHECKPOINT), *ENGINE, "--api-key", KEYS[0]]
+        command = [*FORKED, "-c", STOCK, str(CHECKPOINT), *ENGINE, "--api-key", KEYS[0]]
         variables = {**VARIABLES, "VLLM_PLUGINS": "none"}
         stock = stack.enter_context(Server("stock", command, variables, folder / "stock.log"))
         wait_for([ours, stock])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.server.asking import N, chat, fresh, picture, rates, settled
-from tests.server.conftest import ERA_VLLM, LIMITS, started
+from tests.server.conftest import LIMITS, SERVE, started
 
 ENCODED, HITS, PREFIX = (
     "era:reduced_images_total",
@@ -20,7 +20,7 @@ TOLERANCE = 0.1
 def uncached(tmp_path_factory):
     """The same server without a cache of any kind."""
     off = ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0"]
-    commands = {"uncached": ([ERA_VLLM, "serve", *LIMITS, *off], {})}
+    commands = {"uncached": ([*SERVE, "serve", *LIMITS, *off], {})}
     with started(tmp_path_factory.mktemp("uncached"), commands) as (server,):
         yield server
 

@@ -32,7 +32,7 @@ from tests.server.asking import (
     settled,
     url_of,
 )
-from tests.server.conftest import ERA_VLLM, LIMITS, started
+from tests.server.conftest import LIMITS, SERVE, started
 
 FIRST = 20_000
 """Marks of the pictures that no other file asks about."""
@@ -294,8 +294,8 @@ def many(tmp_path_factory):
     two = [str(folder / "model"), "--served-model-name", MODEL, "--tensor-parallel-size", "2"]
     two += ["--api-server-count", "2", "--era-log-json"]
     commands = {
-        "two": ([ERA_VLLM, "serve", *two, *LIMITS], {}),
-        "off": ([ERA_VLLM, "serve", *LIMITS, "--era-max-pruning-rate", "0"], {}),
+        "two": ([*SERVE, "serve", *two, *LIMITS], {}),
+        "off": ([*SERVE, "serve", *LIMITS, "--era-max-pruning-rate", "0"], {}),
     }
     with started(folder, commands) as servers:
         for server in servers:  # with two API servers the first to be ready answers /health

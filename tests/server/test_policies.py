@@ -7,7 +7,7 @@ import pytest
 
 from tests.peers import ASKING, PEERS
 from tests.server.asking import CHAT, chat_body, fresh, picture
-from tests.server.conftest import ERA_VLLM, LIMITS, started
+from tests.server.conftest import LIMITS, SERVE, started
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ ASKED = [f"{policy}, asked" for policy in ASKING]
 @pytest.mark.parametrize("served", [*PEERS, *ASKED])
 def test_a_picture_is_pruned_by_the_policy_that_is_served(served, tmp_path):
     policy, asked, _ = served.partition(", asked")
-    command = [ERA_VLLM, "serve", *LIMITS, "--era-policy", policy]
+    command = [*SERVE, "serve", *LIMITS, "--era-policy", policy]
     if asked:
         command.append("--era-question-aware")
         for name, value in ASKING[policy].get("policy_options", {}).items():

@@ -22,7 +22,7 @@ from tests.server.asking import (
     settled,
     url_of,
 )
-from tests.server.conftest import ERA_VLLM, LIMITS, started
+from tests.server.conftest import LIMITS, SERVE, started
 
 RED, MANY = "what shape is red?", "how many triangles?"
 ENCODED, PREFIX = "era:reduced_images_total", "vllm:prefix_cache_hits_total"
@@ -35,7 +35,7 @@ def asking(tmp_path_factory):
     """A server that prunes for questions."""
     words = ["--era-question-aware", "--era-policy", "dpp", "--era-option", "relevance_weight=0.25"]
     words += ["--block-size", "32"]
-    commands = {"asking": ([ERA_VLLM, "serve", *LIMITS, *words], {})}
+    commands = {"asking": ([*SERVE, "serve", *LIMITS, *words], {})}
     with started(tmp_path_factory.mktemp("asking"), commands) as (server,):
         yield server
 

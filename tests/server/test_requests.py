@@ -31,7 +31,7 @@ from tests.server.asking import (
     settled,
     url_of,
 )
-from tests.server.conftest import ERA_VLLM, LIMITS, started
+from tests.server.conftest import LIMITS, SERVE, started
 
 A, B, C = (fresh(sample, 2000 + sample) for sample in (3, 4, 5))
 COUNT = f"{MESSAGES}/count_tokens"
@@ -51,8 +51,8 @@ def others(tmp_path_factory):
     levels = json.dumps({"off": 0, "strong": 0.97, "extreme": 0.944})
     extreme = {"ERA_PRUNING_RATE": "0.944", "ERA_LEVELS": levels, "ERA_API_KEYS_FILE": str(keys)}
     commands = {
-        "extreme": ([ERA_VLLM, "serve", *LIMITS, "--era-allow-image-uuid"], extreme),
-        "stock": ([ERA_VLLM, "serve", *LIMITS, "--era-max-pruning-rate", "0"], {}),
+        "extreme": ([*SERVE, "serve", *LIMITS, "--era-allow-image-uuid"], extreme),
+        "stock": ([*SERVE, "serve", *LIMITS, "--era-max-pruning-rate", "0"], {}),
     }
     with started(folder, commands) as both:
         yield both

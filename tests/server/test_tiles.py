@@ -16,7 +16,7 @@ from tests.engine.families import CASES
 from tests.engine.families.case import ODD, TALL
 from tests.server.asking import CHAT, picture, post
 from tests.server.clips import h264
-from tests.server.conftest import ERA_VLLM, LIMITS, started
+from tests.server.conftest import LIMITS, SERVE, started
 from tests.server.test_operations import added, scraped
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def server(case, tmp_path_factory):
     words += ["--chat-template", str(template), "--served-model-name", "era-sample"]
     if case.name == "InternVLChatModel":  # which transformers does not have
         words.append("--trust-remote-code")
-    command = [ERA_VLLM, "serve", str(folder / "model"), *words]
+    command = [*SERVE, "serve", str(folder / "model"), *words]
     with started(folder, {"family": (command, {})}) as (server,):
         yield server
 
