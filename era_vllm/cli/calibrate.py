@@ -6,8 +6,10 @@ Leaves out the fit (``lab/calibrate.py``) and what reads the file (``calibration
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,13 +24,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from era_vllm.config import Gamma
+    from era_vllm.lab.asking import Subject
     from era_vllm.lab.calibrate import Case, Check
-    from era_vllm.lab.oracle import Oracle
+    from era_vllm.lab.oracle import LanguageOracle
 
 DESCRIPTION: Final = """Measure how much of the log-bias each layer takes to attend as unpruned.
 
   era-vllm calibrate                                     the sample model, generated pictures
-  era-vllm calibrate MODEL pictures/ --era-policy dpp    a LLaVA-1.5 folder, your own pictures
+  era-vllm calibrate MODEL pictures/ --era-policy dpp    a model's folder, your own pictures
   era-vllm calibrate --era-preset paper --sections mass_scale gamma       rho of era, then gamma
   era-vllm serve MODEL --era-policy dpp --era-calibration out/calibration.json
 
@@ -38,11 +41,15 @@ says what it is worth: attention, KL of the next word and equal next words, with
 paper's, and with what was found. mass_scale is one number for all layers, of era's weighting by
 saliency; gamma beside it is measured with it. Writes calibration.json and .png to --out. The file
 belongs to the model's weights and to the policy; a server refuses it with others. Plain
-transformers, LLaVA-1.5, float32: a 7B takes 28 GB, and some ten passes a picture.
+transformers, float32: a 7B takes 28 GB, and some ten passes a picture. Of LLaVA-1.5 it prunes too;
+of other families an engine in this process does (twice the memory; it ends before the passes).
 """
 RATES: Final = (0.778, 0.889, 0.944)
 NAME: Final = "calibration"
 _SETTINGS: Final = ("no bias", "bias")
+_CONTEXT: Final = 8192
+"""Of the engine's at most; a prompt with its pictures unpruned has to fit."""
+_NOT_GENERATED: Final = "--prompts: needs pictures of your own; generated ones have theirs"
 _NOT_HERE: Final = (
     "calibration", "gamma", "bias", "pruning_rate", "min_pruning_rate", "max_pruning_rate",
     "levels", "bias_store", "bias_columns", "separators", "frames_per_segment",
@@ -79,12 +86,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     check_out(arguments.out, (path.name, f"{NAME}.png"))
     from era_vllm.bench.provenance import provenance
     from era_vllm.calibration import model_identity, write
-    from era_vllm.cli.loading import lacking_memory, open_oracle
     from era_vllm.lab.calibrate import (
         MASS_PASSES,
         PASSES,
         as_setting,
-        cases_of,
         check,
         fit,
         fit_mass,
@@ -95,18 +100,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.count < 4:
         raise ConfigError(f"--count: got {arguments.count}, allowed: 4 or more; a few dozen")
     model_identity(Path(arguments.model))  # refuses what is no folder
-    import torch
-
-    if lacking := lacking_memory(arguments.model, torch.float32):
-        raise ConfigError(f"MODEL {arguments.model!r}: {lacking}; run it where there is more")
-    asked = list(enumerate(_asked(arguments)))
-    oracle = open_oracle(arguments.model)
-    with bar(len(asked), "pruning", "picture") as shown:
-        found: list[list[Case]] = []
-        for number, (image, prompts) in asked:
-            found.append(cases_of(oracle, config, arguments.rates, (number, image, prompts)))
-            shown.update()
-    fitted, held_out = ([case for own in found[at::2] for case in own] for at in (0, 1))
+    oracle, cases = _cases(arguments, config)
+    fitted, held_out = ([case for own in cases[at::2] for case in own] for at in (0, 1))
     _check_cases(oracle, [*fitted, *held_out])
     wanted = arguments.sections
     passes = MASS_PASSES * ("mass_scale" in wanted) + PASSES * ("gamma" in wanted)
@@ -135,7 +130,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         "command": shlex.join(["era-vllm", *sys.argv[1:]]),
         "commit": provenance()["commit"],
         "rates": list(arguments.rates),
-        "pictures": len(asked),
+        "pictures": len(cases),
         "kl": dict(zip(names, checked.kl.mean(1).tolist(), strict=True)),
         "agree": dict(zip(names, checked.agree.mean(1).tolist(), strict=True)),
         "kl_saved": checked.gain,
@@ -166,10 +161,9 @@ def check_out(out: Path, names: Sequence[str]) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> EraConfig:
-    settings = era_settings(arguments)
     if bad := [rate for rate in arguments.rates if not 0 < rate <= 0.99]:
         raise ConfigError(f"--rates: got {bad[0]:g}, allowed: above 0, at most 0.99")
-    config = EraConfig.parse({**settings, "max_pruning_rate": max(0.95, *arguments.rates)})
+    config = EraConfig.parse(_settings(arguments))
     policy = make_policy(config)
     of_era = {"weighting": "saliency", "centroid": "mean"}
     if "mass_scale" in arguments.sections and any(
@@ -188,6 +182,106 @@ def _config(arguments: argparse.Namespace) -> EraConfig:
     return config
 
 
+def _settings(arguments: argparse.Namespace) -> dict[str, object]:
+    return {**era_settings(arguments), "max_pruning_rate": max(0.95, *arguments.rates)}
+
+
+def _cases(
+    arguments: argparse.Namespace, config: EraConfig
+) -> "tuple[LanguageOracle, list[list[Case]]]":
+    """Return plain transformers, and the cases of each picture: pruned by itself, or an engine.
+
+    Raises:
+        ConfigError: too little memory, or pictures that do not do.
+        UnsupportedError: a family that is not served, or that transformers does not have.
+    """
+    import torch
+
+    from era_vllm.cli.loading import (
+        architectures,
+        lacking_memory,
+        model_config,
+        open_language_oracle,
+        open_oracle,
+    )
+    from era_vllm.lab.screen import bar
+
+    model = arguments.model
+    alone = architectures(model_config(model)) == ["LlavaForConditionalGeneration"]
+    if lacking := lacking_memory(model, torch.float32, 1 if alone else 2):
+        raise ConfigError(f"MODEL {model!r}: {lacking}; run it where there is more")
+    found: list[list[Case]] = []
+    if not alone:
+        subjects = _subjects(arguments)
+        with (
+            _engine(model, _settings(arguments)) as cases_of,
+            bar(len(subjects), "pruning", "picture") as shown,
+        ):
+            for number, subject in enumerate(subjects):
+                found.append(list(cases_of(arguments.rates, number, subject)))
+                shown.update()
+        return open_language_oracle(model), found
+    from era_vllm.lab.calibrate import cases_of as own_cases_of
+
+    asked = list(enumerate(_asked(arguments)))
+    oracle = open_oracle(model)
+    with bar(len(asked), "pruning", "picture") as shown:
+        for number, (image, prompts) in asked:
+            picture = number, image, prompts
+            found.append(own_cases_of(oracle, config, arguments.rates, picture))
+            shown.update()
+    return oracle, found
+
+
+@contextmanager
+def _engine(
+    model: str, settings: Mapping[str, object]
+) -> "Iterator[Callable[[Sequence[float], int, Subject], Iterator[Case]]]":
+    """Start an engine that prunes; gives what makes cases of a subject."""
+    import era_vllm
+    from era_vllm.bench.setup import set_environment
+    from era_vllm.cli.loading import auto_config
+    from era_vllm.lab.screen import muted, progress
+
+    set_environment(eager=True)
+    progress("starting an engine, which prunes")
+    with muted():
+        from era_vllm.bench.engines import engine
+        from era_vllm.bench.taken import Taken, cases_of
+    more = {"dtype": "float32", "limit_mm_per_prompt": {}, "enable_prefix_caching": False}
+    text = auto_config(model).get_text_config()
+    context = min(_CONTEXT, text.max_position_embeddings)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token_bytes = 8 * text.num_hidden_layers * text.num_key_value_heads * width
+    kv_bytes = (64 << 20) + 2 * context * token_bytes  # twice: a head is widened for its bias
+    arguments = era_vllm.engine_args(model, **settings)
+    with engine(arguments, context=context, kv_bytes=kv_bytes, **more) as llm:
+        yield partial(cases_of, llm, Taken.of(llm))
+
+
+def _subjects(arguments: argparse.Namespace) -> "Sequence[Subject]":
+    """Return a folder's pictures, or generated tasks: videos too, where the model takes them."""
+    from era_vllm.cli.loading import architectures, model_config
+    from era_vllm.cli.own_pictures import read
+    from era_vllm.lab.synth.assets import load_material
+    from era_vllm.lab.synth.tasks import Kind, Task, draw_task
+    from era_vllm.vllm_plugin.families import FAMILIES
+
+    if arguments.pictures is None and arguments.prompts:
+        raise ConfigError(_NOT_GENERATED)
+    if arguments.pictures is not None:
+        return read(arguments.pictures, arguments.prompts, "photo", arguments.count)
+    (name,) = architectures(model_config(arguments.model))
+    films = "video" in FAMILIES[name].modalities
+    kinds: Sequence[Kind] = ("picture", "several", "film") if films else ("standard",)
+    material, tasks, number = load_material(split="train"), list[Task](), 0
+    while len(tasks) < arguments.count:
+        task = draw_task(kinds[number % len(kinds)], arguments.seed, number, material)
+        tasks += [task] if task.questions else []
+        number += 1
+    return tasks
+
+
 def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str]]]":
     """Yield pictures with questions.
 
@@ -197,7 +291,7 @@ def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str
     from era_vllm.cli.own_pictures import open_pictures
 
     if arguments.pictures is None and arguments.prompts:
-        raise ConfigError("--prompts: needs pictures of your own; generated ones have theirs")
+        raise ConfigError(_NOT_GENERATED)
     given = open_pictures(arguments.pictures, arguments.prompts, arguments.count, arguments.seed)
     count = 0
     for image, questions in given:
@@ -209,7 +303,7 @@ def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str
         raise ConfigError(f"PICTURES: got {count}, needed 4 or more; a few dozen are right")
 
 
-def _check_cases(oracle: "Oracle", cases: "Sequence[Case]") -> None:
+def _check_cases(oracle: "LanguageOracle", cases: "Sequence[Case]") -> None:
     """Refuse prompts longer than the model, and a policy that gives no bias."""
     most = oracle.model.config.get_text_config().max_position_embeddings
     if (longest := max(len(case.whole_ids) for case in cases)) > most:

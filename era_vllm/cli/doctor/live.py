@@ -5,7 +5,7 @@ and can be compared with plain transformers. vLLM reads its environment as it is
 module is imported after setting it. Leaves out the comparison (``check.py``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import torch
@@ -15,17 +15,14 @@ from vllm.platforms import current_platform
 
 from era_vllm.attention.layer import RectifiedAttention
 from era_vllm.bench.engines import engine
+from era_vllm.bench.taken import Taken
 from era_vllm.cli.doctor.check import CONTROL_FACTOR, TOLERANCE, Check, EngineAnswer, compare
 from era_vllm.cli.doctor.findings import Finding, Layout
 from era_vllm.cli.loading import lacking_memory, open_language_oracle
 from era_vllm.config import DEFAULT_PRUNING_RATE, EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm.lab.oracle import Segment
 from era_vllm.lab.samples import load_samples
 from era_vllm.lab.screen import muted, progress
-from era_vllm.vllm_plugin.injection import taken_apart
-from era_vllm.vllm_plugin.packing import unpack
-from era_vllm.vllm_plugin.reducer import PrunedItem
 
 SECTION: Final = "Live check"
 ANSWER_TOKENS: Final = 9
@@ -81,15 +78,8 @@ def live_answer(
     Returns: the answer, and what the language model was built with in words.
     Raises:  UnsupportedError: the engine pruned nothing.
     """
-    taken: list[PrunedItem] = []
-    injected: list[int] = []
 
-    def listen(model: torch.nn.Module) -> str:
-        def keep(items: Sequence[PrunedItem]) -> None:
-            taken.extend(items)
-
-        model.reducer.listeners.append(keep)
-        injected.append(model.era.scout if model.era.scout_injection else 0)
+    def describe(model: torch.nn.Module) -> str:
         layers = [part for part in model.modules() if isinstance(part, RectifiedAttention)]
         backend = layers[0].attn_backend.get_name()
         return f"{len(layers)} layers with heads of {layers[0].head_size} in {backend}"
@@ -105,7 +95,8 @@ def live_answer(
         max_num_seqs=2,
         max_logprobs=-1,
     ) as llm:
-        (built,) = llm.apply_model(listen)
+        taken = Taken.of(llm)
+        (built,) = llm.apply_model(describe)
         renderer = llm.llm_engine.renderer
         mark = renderer.get_mm_processor().dummy_inputs.get_dummy_text({"image": 1})
         prompt = {
@@ -114,7 +105,7 @@ def live_answer(
             "mm_processor_kwargs": {"era": [rate]},
         }
         (output,) = llm.generate([prompt], sampling, use_tqdm=False)
-    if not taken:
+    if not taken.items:
         raise UnsupportedError(
             "the engine answered without pruning the picture; needed one call of the pruning "
             "step; check the 'architecture' and 'plugin' lines above"
@@ -124,8 +115,8 @@ def live_answer(
     answer = EngineAnswer(
         token_ids=[*output.prompt_token_ids, *completion.token_ids[:-1]],
         log_probs=torch.tensor(rows),
-        segments=runs_of(taken[0], injected[0]),
-        question=taken[0].item.plan.question,
+        segments=taken.segments(),
+        question=taken.items[0].item.plan.question,
     )
     return answer, built
 
@@ -168,23 +159,3 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
         else "the check cannot see the bias with these settings, so it proves nothing; run it with "
         "a higher --era-pruning-rate",
     )
-
-
-def runs_of(item: PrunedItem, layers: int = 0) -> list[Segment]:
-    """Return what stands in each of an item's runs, as it goes to the language model.
-
-    Args:
-        layers: Of which states are injected.
-    """
-    plan = item.item.plan
-    axes = plan.layout.position_offsets.shape[1]
-    found = unpack(item.packed.cpu(), axes)
-    parts = zip(*(values.split(list(plan.kept)) for values in found), strict=True)
-    runs = zip(parts, plan.layout.run_lengths, plan.layout.spans, strict=True)
-    width = item.segments[0].result.embeds.shape[-1]
-    segments: list[Segment] = []
-    for (rows, log_bias, at), length, span in runs:
-        rows, states = taken_apart(rows, layers, width)
-        offsets = at if axes > 1 else None
-        segments.append(Segment(rows, log_bias, at[:, 0], length, offsets, span, states))
-    return segments
