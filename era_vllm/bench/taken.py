@@ -5,8 +5,7 @@ it (``cli/doctor/check.py``, ``lab/calibrate.py``).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Final
 
 from torch import nn
 from vllm import LLM, SamplingParams
@@ -19,61 +18,62 @@ from era_vllm.vllm_plugin.injection import taken_apart
 from era_vllm.vllm_plugin.packing import unpack
 from era_vllm.vllm_plugin.reducer import PrunedItem
 
+_A_WORD: Final = SamplingParams(max_tokens=1, temperature=0)
 
-@dataclass
+
 class Taken:
     """Items that an engine pruned, in the order in which it did."""
 
-    items: list[PrunedItem] = field(default_factory=list)
-    layers: int = 0
-    """Of which states are injected."""
-
-    @classmethod
-    def of(cls, llm: LLM) -> Self:
+    def __init__(self, llm: LLM) -> None:
         """Listen to an engine from now on."""
-        found = cls()
+        self.items: list[PrunedItem] = []
+        self._llm = llm
 
-        def listen(model: nn.Module) -> None:
+        def listen(model: nn.Module) -> int:
             era: Any = model.era
-            found.layers = era.scout if era.scout_injection else 0
-            model.reducer.listeners.append(found.items.extend)
+            model.reducer.listeners.append(self.items.extend)
+            return era.scout if era.scout_injection else 0
 
-        llm.apply_model(listen)
-        return found
+        (self._injected,) = llm.apply_model(listen)
 
     def segments(self) -> list[Segment]:
         """Return what stands in the runs of all items."""
-        return [run for item in self.items for run in runs_of(item, self.layers)]
+        return [run for item in self.items for run in runs_of(item, self._injected)]
+
+    def of(self, messages: list[dict[str, Any]], rate: float) -> tuple[list[int], list[Segment]]:
+        """Ask for a word, and return the prompt's token ids and what stands in its runs.
+
+        Args:
+            messages: One of a user; pictures and videos as data.
+            rate: Of all of them.
+
+        Raises:
+            UnsupportedError: two of them are the same, of which an engine encodes one.
+        """
+        self._llm.llm_engine.reset_encoder_cache()
+        self.items.clear()
+        extra: Any = {"mm_processor_kwargs": {"era": rate}}
+        (output,) = self._llm.chat([messages], _A_WORD, use_tqdm=False, **extra)
+        given = sum(part["type"] != "text" for part in messages[0]["content"])
+        if len(self.items) != given:
+            raise UnsupportedError(
+                f"got {given} pictures in one message of which the engine encoded "
+                f"{len(self.items)}, needed different ones"
+            )
+        return list(output.prompt_token_ids), self.segments()
 
 
-def cases_of(
-    llm: LLM, taken: Taken, rates: Sequence[float], number: int, subject: Subject
-) -> Iterator[Case]:
+def cases_of(taken: Taken, rates: Sequence[float], number: int, subject: Subject) -> Iterator[Case]:
     """Yield a case for each question about a subject, at one of the rates in turn.
 
     Args:
-        llm: float32, without a prefix cache.
+        taken: Of a float32 engine without a prefix cache.
         rates: As of ``lab/calibrate.py``.
         number: Of the subject.
-
-    Raises:
-        UnsupportedError: two of its pictures are the same, of which the engine encodes one.
     """
-    greedy = SamplingParams(max_tokens=1, temperature=0)
-
-    def asked(messages: list[dict[str, Any]], rate: float) -> tuple[list[int], list[Segment]]:
-        llm.llm_engine.reset_encoder_cache()
-        taken.items.clear()
-        (output,) = llm.chat([messages], greedy, use_tqdm=False, mm_processor_kwargs={"era": rate})
-        if len(taken.items) != len(subject.media):
-            raise UnsupportedError(
-                f"picture {number}: got {len(subject.media)} pictures of which the engine encoded "
-                f"{len(taken.items)}, needed different ones"
-            )
-        return list(output.prompt_token_ids), taken.segments()
-
     for index, messages in enumerate(messages_of(subject), number // 2):
-        yield Case(*asked(messages, 0.0), *asked(messages, rates[index % len(rates)]), number)
+        whole, pruned = (taken.of(messages, rate) for rate in (0.0, rates[index % len(rates)]))
+        yield Case(*whole, *pruned, number)
 
 
 def runs_of(item: PrunedItem, layers: int = 0) -> list[Segment]:

@@ -6,10 +6,8 @@ Leaves out the fit (``lab/calibrate.py``) and what reads the file (``calibration
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from era_vllm.config import Gamma
-    from era_vllm.lab.asking import Subject
     from era_vllm.lab.calibrate import Case, Check
     from era_vllm.lab.oracle import LanguageOracle
 
@@ -47,9 +44,6 @@ of other families an engine in this process does (twice the memory; it ends befo
 RATES: Final = (0.778, 0.889, 0.944)
 NAME: Final = "calibration"
 _SETTINGS: Final = ("no bias", "bias")
-_CONTEXT: Final = 8192
-"""Of the engine's at most; a prompt with its pictures unpruned has to fit."""
-_NOT_GENERATED: Final = "--prompts: needs pictures of your own; generated ones have theirs"
 _NOT_HERE: Final = (
     "calibration", "gamma", "bias", "pruning_rate", "min_pruning_rate", "max_pruning_rate",
     "levels", "bias_store", "bias_columns", "separators", "frames_per_segment",
@@ -195,30 +189,25 @@ def _cases(
         ConfigError: too little memory, or pictures that do not do.
         UnsupportedError: a family that is not served, or that transformers does not have.
     """
-    import torch
-
-    from era_vllm.cli.loading import (
-        architectures,
-        lacking_memory,
-        model_config,
-        open_language_oracle,
-        open_oracle,
-    )
+    from era_vllm.cli.loading import open_language_oracle, open_oracle
+    from era_vllm.cli.taking import prunes_alone, subjects, taking
     from era_vllm.lab.screen import bar
 
     model = arguments.model
-    alone = architectures(model_config(model)) == ["LlavaForConditionalGeneration"]
-    if lacking := lacking_memory(model, torch.float32, 1 if alone else 2):
-        raise ConfigError(f"MODEL {model!r}: {lacking}; run it where there is more")
     found: list[list[Case]] = []
-    if not alone:
-        subjects = _subjects(arguments)
+    given = arguments.pictures, arguments.prompts, arguments.count, arguments.seed
+    if given[0] is None and given[1]:
+        raise ConfigError("--prompts: needs pictures of your own; generated ones have theirs")
+    if not prunes_alone(model):
+        asked_about = subjects(model, *given, films=True)
         with (
-            _engine(model, _settings(arguments)) as cases_of,
-            bar(len(subjects), "pruning", "picture") as shown,
+            taking(model, _settings(arguments)) as taken,
+            bar(len(asked_about), "pruning", "picture") as shown,
         ):
-            for number, subject in enumerate(subjects):
-                found.append(list(cases_of(arguments.rates, number, subject)))
+            from era_vllm.bench.taken import cases_of
+
+            for number, subject in enumerate(asked_about):
+                found.append(list(cases_of(taken, arguments.rates, number, subject)))
                 shown.update()
         return open_language_oracle(model), found
     from era_vllm.lab.calibrate import cases_of as own_cases_of
@@ -233,55 +222,6 @@ def _cases(
     return oracle, found
 
 
-@contextmanager
-def _engine(
-    model: str, settings: Mapping[str, object]
-) -> "Iterator[Callable[[Sequence[float], int, Subject], Iterator[Case]]]":
-    """Start an engine that prunes; gives what makes cases of a subject."""
-    import era_vllm
-    from era_vllm.bench.setup import set_environment
-    from era_vllm.cli.loading import auto_config
-    from era_vllm.lab.screen import muted, progress
-
-    set_environment(eager=True)
-    progress("starting an engine, which prunes")
-    with muted():
-        from era_vllm.bench.engines import engine
-        from era_vllm.bench.taken import Taken, cases_of
-    more = {"dtype": "float32", "limit_mm_per_prompt": {}, "enable_prefix_caching": False}
-    text = auto_config(model).get_text_config()
-    context = min(_CONTEXT, text.max_position_embeddings)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 8 * text.num_hidden_layers * text.num_key_value_heads * width
-    kv_bytes = (64 << 20) + 2 * context * token_bytes  # twice: a head is widened for its bias
-    arguments = era_vllm.engine_args(model, **settings)
-    with engine(arguments, context=context, kv_bytes=kv_bytes, **more) as llm:
-        yield partial(cases_of, llm, Taken.of(llm))
-
-
-def _subjects(arguments: argparse.Namespace) -> "Sequence[Subject]":
-    """Return a folder's pictures, or generated tasks: videos too, where the model takes them."""
-    from era_vllm.cli.loading import architectures, model_config
-    from era_vllm.cli.own_pictures import read
-    from era_vllm.lab.synth.assets import load_material
-    from era_vllm.lab.synth.tasks import Kind, Task, draw_task
-    from era_vllm.vllm_plugin.families import FAMILIES
-
-    if arguments.pictures is None and arguments.prompts:
-        raise ConfigError(_NOT_GENERATED)
-    if arguments.pictures is not None:
-        return read(arguments.pictures, arguments.prompts, "photo", arguments.count)
-    (name,) = architectures(model_config(arguments.model))
-    films = "video" in FAMILIES[name].modalities
-    kinds: Sequence[Kind] = ("picture", "several", "film") if films else ("standard",)
-    material, tasks, number = load_material(split="train"), list[Task](), 0
-    while len(tasks) < arguments.count:
-        task = draw_task(kinds[number % len(kinds)], arguments.seed, number, material)
-        tasks += [task] if task.questions else []
-        number += 1
-    return tasks
-
-
 def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str]]]":
     """Yield pictures with questions.
 
@@ -290,8 +230,6 @@ def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str
     """
     from era_vllm.cli.own_pictures import open_pictures
 
-    if arguments.pictures is None and arguments.prompts:
-        raise ConfigError(_NOT_GENERATED)
     given = open_pictures(arguments.pictures, arguments.prompts, arguments.count, arguments.seed)
     count = 0
     for image, questions in given:

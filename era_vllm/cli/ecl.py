@@ -7,7 +7,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,15 +20,19 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from era_vllm.lab.oracle import LanguageOracle, Segment
+
+_QUESTION: Final = "What is shown?"
 DESCRIPTION: Final = """Find the layer where the visual tokens' matrix entropy collapses.
 
   era-vllm ecl                         the sample model, generated pictures
-  era-vllm ecl MODEL pictures/         a LLaVA-1.5 folder, your own pictures
+  era-vllm ecl MODEL pictures/         a model's folder, your own pictures
 
 EntropyPrune prunes by the states of that layer (its paper: 2 for LLaVA-1.5, 1 for Qwen2.5-VL). The
 entropy says how many directions the tokens of a picture spread over; the layer in the first half of
 the language model behind which it falls most is printed, with how many pictures agree. Writes
-ecl.json and ecl.png to --out. Plain transformers, float32.
+ecl.json and ecl.png to --out. Plain transformers, float32; of other families than LLaVA-1.5 an
+engine in this process encodes the pictures, and ends.
 """
 
 
@@ -52,24 +56,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     import torch
 
     from era_vllm.bench.provenance import provenance
-    from era_vllm.cli.loading import lacking_memory, open_oracle
-    from era_vllm.cli.own_pictures import open_pictures
-    from era_vllm.lab.asking import chat_prompt
-    from era_vllm.lab.ecl import SHARP, collapse, layer_entropies
-    from era_vllm.lab.oracle import segments_of
-    from era_vllm.lab.screen import bar
+    from era_vllm.lab.ecl import SHARP, collapse
 
-    pictures = open_pictures(arguments.pictures, None, arguments.count, arguments.seed)
-    if lacking := lacking_memory(arguments.model, torch.float32):
-        raise ConfigError(f"MODEL {arguments.model!r}: {lacking}; run it where there is more")
-    oracle = open_oracle(arguments.model)
-    text = chat_prompt(oracle.processor, "What is shown?")
-    rows: list[Float[Tensor, l]] = []
-    with bar(arguments.count, "matrix entropy", "picture") as shown:
-        for image, _ in pictures:
-            segments = segments_of(oracle.reduce([image], EraConfig(), 0.0))
-            rows.append(layer_entropies(oracle, text, segments))
-            shown.update()
+    rows = list(_rows(arguments))
     mean = torch.stack(rows).mean(0)
     found = collapse(mean)
     agree = sum(collapse(row) == found for row in rows)
@@ -91,6 +80,45 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     print(f"A fall below {100 * SHARP:.0f} % of the entropy before it is none; the bound is ours.")
     print(f"{out / 'ecl.json'} and .png")
     return 0
+
+
+def _rows(arguments: argparse.Namespace) -> "Iterator[Float[Tensor, l]]":
+    """Yield each picture's entropies, with a progress bar."""
+    from era_vllm.cli.loading import open_language_oracle, open_oracle
+    from era_vllm.cli.own_pictures import open_pictures
+    from era_vllm.cli.taking import prunes_alone, subjects, taking
+    from era_vllm.lab.asking import chat_prompt
+    from era_vllm.lab.ecl import layer_entropies
+    from era_vllm.lab.oracle import segments_of
+    from era_vllm.lab.screen import bar
+
+    model, given = arguments.model, (arguments.count, arguments.seed)
+    pictures = arguments.pictures
+    oracle: LanguageOracle
+    prompts: list[tuple[Sequence[int], Sequence[Segment]]] = []
+    if prunes_alone(model):
+        oracle = own = open_oracle(model)
+        text = chat_prompt(own.processor, _QUESTION)
+        for image, _ in open_pictures(pictures, None, *given):
+            segments = segments_of(own.reduce([image], EraConfig(), 0.0))
+            counts = [len(segment.anchors) for segment in segments]
+            ids = own.prompt_ids(text, counts, add_special_tokens=False)
+            prompts.append((ids, segments))
+    else:
+        encoded = subjects(model, pictures, None, *given, films=False)
+        with taking(model, {}) as taken, bar(len(encoded), "encoding", "picture") as shown:
+            for subject in encoded:
+                parts = [
+                    *(one.part() for one in subject.media),
+                    {"type": "text", "text": _QUESTION},
+                ]
+                prompts.append(taken.of([{"role": "user", "content": parts}], 0.0))
+                shown.update()
+        oracle = open_language_oracle(model)
+    with bar(len(prompts), "matrix entropy", "picture") as shown:
+        for ids, segments in prompts:
+            yield layer_entropies(oracle, ids, segments)
+            shown.update()
 
 
 def table(mean: "Float[Tensor, l]") -> str:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from era_vllm.lab.oracle import Oracle, Segment
+from era_vllm.lab.oracle import LanguageOracle, Segment
 
 SHARP: Final = 0.05
 """Share of the entropy that has to go for a fall to be a collapse."""
@@ -39,12 +39,10 @@ def matrix_entropy(tokens: Float[Tensor, "n d"]) -> float:
 
 @torch.inference_mode()
 def layer_entropies(
-    oracle: Oracle, text: str, segments: Sequence[Segment]
+    oracle: LanguageOracle, ids: Sequence[int], segments: Sequence[Segment]
 ) -> Float[Tensor, "layers_and_1"]:
     """Return the entropy of a picture's tokens before the first layer and behind each."""
-    counts = [len(segment.anchors) for segment in segments]
-    ids = oracle.prompt_ids(text, counts, add_special_tokens=False)
-    visual = oracle.is_visual(torch.tensor([ids]), 1)[0]
+    visual = oracle.is_visual(torch.tensor([list(ids)]), 1)[0]
     found: list[float] = []
 
     def keep(states: Tensor) -> None:

@@ -39,7 +39,7 @@ def test_transformers_with_a_case_is_the_engine(engine, setup, kind, settings):
     llm = {"max_model_len": 2048, "max_num_batched_tokens": 2048, "max_logprobs": -1}
     live = engine(setup(model=MODEL, llm={**llm, "enable_prefix_caching": False}, **settings))
     task = draw_task(kind, 5, 1, load_material(split="train"))
-    cases = list(cases_of(live.llm, Taken.of(live.llm), RATES, 2, task))
+    cases = list(cases_of(Taken(live.llm), RATES, 2, task))
     assert len(cases) == len(task.questions)
     oracle = open_language_oracle(MODEL)
     greedy = SamplingParams(max_tokens=1, temperature=0, logprobs=-1)

@@ -95,7 +95,7 @@ def live_answer(
         max_num_seqs=2,
         max_logprobs=-1,
     ) as llm:
-        taken = Taken.of(llm)
+        taken = Taken(llm)
         (built,) = llm.apply_model(describe)
         renderer = llm.llm_engine.renderer
         mark = renderer.get_mm_processor().dummy_inputs.get_dummy_text({"image": 1})

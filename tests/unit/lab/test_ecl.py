@@ -45,7 +45,8 @@ def test_layers_are_those_that_transformers_gives() -> None:
     oracle, sample = Oracle(str(CHECKPOINT)), load_samples()[0]
     segments = segments_of(oracle.reduce([sample.image], EraConfig(), 0.0))
     text = chat_prompt(oracle.processor, "is there a red circle?")
-    ours = layer_entropies(oracle, text, segments)
+    ids = oracle.prompt_ids(text, [segments[0].n], add_special_tokens=False)
+    ours = layer_entropies(oracle, ids, segments)
     plain = {"add_special_tokens": False, "return_tensors": "pt"}  # the template has its own
     given = oracle.processor(images=sample.image, text=text, **plain)
     given.pop("token_type_ids", None)
