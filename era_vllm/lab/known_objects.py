@@ -108,17 +108,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=2026)
     arguments = parser.parse_args(argv)
     material = load_material(split="test")
-    quotas = {family: QUOTAS[family] for family in KINDS}
+    quotas: dict[TaskFamily, int] = {family: QUOTAS[family] for family in KINDS}
     drawn = (
         draw_task("standard", arguments.seed, at, material, quotas=quotas)
         for at in range(arguments.count)
     )
     tasks, oracle = [task for task in drawn if task.questions], Oracle(str(CHECKPOINT))
     known: tuple[Known, ...] = ("nothing", "things", "things of the kind asked about")
-    cells: list[tuple[str, EraConfig, Known, float]] = [("unpruned", EraConfig(), known[0], 0.0)]
+    cells = [("unpruned", EraConfig(), known[0], 0.0)]
     for name, settings in _WAYS.items():
         config = EraConfig.parse({"policy": "dpp", **settings})
-        cells += [(name, config, what, rate) for what in known for rate in RATES]
+        cells.extend((name, config, what, rate) for what in known for rate in RATES)
     print("| policy | it knows | rate | right % |", "|---" * 4 + "|", sep="\n")
     with torch.inference_mode(), bar(len(cells) * len(tasks), "asking", "picture") as shown:
         for name, config, what, rate in cells:

@@ -34,7 +34,9 @@ def test_each_choice_changes_maps_alone() -> None:
         assert (merged[moment].embeds - own[moment].embeds)[:, WIDTH:].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["picture", "several", "film"])
+@pytest.mark.parametrize(
+    "kind", ["several", *(pytest.param(k, marks=pytest.mark.slow) for k in ("picture", "film"))]
+)
 def test_unpruned_it_answers_as_the_trainer_counts(kind: str) -> None:
     material = load_material(split="test")
     tasks = [draw_task(kind, 5, number, material) for number in range(4)]  # type: ignore[arg-type]
