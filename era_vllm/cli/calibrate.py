@@ -39,7 +39,7 @@ paper's, and with what was found. mass_scale is one number for all layers, of er
 saliency; gamma beside it is measured with it. Writes calibration.json and .png to --out. The file
 belongs to the model's weights and to the policy; a server refuses it with others. Plain
 transformers, float32: a 7B takes 28 GB, and some ten passes a picture. Of LLaVA-1.5 it prunes too;
-of other families an engine in this process does (twice the memory; it ends before the passes).
+of other families an engine in this process does, which ends before the passes.
 """
 RATES: Final = (0.778, 0.889, 0.944)
 NAME: Final = "calibration"
@@ -190,7 +190,7 @@ def _cases(
         UnsupportedError: a family that is not served, or that transformers does not have.
     """
     from era_vllm.cli.loading import open_language_oracle, open_oracle
-    from era_vllm.cli.taking import prunes_alone, subjects, taking
+    from era_vllm.cli.taking import left_out, prunes_alone, subjects, taking
     from era_vllm.lab.screen import bar
 
     model = arguments.model
@@ -200,24 +200,29 @@ def _cases(
         raise ConfigError("--prompts: needs pictures of your own; generated ones have theirs")
     if not prunes_alone(model):
         asked_about = subjects(model, *given, films=True)
+        _check_count(len(asked_about))
         with (
             taking(model, _settings(arguments)) as taken,
             bar(len(asked_about), "pruning", "picture") as shown,
         ):
-            from era_vllm.bench.taken import cases_of
+            from era_vllm.bench.taken import engine_cases
 
             for number, subject in enumerate(asked_about):
-                found.append(list(cases_of(taken, arguments.rates, number, subject)))
+                try:
+                    found.append(list(engine_cases(taken, arguments.rates, number, subject)))
+                except ConfigError as error:
+                    left_out(subject, error)
                 shown.update()
+        _check_count(len(found))
         return open_language_oracle(model), found
-    from era_vllm.lab.calibrate import cases_of as own_cases_of
+    from era_vllm.lab.calibrate import cases_of
 
     asked = list(enumerate(_asked(arguments)))
     oracle = open_oracle(model)
     with bar(len(asked), "pruning", "picture") as shown:
         for number, (image, prompts) in asked:
             picture = number, image, prompts
-            found.append(own_cases_of(oracle, config, arguments.rates, picture))
+            found.append(cases_of(oracle, config, arguments.rates, picture))
             shown.update()
     return oracle, found
 
@@ -237,6 +242,10 @@ def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str
             raise ConfigError(f"--prompts: got {bad[0][:80]!r}; a question holds no <image>")
         count += 1
         yield image, questions
+    _check_count(count)
+
+
+def _check_count(count: int) -> None:
     if count < 4:
         raise ConfigError(f"PICTURES: got {count}, needed 4 or more; a few dozen are right")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from era_vllm.lab.oracle import LanguageOracle, Segment
+    from era_vllm.lab.oracle import Segment
 
 _QUESTION: Final = "What is shown?"
 DESCRIPTION: Final = """Find the layer where the visual tokens' matrix entropy collapses.
@@ -86,36 +86,40 @@ def _rows(arguments: argparse.Namespace) -> "Iterator[Float[Tensor, l]]":
     """Yield each picture's entropies, with a progress bar."""
     from era_vllm.cli.loading import open_language_oracle, open_oracle
     from era_vllm.cli.own_pictures import open_pictures
-    from era_vllm.cli.taking import prunes_alone, subjects, taking
+    from era_vllm.cli.taking import left_out, prunes_alone, subjects, taking
     from era_vllm.lab.asking import chat_prompt
     from era_vllm.lab.ecl import layer_entropies
     from era_vllm.lab.oracle import segments_of
     from era_vllm.lab.screen import bar
 
     model, given = arguments.model, (arguments.count, arguments.seed)
-    pictures = arguments.pictures
-    oracle: LanguageOracle
-    prompts: list[tuple[Sequence[int], Sequence[Segment]]] = []
+    pictures, title = arguments.pictures, "matrix entropy"
     if prunes_alone(model):
-        oracle = own = open_oracle(model)
+        own = open_oracle(model)
         text = chat_prompt(own.processor, _QUESTION)
-        for image, _ in open_pictures(pictures, None, *given):
-            segments = segments_of(own.reduce([image], EraConfig(), 0.0))
-            counts = [len(segment.anchors) for segment in segments]
-            ids = own.prompt_ids(text, counts, add_special_tokens=False)
-            prompts.append((ids, segments))
-    else:
-        encoded = subjects(model, pictures, None, *given, films=False)
-        with taking(model, {}) as taken, bar(len(encoded), "encoding", "picture") as shown:
-            for subject in encoded:
-                parts = [
-                    *(one.part() for one in subject.media),
-                    {"type": "text", "text": _QUESTION},
-                ]
-                prompts.append(taken.of([{"role": "user", "content": parts}], 0.0))
+        with bar(arguments.count, title, "picture") as shown:
+            for image, _ in open_pictures(pictures, None, *given):
+                segments = segments_of(own.reduce([image], EraConfig(), 0.0))
+                counts = [len(segment.anchors) for segment in segments]
+                ids = own.prompt_ids(text, counts, add_special_tokens=False)
+                yield layer_entropies(own, ids, segments)
                 shown.update()
-        oracle = open_language_oracle(model)
-    with bar(len(prompts), "matrix entropy", "picture") as shown:
+        return
+    prompts: list[tuple[Sequence[int], Sequence[Segment]]] = []
+    encoded = subjects(model, pictures, None, *given, films=False)
+    with taking(model, {}) as taken, bar(len(encoded), "encoding", "picture") as shown:
+        for subject in encoded:
+            parts = [*(one.part() for one in subject.media), {"type": "text", "text": _QUESTION}]
+            taken.forget()
+            try:
+                prompts.append(taken.of([{"role": "user", "content": parts}], 0.0))
+            except ConfigError as error:
+                left_out(subject, error)
+            shown.update()
+    if not prompts:
+        raise ConfigError("PICTURES: none is left; the reasons are above")
+    oracle = open_language_oracle(model)
+    with bar(len(prompts), title, "picture") as shown:
         for ids, segments in prompts:
             yield layer_entropies(oracle, ids, segments)
             shown.update()

@@ -144,12 +144,12 @@ def auto_config(model: str) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except ValueError as error:
         names = ", ".join(architectures(model_config(model)))
         raise UnsupportedError(
             f"model {model!r}: got {names}, which transformers does not have without code of the "
-            "checkpoint's own; there is nothing to compare the engine with"
+            "checkpoint's own; there is no plain model to run it in"
         ) from error
 
 

@@ -4,10 +4,13 @@ Of LLaVA-1.5 plain transformers prunes by itself (``lab/oracle.py``); of other f
 this process does, and ends. Shared by ``calibrate`` and ``ecl``; leaves out both.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from tqdm import tqdm
 
 from era_vllm.errors import ConfigError
 
@@ -25,7 +28,7 @@ def prunes_alone(model: str) -> bool:
     """Tell whether plain transformers prunes a model's pictures.
 
     Raises:
-        ConfigError: too little memory for the copies of it that are needed.
+        ConfigError: too little memory for it; engine and oracle are there one after the other.
         UnsupportedError: a family that is not served, or that transformers does not have.
     """
     import torch
@@ -33,7 +36,7 @@ def prunes_alone(model: str) -> bool:
     from era_vllm.cli.loading import architectures, lacking_memory, model_config
 
     alone = architectures(model_config(model)) == _ALONE
-    if lacking := lacking_memory(model, torch.float32, 1 if alone else 2):
+    if lacking := lacking_memory(model, torch.float32):
         raise ConfigError(f"MODEL {model!r}: {lacking}; run it where there is more")
     return alone
 
@@ -85,5 +88,11 @@ def taking(model: str, settings: Mapping[str, object]) -> "Iterator[Taken]":
     token_bytes = 8 * text.num_hidden_layers * text.num_key_value_heads * width
     kv_bytes = (64 << 20) + 2 * context * token_bytes  # twice: a head is widened for its bias
     arguments = era_vllm.engine_args(model, **settings)
-    with engine(arguments, context=context, kv_bytes=kv_bytes, **more) as llm:
-        yield Taken(llm)
+    with engine(arguments, context=context, kv_bytes=kv_bytes, **more) as llm, Taken(llm) as taken:
+        yield taken
+
+
+def left_out(subject: "Subject", error: ConfigError) -> None:
+    """Say which picture is left out, and why."""
+    name = getattr(subject, "name", "a picture")
+    tqdm.write(f"era-vllm: left out: {name}: {error}", sys.stderr)

@@ -50,16 +50,16 @@ def layer_entropies(
 
     layers = oracle.model.model.language_model.layers
     with ExitStack() as stack:
-        before = layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        stack.callback(before.remove)
-        for layer in layers:
-            hook = layer.register_forward_hook(
-                lambda _, __, given: keep(given[0] if isinstance(given, tuple) else given)
+        for layer in layers:  # what each is given: feature maps are added between layers
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
             )
             stack.callback(hook.remove)
+        last = layers[-1].register_forward_hook(
+            lambda _, __, given: keep(given[0] if isinstance(given, tuple) else given)
+        )
+        stack.callback(last.remove)
         oracle.log_probs(ids, segments, 1, bias=False)
     return torch.tensor(found)
 

@@ -29,21 +29,20 @@ from era_vllm.lab.synth.assets import SHAPES, load_material
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.scene import Scene
 from era_vllm.lab.synth.tasks import QUOTAS, Task, draw_task
-from era_vllm.lab.train.labels import label
+from era_vllm.lab.train.labels import CHART, DIGIT, WORD, label
 from era_vllm.types import Signal, VisualTokens
 
 RATES: Final = (0.889, 0.944)
 BACKGROUND: Final = 0.05
 Known = Literal["nothing", "things", "things of the kind asked about"]
 _SHAPES: Final = tuple(range(1, 1 + len(SHAPES)))
-_DIGIT, _WORD, _CHART = (1 + len(SHAPES) + at for at in range(3))
 KINDS: Final[Mapping[TaskFamily, tuple[int, ...]]] = {
     "color": _SHAPES,
     "shape": _SHAPES,
     "count": _SHAPES,
-    "number": (_DIGIT,),
-    "word": (_WORD,),
-    "chart": (_CHART,),
+    "number": (DIGIT,),
+    "word": (WORD,),
+    "chart": (CHART,),
 }
 """Family of questions -> kinds of tokens (``train/labels.py``) that an answer is read from."""
 _WAYS: Final[Mapping[str, Mapping[str, object]]] = {

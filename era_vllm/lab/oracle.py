@@ -65,9 +65,7 @@ class LanguageOracle:
     @property
     def visual_tokens(self) -> Sequence[int]:
         """Token ids that stand for visual tokens in a prompt."""
-        config = self.model.config
-        video = getattr(config, "video_token_id", None)
-        return [config.image_token_id, *([] if video is None else [video])]
+        return [self.model.config.image_token_id]
 
     @torch.inference_mode()
     def log_probs(

@@ -313,15 +313,17 @@ def merge(decoder: "nn.Module", delta: "Mapping[str, Tensor]") -> None:
         decoder: With ``layers``, float32.
         delta: ``layers.I.NAME.A`` [rank, in] and ``.B`` [rows of NAME's layers, rank].
 
+    Worked out in float64, so that its rounding to bfloat16 is the same on every machine.
+
     Mutates: weights of the decoder.
     """
     for index, layer in enumerate(decoder.layers):  # type: ignore[union-attr, arg-type]
         for fused, names in FUSED.items():
-            low, high = (delta[f"layers.{index}.{fused}.{half}"].float() for half in "AB")
+            low, high = (delta[f"layers.{index}.{fused}.{half}"].double() for half in "AB")
             weights = [layer.get_submodule(name).weight for name in names]
             changes = (high @ low).split([len(weight) for weight in weights])
             for weight, change in zip(weights, changes, strict=True):
-                weight.data += change
+                weight.data = (weight.data.double() + change).float()
 
 
 def _write_tokenizer(gguf: Path, folder: Path) -> tuple[int, int]:

@@ -95,7 +95,6 @@ def live_answer(
         max_num_seqs=2,
         max_logprobs=-1,
     ) as llm:
-        taken = Taken(llm)
         (built,) = llm.apply_model(describe)
         renderer = llm.llm_engine.renderer
         mark = renderer.get_mm_processor().dummy_inputs.get_dummy_text({"image": 1})
@@ -104,7 +103,8 @@ def live_answer(
             "multi_modal_data": {"image": image},
             "mm_processor_kwargs": {"era": [rate]},
         }
-        (output,) = llm.generate([prompt], sampling, use_tqdm=False)
+        with Taken(llm) as taken:
+            (output,) = llm.generate([prompt], sampling, use_tqdm=False)
     if not taken.items:
         raise UnsupportedError(
             "the engine answered without pruning the picture; needed one call of the pruning "

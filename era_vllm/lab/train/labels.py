@@ -13,7 +13,7 @@ from era_vllm.lab.synth.scene import COLORS, Box, Scene
 
 KINDS: Final = 1 + len(SHAPES) + 4
 """Nothing, the shapes, a digit, a word, a chart, a small sign."""
-_DIGIT, _WORD, _CHART, _SIGN = range(1 + len(SHAPES), KINDS)
+DIGIT, WORD, CHART, SIGN = range(1 + len(SHAPES), KINDS)
 HUES: Final = 1 + len(COLORS)
 VALUES: Final = 1 + 10 + 6 + len(WORDS)
 PLACES: Final = 12
@@ -33,23 +33,23 @@ def label(scene: Scene, step: int) -> "np.ndarray":
     labels[3] = ((np.arange(rows) + 0.5) / rows * PLACES).astype(np.int64)[:, None]
     labels[4] = ((np.arange(columns) + 0.5) / columns * PLACES).astype(np.int64)[None]
     if chart := scene.chart:
-        _mark(labels, step, chart.box, _CHART)
+        _mark(labels, step, chart.box, CHART)
         floor = chart.box.top + chart.box.height - 3
         for index, bar in enumerate(chart.bars):
             left = chart.box.left + 4 + index * 14
             box = Box(left, floor - 7 * bar.value, 11, 7 * bar.value)
             hue = 1 + COLORS.index(bar.color)
-            _mark(labels, step, box, _CHART, hue, 10 + bar.value, least=0.35)
+            _mark(labels, step, box, CHART, hue, 10 + bar.value, least=0.35)
     if number := scene.number:
         for index, digit in enumerate(number.digits):
             left = number.box.left + 2 + index * (DIGIT_SIZE - 1)
             box = Box(left, number.box.top + 2, DIGIT_SIZE - 1, DIGIT_SIZE)
-            _mark(labels, step, box, _DIGIT, 0, 1 + digit, least=0.4)
+            _mark(labels, step, box, DIGIT, 0, 1 + digit, least=0.4)
     if word := scene.word:
-        _mark(labels, step, word.box, _WORD, 0, 17 + WORDS.index(word.text))
+        _mark(labels, step, word.box, WORD, 0, 17 + WORDS.index(word.text))
     for sign in scene.signs:
         hue = 1 + COLORS.index(sign.color)
-        _mark(labels, step, sign.box, _SIGN, hue, 17 + WORDS.index(sign.text))
+        _mark(labels, step, sign.box, SIGN, hue, 17 + WORDS.index(sign.text))
     for shape in scene.shapes:
         _mark(labels, step, shape.box, 1 + SHAPES.index(shape.kind), 1 + COLORS.index(shape.color))
     return labels.reshape(len(SIZES), -1)
