@@ -32,7 +32,7 @@ EntropyPrune prunes by the states of that layer (its paper: 2 for LLaVA-1.5, 1 f
 entropy says how many directions the tokens of a picture spread over; the layer in the first half of
 the language model behind which it falls most is printed, with how many pictures agree. Writes
 ecl.json and ecl.png to --out. Plain transformers, float32; of other families than LLaVA-1.5 an
-engine in this process encodes the pictures, and ends.
+engine in this process encodes the pictures, and ends (InternVLChatModel has no plain model).
 """
 
 

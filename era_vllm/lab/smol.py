@@ -41,7 +41,7 @@ DELTA: Final = CHECKPOINT_SMOL / DELTA_FILE
 _OWN: Final = ("chat_template.jinja", "README.md")
 _SHIPPED: Final = ("model.safetensors", "config.json", "processor_config.json")
 """Files of the shipped LLaVA that go into it."""
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 """Raised when this file writes something else of the same parts."""
 _MADE_OF: Final = "made_of.txt"
 """Written last: what the folder was made of."""
