@@ -46,7 +46,10 @@ def settings(arch: str, out: Path) -> Settings:
     return Settings(arch, out, 60.0, steps=STEPS, seed=3, warmup=2, recipe=RECIPES[arch])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen3_vl")) for name in ARCHS],
+)
 def test_going_on_gives_the_losses_of_going_through(arch: str, tmp_path: Path) -> None:
     through = settings(arch, tmp_path / "through")
     losses = run(through, Ranks())
