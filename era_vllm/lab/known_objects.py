@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=60, help="pictures (default 60)")
     parser.add_argument("--seed", type=int, default=2026)
     arguments = parser.parse_args(argv)
+    if arguments.count < 2:
+        parser.error(f"--count: got {arguments.count}, allowed: 2 or more")
     material = load_material(split="test")
     quotas: dict[TaskFamily, int] = {family: QUOTAS[family] for family in KINDS}
     drawn = (

@@ -313,7 +313,7 @@ def merge(decoder: "nn.Module", delta: "Mapping[str, Tensor]") -> None:
         decoder: With ``layers``, float32.
         delta: ``layers.I.NAME.A`` [rank, in] and ``.B`` [rows of NAME's layers, rank].
 
-    Worked out in float64, so that its rounding to bfloat16 is the same on every machine.
+    Worked out in float64, so that the order of a machine's sums does not show in bfloat16.
 
     Mutates: weights of the decoder.
     """

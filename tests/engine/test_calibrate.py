@@ -115,7 +115,7 @@ def test_what_cannot_be_a_case_is_refused(engine, setup):
     with Taken(live.llm) as taken:
         for parts, message in (
             ([picture.part(), {**text, "text": "what <|video_pad|> is it?"}], "in its text"),
-            ([picture.part(), {**text, "text": "what <|image_pad|> is it?"}], "."),
+            ([picture.part(), {**text, "text": "what <|image_pad|> is it?"}], "in its text"),
             ([picture.part(), picture.part(), text], "needed different ones"),
             ([thin.part(), text], "sides that differ"),
             ([picture.part(), {**text, "text": "what? " * 4000}], "3072"),
