@@ -10,10 +10,11 @@ QUICK := tests/unit tests/contracts
 # Whose engines live in the tests' processes, 7 GB in each: they end before servers start.
 ENGINES := tests/engine
 # Two processes, a file in one of them, in order: that with the longest tests comes first, as it is
-# called (JOBS=1 where there is less memory than 16 GB). Tests of
-# servers share theirs: two processes would start each twice, and gain nothing.
+# called (JOBS=1 where there is less memory than 16 GB).
 JOBS   ?= 2
 SHARED = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Tests that ask the same servers stay in one process (tests/server/conftest.py).
+SERVED = -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
 APART := not gpu and not bench
 
@@ -39,12 +40,12 @@ check:  ## ruff, pyright, import-linter and the tests that start no engine (two 
 test:  ## check, then the other tests that a CPU runs in time (half an hour, 16 GB; JOBS=1: 9 GB)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
 	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and not slow" ; \
-	$(PYTEST) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) -m "$(APART) and not slow"
+	$(PYTEST) $(SERVED) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) -m "$(APART) and not slow"
 
 test-all:  ## test, then the slow tests
 	@$(TIMED) $(MAKE) --no-print-directory test ; \
 	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and slow" ; \
-	$(PYTEST) tests --ignore=$(ENGINES) -m "$(APART) and slow"
+	$(PYTEST) $(SERVED) tests --ignore=$(ENGINES) -m "$(APART) and slow"
 
 test-gpu: env  ## the tests that need an NVIDIA GPU and a CUDA vLLM
 	@$(TIMED) $(PYTEST) tests -m gpu

@@ -6,9 +6,11 @@ in ``policies/__init__`` (beartype has no answer to ``type[Protocol]``).
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 POLICIES = Path(__file__).parents[1] / "era_vllm" / "policies"
@@ -35,3 +37,27 @@ settings.register_profile("long", settings.get_profile("default"), max_examples=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Take the place of `--dist loadgroup`: a process for the files of the same servers.
+
+    xdist's own takes groups from markers, and pytest 9.2 loses them.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServers(LoadScopeScheduling):
+        """Files by the servers that they ask (fixtures of tests/server), the others each alone."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            text = (config.rootpath / file).read_text()
+            if '"tests.server.guarded"' in text:
+                return "pair"
+            asks = "/server/" in file and re.search(r"def \w+\(.*\bservers\b", text)
+            return "servers" if asks and "def servers(" not in text else file
+
+    return ByServers(config, log)

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -468,3 +469,23 @@ def test_bombs_of_one_client_do_not_end_everybody_elses_pictures(server):
         bombs = Counter(each.result().status_code for each in sent)
     assert bombs == {400: 8} and set(others) <= {200, 503}
     assert answered(server, data_url(picture()))[0] == 200
+
+
+def test_a_small_body_does_not_fill_the_memory(server):
+    """16 pictures of one bit a pixel, 88 KB in all, that were 2.4 GB before anybody was asked."""
+    part = {"type": "image_url", "image_url": {"url": data_url(png(Image.new("1", (5792, 5792))))}}
+    process = Path(f"/proc/{server.pid}")
+    (process / "clear_refs").write_text("5")  # the peak begins anew
+    before = peak_mb(process)
+    reply = post(server, CHAT, chat_body(*[part] * 16))
+    assert reply.status_code == 400, reply.text
+    assert "allowed are 134217728 in all" in reply.json()["error"]["message"]
+    grown = peak_mb(process) - before
+    print(f"16 pictures of 2^25 pixels: {grown:.0f} MB more at the peak")
+    assert grown < 1000
+    assert post(server, CHAT, chat_body(part)).status_code == 200
+
+
+def peak_mb(process):
+    found = re.search(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
+    return int(found[1]) / 1000
