@@ -8,6 +8,7 @@ in ``policies/__init__`` (beartype has no answer to ``type[Protocol]``).
 import os
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,23 +42,26 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Take the place of `--dist loadgroup`: a process for the files of the same servers.
+    """Take the place of `--dist loadgroup`: a process for all the files that ask the same servers.
 
-    xdist's own takes groups from markers, and pytest 9.2 loses them.
+    xdist's own reads groups off markers, and loses them with pytest 9.2.
     """
     if config.getvalue("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByServers(LoadScopeScheduling):
-        """Files by the servers that they ask (fixtures of tests/server), the others each alone."""
-
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            text = (config.rootpath / file).read_text()
-            if '"tests.server.guarded"' in text:
-                return "pair"
-            asks = "/server/" in file and re.search(r"def \w+\(.*\bservers\b", text)
-            return "servers" if asks and "def servers(" not in text else file
+            return _servers_of(config.rootpath / nodeid.partition("::")[0])
 
     return ByServers(config, log)
+
+
+@cache
+def _servers_of(file: Path) -> str:
+    """Name the fixture of tests/server whose servers a file asks, or the file."""
+    text = file.read_text()
+    if '"tests.server.guarded"' in text:
+        return "pair"
+    asks = file.parent.name == "server" and re.search(r"^def \w+\(.*\bservers\b", text, re.M)
+    return "servers" if asks and "def servers(" not in text else str(file)
