@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import re
 import socket
 import time
 from contextlib import contextmanager
