@@ -13,7 +13,7 @@ ENGINES := tests/engine
 # called (JOBS=1 where there is less memory than 16 GB).
 JOBS   ?= 2
 SHARED = -n $(JOBS) --dist loadfile --no-loadscope-reorder
-# Tests that ask the same servers stay in one process (tests/server/conftest.py).
+# Files that ask the same servers stay in one process (tests/conftest.py).
 SERVED = -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 # Not in `make test`; slow ones are in `make test-all`, the other two have targets of their own.
 APART := not gpu and not bench
