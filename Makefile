@@ -37,7 +37,7 @@ check:  ## ruff, pyright, import-linter and the tests that start no engine (two 
 	$(BIN)/lint-imports --no-logo ; \
 	$(PYTEST) $(SHARED) $(QUICK) -m "$(APART) and not slow"
 
-test:  ## check, then the other tests that a CPU runs in time (half an hour, 16 GB; JOBS=1: 9 GB)
+test:  ## check, then the other tests that a CPU runs in time (25 minutes, 16 GB; JOBS=1: 9 GB)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
 	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and not slow" ; \
 	$(PYTEST) $(SERVED) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) -m "$(APART) and not slow"

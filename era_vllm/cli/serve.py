@@ -15,6 +15,7 @@ from era_vllm.cli.options import (
     era_variables,
     refuse_unknown_era_flags,
 )
+from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.vllm_plugin.version import check_vllm_version
 from era_vllm_server.settings import (
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     user = user_flags(rest)
     launch = plan(
         user.model,
-        era_settings(arguments, os.environ),
+        for_chat_template(era_settings(arguments, os.environ), user),
         hf_overrides=user.hf_overrides,
         additional_config=user.additional_config,
         server=True,
@@ -122,6 +123,33 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     for name in era_variables() & os.environ.keys():
         del os.environ[name]  # said by flags now; the server's processes refuse them as unknown
     return serve(launch, words)
+
+
+def for_chat_template(settings: dict[str, object], user: argparse.Namespace) -> dict[str, object]:
+    """Return settings whose scout knows the user's own ``--chat-template``, if there are both.
+
+    Raises:
+        ConfigError: a setting, a template that cannot be read, or nothing worked out from it.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMValidationError
+
+    from era_vllm.vllm_plugin.scout_text import layers_read, with_text
+
+    if user.chat_template is None:
+        return settings
+    config = EraConfig.parse(
+        {name: value for name, value in settings.items() if name != "calibration"}
+    )
+    if not layers_read(config):
+        return settings
+    try:
+        model_config = EngineArgs.from_cli_args(user).create_model_config()
+        config = with_text(model_config, config, user.chat_template)
+    except (ValueError, VLLMValidationError) as error:
+        raise ConfigError(f"--chat-template with a scout: {error}") from error
+    found = {name: getattr(config, name) for name in ("scout_prefix", "scout_suffix")}
+    return settings | {name: list(ids) for name, ids in found.items() if ids is not None}
 
 
 def refuse_era_in_files(rest: list[str]) -> None:

@@ -25,6 +25,8 @@ class Family:
     """Axes of a position: 3 = M-RoPE."""
     frame_runs: bool = False
     """Text stands between the frames of its videos, so that none can be pruned together."""
+    opening: str = ""
+    """What its processor, not a chat template, writes before a picture's tokens."""
 
 
 FAMILIES: Final = {
@@ -42,9 +44,13 @@ FAMILIES: Final = {
         "era_vllm.models.internvl_hf:EraInternVLForConditionalGeneration",
         ("image", "video"),
         frame_runs=True,
+        opening="<img>",
     ),
     "InternVLChatModel": Family(
-        "era_vllm.models.internvl:EraInternVLChatModel", ("image", "video"), frame_runs=True
+        "era_vllm.models.internvl:EraInternVLChatModel",
+        ("image", "video"),
+        frame_runs=True,
+        opening="<img>",
     ),
     "Qwen2VLForConditionalGeneration": Family(
         "era_vllm.models.qwen2_vl:EraQwen2VLForConditionalGeneration", ("image", "video"), 3

@@ -6,13 +6,11 @@ sends to all processes.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from transformers import PretrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 
 from era_vllm.config import EraConfig
-from era_vllm.contracts import query_layer
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.policies import make_policy
 from era_vllm.vllm_plugin.families import family_of
@@ -20,7 +18,7 @@ from era_vllm.vllm_plugin.names import RATES, SCHEDULER, WORKER
 from era_vllm.vllm_plugin.positions import carry_positions
 from era_vllm.vllm_plugin.rates import refuse_misspelt
 from era_vllm.vllm_plugin.refusals import refuse
-from era_vllm.vllm_plugin.scout_text import text_around
+from era_vllm.vllm_plugin.scout_text import layers_read, with_text
 from era_vllm.vllm_plugin.version import check_vllm_version
 
 
@@ -34,14 +32,15 @@ def resolve(vllm_config: VllmConfig) -> None:
     check_vllm_version()
     raw = vllm_config.additional_config
     config = EraConfig.parse((raw.get("era") if isinstance(raw, dict) else None) or {})
-    policy = make_policy(config)
+    make_policy(config)
     hf_config = vllm_config.model_config.hf_config
     hf_config.era = config.as_dict()
     refuse(vllm_config)
-    read = query_layer(policy)
-    if needed := max(config.scout, read if read > 1 else 0):
+    if needed := layers_read(config):
         _refuse_layers(hf_config, needed)
-        config = _with_text(vllm_config.model_config, config)
+        config = with_text(vllm_config.model_config, config)
+        for name in ("scout_prefix", "scout_suffix"):
+            _refuse_ids(vllm_config.model_config, name, getattr(config, name) or ())
         hf_config.era = config.as_dict()
     _refuse_rate(vllm_config)
     refuse_joined_frames(hf_config, config)
@@ -65,18 +64,6 @@ def _refuse_layers(hf_config: PretrainedConfig, needed: int) -> None:
             f"scout: got layer {needed} (--era-scout, or the layer that a policy reads), allowed: "
             f"up to {layers}, those of the language model"
         )
-
-
-def _with_text(model_config: ModelConfig, config: EraConfig) -> EraConfig:
-    """Return settings that have the text around a picture and its question, as far as needed."""
-    wanted = ["scout_prefix", *(["scout_suffix"] if config.scout and config.question_aware else [])]
-    if any(getattr(config, name) is None for name in wanted):
-        found = dict(zip(("scout_prefix", "scout_suffix"), text_around(model_config), strict=True))
-        worked_out = {name: found[name] for name in wanted if getattr(config, name) is None}
-        config = replace(config, **worked_out)
-    for name in wanted:
-        _refuse_ids(model_config, name, getattr(config, name))
-    return config
 
 
 def _refuse_ids(model_config: ModelConfig, name: str, ids: Sequence[int]) -> None:

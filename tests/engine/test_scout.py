@@ -14,6 +14,7 @@ from era_vllm.lab.oracle import first_queries
 from era_vllm.lab.scout import chat_prefix, scout_states
 from era_vllm.pixels import pixel_hash
 from era_vllm.types import Signal
+from era_vllm.vllm_plugin.families import family_of
 from tests.engine import test_tiled as tiled
 from tests.engine.conftest import CONTROL_FACTOR, MODEL, TOLERANCE, compare_with
 from tests.engine.families.case import CLIPS, ODD, SQUARE, TALL, TEXT, WIDE, about, compared
@@ -343,6 +344,10 @@ def test_families(case, start, theirs, settings):
     if "video" in case.marks:
         asks.append(about(case, TEXT, ("video", CLIPS[0], 0.778), ("image", SQUARE, 0.9)))
     answers = live.ask(asks)
+    if family_of(live.model.config).opening:
+        prompt = answers[0].prompt_ids
+        first = min(prompt.index(mark) for mark in theirs.visual_tokens if mark in prompt)
+        assert era.scout_prefix[-1] == prompt[first - 1], "the processor's own is in the prefix"
     oracle = Scouted(theirs, era.scout_prefix, era.scout, injects=era.scout_injection)
     for one, answer in zip(asks, answers, strict=True):
         found = compared(live.config, live.chosen, oracle, one, answered(answer))

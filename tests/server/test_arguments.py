@@ -6,12 +6,14 @@ import shlex
 import socket
 
 import pytest
+from transformers import AutoTokenizer
 
 from era_vllm.cli.main import main
 from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
 from era_vllm.cli.preflight import check_address, check_folders
 from era_vllm.cli.serve import with_model
 from era_vllm.errors import ConfigError
+from era_vllm.lab import CHECKPOINT
 from era_vllm.vllm_plugin.launch import plan
 from era_vllm_server.app import complete, user_flags
 
@@ -142,6 +144,34 @@ def test_a_server_without_our_layer_refuses_also_on_paper(typed, capsys, monkeyp
     (tmp_path / "grpc.yaml").write_text("grpc: true\n")
     assert main(["serve", *typed, "--print-command"]) == 2
     assert "needed vLLM's HTTP server in Python" in capsys.readouterr().err
+
+
+def _printed(capsys, *typed):
+    assert main(["serve", "--print-command", *typed]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    return json.loads(words[words.index("--additional-config") + 1])["era"]
+
+
+def test_a_scout_sees_what_the_servers_own_chat_template_writes(capsys, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text(
+        "{{ bos_token }} USER : red {% for p in messages[0].content %}"
+        "{% if p.type == 'image' %}<image>{% else %} {{ p.text }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} blue ASSISTANT : {% endif %}"
+    )
+    decode = AutoTokenizer.from_pretrained(CHECKPOINT).decode
+    reads = ["--era-policy", "dpp", "--era-scout", "1", "--chat-template", str(file)]
+    settings = _printed(capsys, *reads)
+    assert decode(settings["scout_prefix"]).split() == ["<s>", "USER:", "red"]
+    assert "scout_suffix" not in settings
+    asks = ["--era-question-aware", "--era-option", "relevance_weight=0.1"]
+    assert decode(_printed(capsys, *reads, *asks)["scout_suffix"]).split() == ["blue", "ASSISTANT:"]
+    assert _printed(capsys, *reads, "--era-scout-prefix", "[1]")["scout_prefix"] == [1]
+    assert "scout_prefix" not in _printed(capsys, "--chat-template", str(file))
+    for other, said in (("{{ 1 }}", "scout_prefix: got"), ("none", "The supplied")):
+        reads[-1] = other
+        assert main(["serve", "--print-command", *reads]) == 2
+        assert f"--chat-template with a scout: {said}" in capsys.readouterr().err
 
 
 def test_the_printed_line_is_alone_on_standard_output_and_says_why_plugins_are_named(capsys):

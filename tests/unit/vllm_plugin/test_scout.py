@@ -1,5 +1,6 @@
 """The scout's batches and what stands before a picture; its layers are tested in the engine."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from era_vllm.errors import ConfigError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.layout import Layout, SegmentLayout, one_grid
 from era_vllm.plan import Plan
+from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.fields import Planned
 
 pytest.importorskip("vllm")
@@ -78,13 +80,14 @@ def around(monkeypatch):
 
     from era_vllm.vllm_plugin.scout_text import text_around
 
-    def found(template, mark=None, tokenizer=True):
+    def found(template, mark=None, tokenizer=True, family="LlavaForConditionalGeneration"):
         made = AutoTokenizer.from_pretrained(CHECKPOINT) if tokenizer else None
         monkeypatch.setattr(vllm.tokenizers, "cached_tokenizer_from_config", lambda _: made)
         monkeypatch.setattr(
             vllm.renderers.hf, "resolve_chat_template", lambda *_, model_config: template
         )
-        ids = text_around(SimpleNamespace(hf_config=SimpleNamespace(image_token_id=mark)))
+        config = SimpleNamespace(image_token_id=mark, architectures=[family])
+        ids = text_around(SimpleNamespace(hf_config=config))
         return tuple(made.decode(of).split() for of in ids)
 
     return found
@@ -108,6 +111,16 @@ def test_it_is_what_a_template_writes_before_the_picture_and_behind_the_text(aro
 def test_a_template_of_strings_has_the_picture_where_the_text_begins(around):
     assert around(STRINGS) == (["<s>", "USER:"], [])
     assert around(STRINGS + ANSWER) == (["<s>", "USER:"], ["red", "ASSISTANT:"])
+
+
+@pytest.mark.parametrize("family", ["InternVLForConditionalGeneration", "InternVLChatModel"])
+def test_what_a_processor_writes_before_a_picture_stands_there_too(around, family, monkeypatch):
+    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], opening="blue"))
+    assert around(STRINGS + ANSWER, family=family) == (
+        ["<s>", "USER:", "blue"],
+        ["red", "ASSISTANT:"],
+    )
+    assert around(None, family=family) == (["<s>", "blue"], [])
 
 
 def test_the_sign_that_ends_a_question_is_the_question_s(around):
