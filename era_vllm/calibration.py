@@ -36,7 +36,8 @@ _NOT_THE_MODEL: Final = frozenset({"_name_or_path", "transformers_version", "dty
 
 
 def settings_of(config: EraConfig, section: str = "gamma") -> dict[str, object]:
-    """Return the settings that what is calibrated depends on: all but itself."""
+    """Return the settings that must be those of the calibration: all but itself that change a
+    picture's tokens and their bias. Newlines between (``separators``) may differ."""
     values = config.as_dict()
     names = ("policy", "merge", "positions", "attention_queries", "attention_layer")
     blocks = ("max_segment", "min_anchors", "frames_per_segment")

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Final, Literal, cast, get_args
 
@@ -254,11 +255,7 @@ class EraConfig:
         that a default of .778 and a request for .778 or for medium share caches. So is what only
         ends answers.
         """
-        values = self.as_dict()
-        rates = ("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels")
-        for name in (*rates, "allow_extrapolation"):
-            del values[name]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return _fingerprint(self)
 
     @property
     def bounds(self) -> str:
@@ -289,6 +286,15 @@ class EraConfig:
         """
         rounded = math.floor(n * (1 - pruning_rate) + 0.5 + 1e-9)
         return min(n, max(self.min_anchors, rounded))
+
+
+@lru_cache(maxsize=16)  # asked for with every prompt; a table of gamma takes milliseconds
+def _fingerprint(config: EraConfig) -> str:
+    values = config.as_dict()
+    rates = ("pruning_rate", "min_pruning_rate", "max_pruning_rate", "levels")
+    for name in (*rates, "allow_extrapolation"):
+        del values[name]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def encoder_layer(asked: int | None, feature_layer: int | Sequence[int], layers: int) -> int:

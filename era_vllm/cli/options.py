@@ -46,7 +46,7 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
         "names that a request may use for rates; off (0) and strong must be among them "
         f"(default {json.dumps(dict(LEVELS))})",
     ),
-    "min_anchors": (int, "N", "tokens always kept an image (default 1)"),
+    "min_anchors": (int, "N", "tokens always kept of a picture, tile, frame or block (default 1)"),
     "max_segment": (
         int,
         "N",
@@ -125,7 +125,8 @@ _FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
     "calibration": (
         str,
         "FILE",
-        "gamma of a file that era-vllm calibrate wrote for this model and policy",
+        "gamma (and mass_scale, where it is in it) of a file that era-vllm calibrate wrote for "
+        "this model and policy",
     ),
 }
 """Field (or ``calibration``, ``preset``) -> how its text is read, what stands for it in the help,

@@ -13,6 +13,10 @@ from torch import Tensor
 from era_vllm.steps.similarity import quantize
 
 _SPENT: Final = 1e-5
+_LARGE: Final = 1 << 19
+"""Entries of a segment's factor from which a CPU takes its products by BLAS, with a call for each
+segment: one for all would go by their number, and a segment's sums would depend on its neighbours.
+"""
 
 
 def farthest_first(
@@ -75,7 +79,12 @@ def dpp_map(
         last = picked[-1][:, None]
         taken.scatter_(1, last, True)
         done = factor[:, :step]
-        known = (done * done.gather(2, last[:, None].expand(-1, step, -1))).sum(1)
+        column = done.gather(2, last[:, None].expand(-1, step, -1))
+        if step * n > _LARGE and kernel.device.type == "cpu":
+            products = [part.T @ one for part, one in zip(done, column[..., 0], strict=True)]
+            known = torch.stack(products)
+        else:
+            known = (done * column).sum(1)
         pivot = gain.gather(1, last)
         row = (_row(kernel, picked[-1]) - known) / pivot.clamp_min(_SPENT).sqrt()
         # What is left of a spent pivot is rounding noise, which would grow from step to step.

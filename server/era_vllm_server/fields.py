@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import reprlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from http import HTTPStatus
 from typing import Final
 
@@ -101,12 +101,13 @@ def check(
         if len(chats) > most:
             message = f"messages: got {len(chats)} chats, allowed: {most} in one request"
             return refused("batch", message)
-    parts = list(_parts(fields))
+    data = arguments(path, fields)
+    parts = list(_parts(fields, data))
     if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
         return refused("image_pil", _PIL)
     videos = "video" in modalities
     foreign = _FOREIGN - {"video_url"} if videos and path in _TAKE_VIDEO else _FOREIGN
-    for part in _parts({name: fields.get(name) for name in _SPOKEN}):
+    for part in _parts({name: fields.get(name) for name in _SPOKEN}, data):
         kinds = [part["type"]] if "type" in part else list(_MEDIA & part.keys())
         if any(isinstance(kind, str) and kind in foreign for kind in kinds):
             said = _VIDEOS_TOO if videos else _PICTURES_ALONE
@@ -199,11 +200,36 @@ def owner(asgi: Scope) -> str:
     return hashlib.sha256(b"\n".join(keys)).hexdigest()[:16]
 
 
-def _parts(fields: dict[str, object]) -> Iterator[dict[str, object]]:
-    """Yield every object that stands in a list of a body, wherever that is."""
+def arguments(path: str, fields: object) -> frozenset[int]:
+    """Return the ``id`` of all that tools were called with in a conversation of Anthropic's form.
+
+    That is JSON of the model's own, given back to it as text: no part of it is a picture or a
+    grammar, whatever its members are called.
+    """
+    if not (path.startswith(MESSAGES) and isinstance(fields, dict)):
+        return frozenset()
+    said = fields.get("messages")
+    contents = [one.get("content") for one in _objects(said)]
+    blocks = [block for content in contents for block in _objects(content)]
+    return frozenset(id(block.get("input")) for block in blocks if block.get("type") == "tool_use")
+
+
+def _objects(value: object) -> list[dict[str, object]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _parts(fields: dict[str, object], data: Container[int]) -> Iterator[dict[str, object]]:
+    """Yield every object that stands in a list of a body, wherever that is.
+
+    Args:
+        fields: The body.
+        data: See ``arguments``; not looked into.
+    """
     left: list[object] = [fields]
     while left:
         value = left.pop()
+        if id(value) in data:
+            continue
         if isinstance(value, dict):
             left += [inner for inner in value.values() if inner and isinstance(inner, dict | list)]
         elif isinstance(value, list):

@@ -382,7 +382,8 @@ def block(image, **more):
 
 def test_messages_have_a_detail_for_each_picture_in_the_prompts_order(servers, stock):
     """In which those of a tool's result come before the others of its message."""
-    use = {"type": "tool_use", "id": "1", "name": "look", "input": {}}
+    call = {"filters": [{"type": "video", "min": 3}], "pattern": "f.{0,2000}r"}  # JSON, no more
+    use = {"type": "tool_use", "id": "1", "name": "look", "input": call}
     result = {"type": "tool_result", "tool_use_id": "1", "content": [block(C, detail="high")]}
     said = [
         {"role": "user", "content": [block(A, detail="low"), {"type": "text", "text": "see"}]},

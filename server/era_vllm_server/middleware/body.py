@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from era_vllm.compat.starlette_path import get_route_path
 from era_vllm.vllm_plugin.requests import ItemReport, request_context
-from era_vllm_server.fields import check, owner, refused
+from era_vllm_server.fields import arguments, check, owner, refused
 from era_vllm_server.metrics import CLAMPED, ITEMS, TOKENS_AFTER, TOKENS_BEFORE
 from era_vllm_server.middleware.limits import replay
 from era_vllm_server.middleware.log import ITEMS as LOGGED
@@ -126,7 +126,7 @@ class Body:
         try:
             fields = json.loads(body)
             path = get_route_path(asgi).rstrip("/")
-            if excess := _excess(fields, MAX_CHARACTERS // TEXT_SHARE.get(path, 1)):
+            if excess := excess_of(path, fields):
                 return _too_much(excess)
         except RecursionError:  # which not every route takes for a client's error
             return _too_much(f"{MAX_DEPTH} levels")
@@ -154,15 +154,22 @@ def _too_much(excess: str) -> Refusal:
     return refused("body_shape", f"the body holds more than {excess}; send less at once")
 
 
-def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
+def excess_of(path: str, body: object) -> str | None:
     """Return which bound a parsed body is over.
+
+    Args:
+        path: Of its route.
+        body: Its fields.
 
     Raises:
         UnicodeEncodeError: it holds half a character.
     """
+    max_characters = MAX_CHARACTERS // TEXT_SHARE.get(path, 1)
+    data = arguments(path, body)
     characters = compiled = objects = items = 0
-    left: list[tuple[str, dict[str, object] | list[object], int, bool]] = [("", [body], 0, False)]
-    while left:
+    left: list[tuple[str, dict[str, object] | list[object], int, bool | None]] = []
+    left.append(("", [body], 0, False))
+    while left:  # within: what is compiled; None = what is data, wherever it says it is a pattern
         name, value, depth, within = left.pop()
         if depth > MAX_DEPTH:
             return f"{MAX_DEPTH} levels"
@@ -173,7 +180,8 @@ def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
             named = value.items()
             if len(value) > MAX_MEMBERS:
                 return f"{MAX_MEMBERS} members in {name or 'it'}"
-            if any(map(_repeats_much, value if name == "patternProperties" else ())):
+            schema = name == "patternProperties" and within is not None
+            if any(map(_repeats_much, value if schema else ())):
                 return f"{MAX_REPETITIONS} repetitions in a pattern"
         elif set(map(type, value)) <= {int}:
             continue
@@ -184,10 +192,12 @@ def _excess(body: object, max_characters: int = MAX_CHARACTERS) -> str | None:
                 return f"{most} items in {name or 'a list'}"
         for at, item in named:
             follows = (within or at in _COMPILED) and at not in _PROSE
+            if within is None or id(item) in data:
+                follows = None
             if isinstance(item, dict | list):
                 left.append((at, item, depth + 1, follows))
             elif isinstance(item, str):
-                if at in ("pattern", "regex") and _repeats_much(item):
+                if at in ("pattern", "regex") and within is not None and _repeats_much(item):
                     return f"{MAX_REPETITIONS} repetitions in a pattern"
                 characters += 0 if at in _MEDIA else len(item)
                 compiled += len(item) if follows else 0

@@ -99,3 +99,35 @@ def test_era_in_a_message_or_a_batch_is_refused_by_its_place() -> None:
     use = {"type": "tool_use", "input": {"reigns": [{"type": "house", "era": "Tudor"}]}}
     assert told(CHAT, messages=[{"role": "assistant", "content": [use]}]) == ""
     assert told(CHAT, tools=[{"type": "function", "era": 1}], metadata={"era": 1}) == ""
+
+
+CALLS = (
+    {"filters": [{"type": "video", "min": 3}]},
+    {"results": [{"video_url": "https://x/y", "title": "t"}], "pattern": "f.{0,2000}r"},
+    {"parameters": {"code": "x" * 70_000}},
+    {"patternProperties": {"f.{0,2000}r": [{"image_url": "https://x/y", "uuid": "1"}]}},
+)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: next(iter(call)))
+def test_what_a_tool_was_called_with_is_data(
+    call: dict[str, object],
+) -> None:
+    """The model wrote it, and a client has to send it back with each further turn."""
+    from era_vllm_server.fields import check
+    from era_vllm_server.middleware.body import excess_of
+
+    def told(path: str, block: dict[str, object]) -> list[str]:
+        body: dict[str, object] = {"messages": [{"role": "assistant", "content": [block]}]}
+        for owner in (None, "o"):
+            found = check(path, body, {MESSAGES}, owner, PICTURES)
+            if found is not None:
+                return [str(found)]
+        return [excess] if (excess := excess_of(path, body)) else []
+
+    use = {"type": "tool_use", "id": "t1", "name": "search", "input": call}
+    assert not told(MESSAGES, use) and not told(f"{MESSAGES}/count_tokens", use)
+    elsewhere = [told(CHAT, use), told(MESSAGES, {**use, "type": "text"})]
+    elsewhere.append(told(MESSAGES, {"type": "text", "text": "", "within": [use]}))
+    assert all(elsewhere), "nothing else is passed by"
+    assert excess_of(MESSAGES, {"messages": [{"content": [{**use, "input": {"a": ["x"] * 5000}}]}]})

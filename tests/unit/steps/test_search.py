@@ -100,3 +100,17 @@ def test_every_number_of_anchors_adds_one_to_the_last(search: str) -> None:
             len(more) == count and less < more for less, more in zip(before, now, strict=True)
         )
         before = now
+
+
+def test_large_segments_are_searched_alike_and_know_no_neighbour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    similarity = gram(unit(torch.randn(3, 60, 16, generator=torch.Generator().manual_seed(4))))
+    kernel, first = similarity + 0.1 * torch.eye(60), torch.tensor([7, 0, 59])
+    expected = dpp_map(kernel, first, 40)
+    monkeypatch.setattr("era_vllm.steps.search._LARGE", 100)
+    assert torch.equal(dpp_map(kernel, first, 40), expected)
+    for one in range(3):
+        alone = dpp_map(kernel[one : one + 1], first[one : one + 1], 40)
+        assert torch.equal(alone[0], expected[one])
+    assert set(dpp_map(kernel, first, 20)[0].tolist()) < set(expected[0].tolist())
