@@ -16,6 +16,7 @@ FIGURES: Final = ROOT / "docs" / "fidelity" / "sample.json"
 SHOWN: Final = {
     "dpp": "`dpp`",
     "era": "`era` (the paper's method)",
+    "random": "`random`",
     "uniform": "`uniform`",
     "pool": "`pool`",
 }

@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -245,11 +246,22 @@ def shown(cells: Sequence[Mapping[str, object]]) -> str:
 
 
 def get(url: str, path: str) -> dict[str, object]:
-    """Return a JSON answer of the server."""
+    """Return a JSON answer of the server.
+
+    Raises:
+        UnsupportedError: no answer, or none of ours.
+    """
     headers = {"Authorization": f"Bearer {os.environ.get('API_KEY', 'none')}"}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url + path, headers=headers), timeout=30) as reply:
-        return json.load(reply)
+    try:
+        with opener.open(urllib.request.Request(url + path, headers=headers), timeout=30) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        needs = {401: "; set API_KEY", 404: "; needed a server with era_vllm, stock vLLM has none"}
+        said = f"{url}{path} answered {error.code}{needs.get(error.code, '')}"
+        raise UnsupportedError(said) from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedError(f"{url}{path} does not answer ({error}); is it up?") from error
 
 
 def _words(text: str) -> list[str]:

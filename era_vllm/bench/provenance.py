@@ -18,7 +18,7 @@ def provenance() -> dict[str, object]:
         versions[name] = str(import_module(name).__version__)
     versions["vllm"] = _vllm_version()
     return {
-        "commit": _commit(),
+        "commit": commit_of(Path(era_vllm.__file__).parent.parent),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions,
         "hardware": hardware(),
@@ -80,14 +80,18 @@ def _vllm_version() -> str:
     return "unknown"
 
 
-def _commit() -> str | None:
-    folder = Path(era_vllm.__file__).parent
+def commit_of(checkout: Path) -> str | None:
+    """Return the commit of a git checkout; None of a folder that is none, or in another's."""
+    root = _git(checkout, "rev-parse", "--show-toplevel")
+    if not root or Path(root).resolve() != checkout.resolve():
+        return None
+    return _git(checkout, "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _git(folder: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

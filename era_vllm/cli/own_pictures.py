@@ -23,7 +23,9 @@ _ENDINGS: Final = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", "
 _AS_THEY_ARE: Final = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
-def read(folder: Path, prompts: Path | None, kind: str, count: int) -> "list[Shown]":
+def read(
+    folder: Path, prompts: Path | None, kind: str, count: int, *, least: int = 2
+) -> "list[Shown]":
     """Read pictures and what is asked about them; say which files cannot be read, and go on.
 
     Args:
@@ -31,9 +33,10 @@ def read(folder: Path, prompts: Path | None, kind: str, count: int) -> "list[Sho
         prompts: A file of questions; None: those of the kind.
         kind: Of ``PROMPTS``.
         count: Pictures at most, evenly spaced in the folder.
+        least: Pictures at least.
 
     Raises:
-        ConfigError: fewer than two pictures can be read, or a file of prompts that cannot be.
+        ConfigError: fewer pictures can be read, or a file of prompts that cannot be.
     """
     from era_vllm.lab.recommendation import PROMPTS, Prompt, Shown
 
@@ -62,10 +65,10 @@ def read(folder: Path, prompts: Path | None, kind: str, count: int) -> "list[Sho
             continue
         asked = tuple(map(Prompt, own.get(file.name, common)))
         found.append(Shown(file.name, media, asked))
-    if len(found) < 2:
+    if len(found) < least:
         raise ConfigError(
             f"PICTURES: {str(folder)!r} has {len(found)} pictures that can be asked about, needed "
-            f"2 or more (fifty say something) that end in {', '.join(sorted(_ENDINGS))}"
+            f"{least} or more (fifty say something) that end in {', '.join(sorted(_ENDINGS))}"
         )
     return found
 
@@ -76,7 +79,7 @@ def open_pictures(
     """Yield a folder's pictures with questions; or, of none, generated ones with theirs.
 
     Raises:
-        ConfigError: no folder, fewer than two pictures in it, or a bad file of prompts.
+        ConfigError: no folder, no picture in it, or a bad file of prompts.
     """
     if folder is None:
         from era_vllm.lab.synth.dataset import generate
@@ -88,7 +91,7 @@ def open_pictures(
 
     from era_vllm.pictures import shown
 
-    for picture in read(folder, prompts, "photo", count):
+    for picture in read(folder, prompts, "photo", count, least=1):
         (medium,) = picture.media
         with Image.open(io.BytesIO(medium.data)) as opened:
             yield shown(opened)[0], [question.text for question in picture.questions]

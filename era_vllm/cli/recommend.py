@@ -126,7 +126,7 @@ def _write(
     whole, *pruned = levels
     number = int(str(about["pictures"]))
     words = ["era-vllm", "serve", "MODEL" if arguments.url else arguments.model]
-    words += ["--era-policy", arguments.policy] if arguments.policy else []
+    words += _flags(arguments.policy) if arguments.policy else []
     command = shlex.join(filter(None, words))
     said = report.verdict(best, pruned, number, arguments.target, command)
     if refused := list(map(str, about["refused"])):  # type: ignore[call-overload]
@@ -179,6 +179,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--out: {str(arguments.out / name)!r} is no file; name another folder"
             )
+
+
+def _flags(policy: str) -> list[str]:
+    """Return what makes a server prune as one did that was started for it (``_variant``)."""
+    asks = _variant(None, policy).options
+    return ["--era-policy", policy, *(["--era-question-aware"] if asks else [])]
 
 
 def _variant(served: str | None, wanted: str) -> "Variant":

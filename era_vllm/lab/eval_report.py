@@ -111,7 +111,8 @@ def markdown(report: Mapping[str, Any], rows: Sequence[Scored], masses: Sequence
         "questions, which chance answers half of. *Against rate 0*: difference in points over the",
         f"same tasks. Intervals: 95 %, {RESAMPLES} resamples of tasks. *Tokens*: visual ones of a",
         "task, the mean. *s*: seconds a question, beside others that are under way. *KL*: of first",
-        "tokens from rate 0's, nats. Rate 0 is stock vLLM. Fewer than some 30 tasks say little.",
+        "tokens from rate 0's, nats. Rate 0: the same, nothing pruned. Fewer than some 30 tasks say"
+        " little.",
         "",
         *_table(_HEAD, [_cells(row) for row in rows]),
         "",

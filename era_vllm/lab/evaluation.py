@@ -1,8 +1,8 @@
 """Ask a model everything: variants (policy and options) x rates, and keep each answer.
 
 A variant is an asker of its own (a server, an engine), a rate what it is asked with. Answers are
-written as they come, so that an evaluation that was stopped goes on where it was. Rate 0 is stock
-vLLM whatever the variant, and asked once. Leaves out who answers (``cli/askers.py``), what the
+written as they come, so that an evaluation that was stopped goes on where it was. Rate 0 is
+the first variant's with nothing pruned, and asked once. Leaves out who answers (``cli/askers.py``), what the
 answers are worth (``scores.py``) and the pages (``eval_report.py``, ``recommend_report.py``).
 """
 
@@ -47,7 +47,7 @@ class Variant:
         )
 
     def row(self, rate: float) -> str:
-        """Return the name of its row at a rate; at 0 it is stock vLLM, whatever it is."""
+        """Return the name of its row at a rate; at 0 nothing is pruned, whatever it is."""
         return self.name if rate else UNPRUNED
 
     @property

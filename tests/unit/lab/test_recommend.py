@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from era_vllm.cli.main import main
-from era_vllm.cli.own_pictures import _prompts
-from era_vllm.cli.recommend import KINDS
-from era_vllm.config import LEVELS
+from era_vllm.cli.own_pictures import _prompts, read
+from era_vllm.cli.recommend import KINDS, _flags
+from era_vllm.config import LEVELS, EraConfig
+from era_vllm.errors import ConfigError
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab import recommend_report as report
 from era_vllm.lab.asking import Answer
@@ -31,6 +32,7 @@ from era_vllm.lab.recommendation import (
     word_f1,
     worst,
 )
+from era_vllm.policies import make_policy
 
 NEAR, FAR = {1: -0.1, 2: -3.0}, {1: -3.0, 2: -0.1}
 NAMES = dict(LEVELS)
@@ -51,6 +53,22 @@ def rows(pictures: int, wrong: int) -> list[Row]:
         row(0.889, some, 11, 1.0, FAR),
         row(0.944, [["red", "4"]] * pictures, 6, 1.0, FAR),
     ]
+
+
+def test_what_is_to_be_served_reads_the_question_where_what_was_measured_did() -> None:
+    assert _flags("dpp") == ["--era-policy", "dpp"]
+    assert _flags("cdpruner") == ["--era-policy", "cdpruner", "--era-question-aware"]
+    for policy in ("dpp", "cdpruner"):
+        settings = {"policy": policy, "question_aware": "--era-question-aware" in _flags(policy)}
+        make_policy(EraConfig.parse(settings))
+
+
+def test_one_picture_of_many_is_read_where_one_is_enough(tmp_path: Path) -> None:
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    assert [one.name for one in read(tmp_path, None, "photo", 1, least=1)] == ["a.png"]
+    with pytest.raises(ConfigError, match="has 1 pictures .* needed 2 or more"):
+        read(tmp_path, None, "photo", 1)
 
 
 def test_words_count_and_not_how_they_are_written() -> None:
