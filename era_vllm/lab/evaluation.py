@@ -2,8 +2,9 @@
 
 A variant is an asker of its own (a server, an engine), a rate what it is asked with. Answers are
 written as they come, so that an evaluation that was stopped goes on where it was. Rate 0 is
-the first variant's with nothing pruned, and asked once. Leaves out who answers (``cli/askers.py``), what the
-answers are worth (``scores.py``) and the pages (``eval_report.py``, ``recommend_report.py``).
+the first variant's with nothing pruned, and asked once. Leaves out who answers
+(``cli/askers.py``), what the answers are worth (``scores.py``) and the pages (``eval_report.py``,
+``recommend_report.py``).
 """
 
 import json
