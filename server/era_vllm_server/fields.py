@@ -211,7 +211,8 @@ def arguments(path: str, fields: object) -> frozenset[int]:
     said = fields.get("messages")
     contents = [one.get("content") for one in _objects(said)]
     blocks = [block for content in contents for block in _objects(content)]
-    return frozenset(id(block.get("input")) for block in blocks if block.get("type") == "tool_use")
+    given = [block.get("input") for block in blocks if block.get("type") == "tool_use"]
+    return frozenset(id(one) for one in given if isinstance(one, dict))  # a text may be shared
 
 
 def _objects(value: object) -> list[dict[str, object]]:

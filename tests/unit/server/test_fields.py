@@ -110,9 +110,7 @@ CALLS = (
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: next(iter(call)))
-def test_what_a_tool_was_called_with_is_data(
-    call: dict[str, object],
-) -> None:
+def test_what_a_tool_was_called_with_is_data(call: dict[str, object]) -> None:
     """The model wrote it, and a client has to send it back with each further turn."""
     from era_vllm_server.fields import check
     from era_vllm_server.middleware.body import excess_of
