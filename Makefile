@@ -66,16 +66,20 @@ bodies: env  ## what one body can do: gaps of /health, memory; report in out/ (A
 soak: env  ## ten minutes above capacity, then kill -9; report in out/ (ARGS="--seconds 60 ...")
 	@$(TIMED) $(BIN)/python deploy/loadtest/soak.py $(ARGS)
 
+serve: env  ## the OpenAI server with the small model (ARGS="MODEL --era-pruning-rate .9 ...")
+	@$(BIN)/era-vllm serve $(ARGS)
+
 else
 
 # vLLM has no CPU wheel for this platform: the same targets, in a Linux container.
 check test demo:
-	@FAST=$(FAST) deploy/in_container.sh $@
+	@FAST=$(FAST) JOBS=$(JOBS) deploy/in_container.sh $@
+
+env test-all test-gpu bench loadtest bodies soak serve:
+	@echo "make $@: runs on Linux, this is $$(uname -s); here: make check, test or demo (in a" \
+	  "container), and the server as an image (the head of Dockerfile)" >&2; exit 2
 
 endif
-
-serve: env  ## the OpenAI server with the small model (ARGS="MODEL --era-pruning-rate .9 ...")
-	@$(BIN)/era-vllm serve $(ARGS)
 
 clean:  ## remove .venv and what tests and builds leave
 	@rm -rf .venv build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

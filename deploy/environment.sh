@@ -29,7 +29,9 @@ case $platform in
     *) fail "vLLM has no CPU wheel for this platform" "$platform" "Linux on x86_64 or aarch64" \
         "deploy/in_container.sh TARGET runs a make target in a Linux container" ;;
 esac
-exec 9<pyproject.toml; flock 9  # one at a time: two `make` in one tree wait for each other
+# One at a time: two `make` in one tree wait for each other. NFS locks only what may be written.
+if [[ -w pyproject.toml ]]; then exec 9<>pyproject.toml; else exec 9<pyproject.toml; fi
+flock 9
 
 # ---- Nothing to do? ------------------------------------------------------------------------
 # What decides the environment: pyproject.toml as far as the settings of the linters, this script,
@@ -66,6 +68,7 @@ find_python() {
 }
 if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     find_python
+    mkdir -p "$(dirname "$VENV")"
     free_gb=$(($(df -Pk "$(dirname "$VENV")" | awk 'END {print $4}') / 1024 / 1024))
     ((free_gb >= NEED_GB)) || fail "not enough disk for $VENV" "$free_gb GB free" "$NEED_GB GB" \
         "free some, or put the environment elsewhere: ERA_VENV=/big/disk/venv"

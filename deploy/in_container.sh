@@ -17,4 +17,5 @@ terminal=()
 exec docker run --rm --init ${terminal[@]+"${terminal[@]}"} --shm-size 1g \
     --volume "$PWD:/src" --volume era-vllm-environment:/environment --workdir /src \
     --env ERA_VENV=/environment/venv --env FAST="${FAST:-}" --env CI="${CI:-}" \
+    --env JOBS="${JOBS:-2}" \
     era-vllm-tools make "$target"

@@ -173,7 +173,10 @@ class Collector:
 def commit_here() -> str:
     """Return the commit that is checked out, + where tracked files differ; "" outside git."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git at all
+        return ""
 
 
 def machine_here() -> str:

@@ -51,6 +51,8 @@ def main() -> None:
             refused += 1
             print(f"{title:<50} REFUSED: {json.load(error)['error']}")
             continue
+        except OSError as error:
+            sys.exit(f"{url}: {error}; needed the address of a Prometheus that is up")
         for labels, value in found or [({}, None)]:
             shown = "no data" if value is None else f"{value:.4g}"
             print(f"{title:<50} {shown:>10}  {' '.join(labels.values())}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from watch import processes
 
 from era_vllm.bench.provenance import provenance
+from era_vllm.errors import EraError
 from era_vllm.lab.servers import Server, wait_for
 
 DESCRIPTION: Final = """Send one body at a time; report the longest gap in /health and memory.
@@ -77,6 +78,7 @@ class Bench:
         self.arguments = arguments
         self.cpus = sorted(os.sched_getaffinity(0))
         self.server: Server | None = None
+        self.probe: Probe | None = None
 
     def run(self) -> list[dict[str, object]]:
         """Send every body; returns a row for each."""
@@ -113,6 +115,7 @@ class Bench:
 
     def _try(self, body: Body) -> Sample:
         data = body.encode()
+        assert self.probe is not None  # since _start
         with self.probe.watching() as sample:
             sample.status, sample.seconds = self._post(body.path, data)
         if sample.ended:
@@ -149,8 +152,10 @@ class Bench:
         self.probe = Probe(self.server.port, processes(self.server.pid)[0].pid, _KILL_MIB)
 
     def _stop(self) -> None:
-        if self.server is not None:
+        if self.probe is not None:
             self.probe.close()
+            self.probe = None
+        if self.server is not None:
             self.server.stop()
             self.server = None
 
@@ -197,4 +202,7 @@ def options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EraError as error:
+        sys.exit(f"bodies: {error}")

@@ -39,10 +39,11 @@ def read_rows(
 ) -> Float[Tensor, "m hkv dw"]:
     """Return the slots' widened rows that hold the bias (keys or values), cache scale undone."""
     cache = layer.kv_cache
-    if cache.ndim != 4 or cache.shape[1] != layer.num_kv_heads:
+    known = cache.ndim == 4 and cache.shape[1] == layer.num_kv_heads
+    if cache.device.type != "cpu" or not known:  # a GPU's has the same shape, and another order
         raise CacheError(
-            f"KV cache of shape {tuple(cache.shape)}: reading slots back is only known for caches "
-            f"[blocks, {layer.num_kv_heads} heads, ...] (the CPU backend's)"
+            f"KV cache of shape {tuple(cache.shape)} on {cache.device.type}: reading slots back is "
+            f"only known for caches [blocks, {layer.num_kv_heads} heads, ...] of the CPU backend"
         )
     where = _positions(layer, block_size)
     block, offset = slots // block_size, slots % block_size

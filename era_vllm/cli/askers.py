@@ -35,6 +35,7 @@ _OWN_FLAGS: Final = ("--era-", "--no-era-", "--host", "--port", "--served-model-
 _SECRETS: Final = ("--api-key", "--hf-token")
 """Flags whose values would be written to answers and reports."""
 _KV_BYTES: Final = 256 << 20  # of an engine, as of SERVER
+_START_S: Final = 3600.0  # a server that ends says so at once; large weights take their time
 _BLOCK: Final = 32
 """Tokens of an engine's block: questions share the whole blocks of a picture, and of a CPU's 128
 few are whole (SmolLM2 at .5: 2.4 times the time)."""
@@ -136,6 +137,25 @@ def answered(
             ) from error
 
 
+def files_of(folder: Path) -> str:
+    """Return a hash of what stands in a folder: names, sizes, times."""
+    files = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            about = file.stat()
+            files.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return files.hexdigest()
+
+
+def code(source: Source, variants: "Sequence[Variant]") -> dict[str, object]:
+    """Return what makes the numbers, where they are made here: our code, and others' policies'."""
+    from era_vllm.vllm_plugin.build import build
+
+    if source.policy:  # of a server that is up, which said so
+        return {}
+    return {"code": sorted({build(variant.policy) for variant in variants})}
+
+
 def check_reference(option: str, arguments: argparse.Namespace) -> None:
     """Refuse what plain transformers cannot prune here.
 
@@ -221,13 +241,8 @@ def _of_folder(
         raise ConfigError(f"MODEL: got {', '.join(names)}, allowed: {', '.join(sorted(FAMILIES))}")
     if asker == "transformers":
         _check_reference("--asker transformers", names)
-    files = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            about = file.stat()
-            files.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     dtype = arguments.dtype or fast_dtype()
-    head: dict[str, object] = {"model": str(folder), "files": files.hexdigest(), "dtype": dtype}
+    head: dict[str, object] = {"model": str(folder), "files": files_of(folder), "dtype": dtype}
     head |= {"asker": asker} | ({"server": shlex.join(flags)} if asker == "http" else {})
 
     def asker_of(variant: "Variant") -> "AbstractContextManager[Asker]":
@@ -266,6 +281,8 @@ def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerA
         limits, levels, title = about["limits"], dict(about["levels"]), str(about["model"])
         head = {"url": url, "model": title, "settings": about["settings"], "asker": "http"}
         head["server"] = about["versions"]
+        head["limits"] = limits
+        head |= {name: about[name] for name in ("model_identity", "dtype", "code")}
         takes, policy = list(about["modalities"]), str(about["policy"])
         low, high = limits["min_pruning_rate"], limits["max_pruning_rate"]
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
@@ -296,7 +313,7 @@ def _server(
     environment["TORCH_COMPILE_DISABLE"] = "1"
     log = out / "server.log"
     with Server(f"the server of {variant.name}", command, environment, log) as server:
-        wait_for([server])
+        wait_for([server], _START_S)
         try:
             with connect(server.url) as asker:
                 yield asker

@@ -122,8 +122,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     head = {**source.head, "tasks": dict.fromkeys(kinds, arguments.count), "seed": arguments.seed}
     head |= {"split": arguments.split}
     head |= {"commit": origin["commit"], "versions": origin["versions"]}
-    head |= {"backgrounds": str(photos.resolve())} if photos else {}
-    head |= _calibrations(variants)
+    head |= {"backgrounds": f"{photos.resolve()} {askers.files_of(photos)}"} if photos else {}
+    head |= askers.code(source, variants) | _calibrations(variants)
     head |= {"families": sorted(arguments.families)} if arguments.families else {}
     rows = askers.answered("eval", out, head, subjects, wanted, source.asker_of)
     scored = eval_report.scored(subjects, rows)

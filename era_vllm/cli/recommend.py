@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     origin, variant = provenance(), _variant(source.policy, arguments.policy or DEFAULT_POLICY)
     head = {**source.head, "max_tokens": most, "asked": fingerprint(subjects)}
     head |= {"policy": variant.policy, "commit": origin["commit"], "versions": origin["versions"]}
+    head |= askers.code(source, [variant])
     wanted = cells([variant], [0.0, *rates])
     with source.asker_of(variant) as asker:
         rows = askers.answered(
@@ -125,9 +126,9 @@ def _write(
 
     whole, *pruned = levels
     number = int(str(about["pictures"]))
-    words = ["era-vllm", "serve", "MODEL" if arguments.url else arguments.model]
+    words = ["era-vllm", "serve", *([arguments.model] if arguments.model else [])]
     words += _flags(arguments.policy) if arguments.policy else []
-    command = shlex.join(filter(None, words))
+    command = "the server's own command with" if arguments.url else shlex.join(words)
     said = report.verdict(best, pruned, number, arguments.target, command)
     if refused := list(map(str, about["refused"])):  # type: ignore[call-overload]
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""

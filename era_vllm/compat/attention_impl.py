@@ -56,14 +56,15 @@ def differences(stock: Attention, wider: Attention) -> list[str]:
     old, new = vars(stock.impl), vars(wider.impl)
     given = inspect.signature(type(stock.impl).__init__).parameters
     plain = bool | int | float | str | tuple | None
-    return [
+    apart = [
         name
         for name in given
-        if name != "head_size"
+        if name not in ("head_size", "logits_soft_cap")
         and name in old.keys() & new.keys()
         and isinstance(old[name], plain)
         and old[name] != new[name]
     ]
+    return apart + ["logits_soft_cap"] * (soft_cap_of(stock) != soft_cap_of(wider))
 
 
 def scale_of(layer: Attention) -> float:

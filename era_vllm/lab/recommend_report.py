@@ -75,7 +75,7 @@ def verdict(
 ) -> list[str]:
     """Return what is recommended, how sure that is, and how it is set: a line each.
 
-    Args:    command: what serves the model, without a rate.
+    Args:    command: what serves the model, without a rate, or words for it.
     """
     aim = f"the target of {100 * target:g} %"
     if best is None:

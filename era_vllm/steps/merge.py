@@ -85,5 +85,6 @@ def cluster_sum(
     order = key.argsort(stable=True)
     lengths = torch.zeros(dropped + 1, dtype=torch.int64, device=x.device)
     lengths.scatter_add_(0, key, torch.ones_like(key))
-    total = torch.segment_reduce(x.flatten(0, 1)[order], "sum", lengths=lengths, unsafe=True)
-    return total[:dropped].view(segments, num_anchors, -1)
+    rows, lengths = x.flatten(0, 1)[order], lengths[:dropped]  # those left out come last
+    total = torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True)
+    return total.view(segments, num_anchors, -1)

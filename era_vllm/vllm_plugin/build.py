@@ -19,12 +19,13 @@ _NUMBERS: Final = ("attention", "compat", "models", "policies", "steps", "vllm_p
 
 
 @cache
-def build(policy: str, family: str) -> str:
+def build(policy: str, family: str = "") -> str:
     """Return our version, a hash of our code, and one of each module that is not ours.
 
     Args:
         policy: ``EraConfig.policy``.
-        family: ``Family.target``. What these modules import is not hashed.
+        family: ``Family.target``; empty: whatever it is, one of ours. What these modules import
+            is not hashed.
     """
     root = Path(inspect.getfile(era_vllm)).parent
     files = [*root.glob("*.py"), *(f for name in _NUMBERS for f in (root / name).rglob("*.py"))]
@@ -36,7 +37,7 @@ def build(policy: str, family: str) -> str:
     if ":" in policy:
         parts.append(_of_file(inspect.getfile(policy_class(policy))))
     module = family.partition(":")[0]
-    if not module.startswith(f"{era_vllm.__name__}."):
+    if module and not module.startswith(f"{era_vllm.__name__}."):
         parts.append(_of_file(inspect.getfile(import_module(module))))
     return " ".join(parts)
 

@@ -66,14 +66,14 @@ class InjectedStates(nn.Module):
             columns: Theirs, in the order of the tokens.
         """
         layers, _, width = self.states.shape
-        tokens = is_visual.shape[0]
         visual = is_visual.to(self.mask.device, non_blocking=True)
-        pruned = columns[:, -1:] > _HALF
+        # How many they are is known here, so that no device has to say where they are; a masked
+        # scatter would hold a sum of int64 for each number of the states of the whole step.
+        places = visual.logical_not().argsort(stable=True)[: len(columns)]
         self.mask.zero_()
-        self.mask[:tokens].masked_scatter_(visual[:, None], pruned)
-        values = columns[:, :-1].unflatten(1, (layers, width)).transpose(0, 1).contiguous()
-        step = self.states[:, :tokens]
-        step.masked_scatter_(visual[None, :, None].expand_as(step), values)
+        self.mask.index_copy_(0, places, columns[:, -1:] > _HALF)
+        values = columns[:, :-1].unflatten(1, (layers, width)).transpose(0, 1)
+        self.states.index_copy_(1, places, values.to(self.states.dtype))
         self._dirty = True
 
     def into(self, level: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

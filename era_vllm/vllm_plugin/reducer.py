@@ -27,6 +27,8 @@ from era_vllm.vllm_plugin.packing import pack
 _MOST_SIMILARITIES: Final = 2**25
 """Numbers in the n x n matrices of one call of the pipeline, which holds a few of them (128 MiB
 each in float32); a larger segment goes alone."""
+_MOST_TOKENS: Final = 8192
+"""Tokens of one call of the pipeline, or as many as were rehearsed; a larger segment goes alone."""
 
 
 class PrunedSegment(NamedTuple):
@@ -68,6 +70,7 @@ class Reducer(nn.Module):
         self._policy, self._era, self._width = policy, era, width
         self.metrics = ReducerMetrics()
         self.listeners: list[Listener] = []
+        self._most_tokens = _MOST_TOKENS
         counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
         self.register_buffer("degenerate", counts, persistent=False)
 
@@ -75,7 +78,7 @@ class Reducer(nn.Module):
         """Return for each item [kept, d + r + c]: what stays, in its unpruned order, packed."""
         found: dict[tuple[int, int], PrunedSegment] = {}
         with self.metrics.timed(len(items), self.degenerate):
-            for num_anchors, members in _groups(items):
+            for num_anchors, members in _groups(items, self._most_tokens):
                 tokens = self._stacked(items, members)
                 result = self._prune(tokens, num_anchors)
                 self.degenerate += result.degenerate
@@ -93,10 +96,12 @@ class Reducer(nn.Module):
     def rehearse(self, items: Sequence[Encoded]) -> None:
         """Run the pipeline at its largest, the largest grids at K = n - 1, and drop the result.
 
-        In the pass that vLLM profiles memory with K may be n, for which there is nothing to do.
+        In the pass that vLLM profiles memory with K may be n, for which there is nothing to do. No
+        later call has more tokens.
         """
-        _, members = next(_groups(items))
+        _, members = next(_groups(items, None))
         tokens = self._stacked(items, members)
+        self._most_tokens = max(_MOST_TOKENS, tokens.segments * tokens.n)
         if tokens.n > 1:
             self._prune(tokens, tokens.n - 1)
 
@@ -148,7 +153,7 @@ def _on(layout: Layout, device: torch.device) -> _OnDevice:
     return _OnDevice(places, to(layout.separators), outside, to(layout.position_offsets))
 
 
-def _groups(items: Sequence[Encoded]) -> Iterator[tuple[int, Members]]:
+def _groups(items: Sequence[Encoded], most_tokens: int | None) -> Iterator[tuple[int, Members]]:
     """Yield K and the segments that go through the pipeline together, the largest grids first."""
     groups: dict[tuple[tuple[int, int], int], Members] = defaultdict(list)
     for i, item in enumerate(items):
@@ -160,6 +165,8 @@ def _groups(items: Sequence[Encoded]) -> Iterator[tuple[int, Members]]:
     for (grid, count), members in largest:
         n = grid[0] * grid[1]
         at_once = max(1, _MOST_SIMILARITIES // (n * n))
+        if most_tokens is not None:
+            at_once = max(1, min(at_once, most_tokens // n))
         for first in range(0, len(members), at_once):
             yield count, members[first : first + at_once]
 

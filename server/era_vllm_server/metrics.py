@@ -62,9 +62,9 @@ RESPONSES: Final = Counter(
 for _status in ("500", "504"):  # a rate sees no first failure that no 0 went before
     RESPONSES.labels(_status)
 
-_WAIT_S: Final = 5.0
-"""A scrape waits so long for the workers, who answer between two steps. Prometheus gives up after
-10."""
+WAIT_S: Final = 2.0
+"""A scrape waits so long for the workers, who answer between two steps: below what Prometheus waits
+for a scrape (``deploy/prometheus/prometheus.yml``), which would take a slow step for an end."""
 FRESH_S: Final = 1.0
 """How long an answer is given again. Whoever scrapes no more often than that never sees a counter
 go back, whichever API servers answer: each figure is younger than the scrape before."""
@@ -91,7 +91,7 @@ class WorkerMetrics:
         self._asked_at = -math.inf
 
     async def ask(self) -> "Figures | None":
-        """Ask the workers, unless a question is still open or young; wait for at most ``_WAIT_S``.
+        """Ask the workers, unless a question is still open or young; wait for at most ``WAIT_S``.
 
         Returns:
             What they said within the last ``FRESH_S``; None where they do not.
@@ -103,10 +103,10 @@ class WorkerMetrics:
             self._asked_at = monotonic()
             self._asking = asyncio.create_task(self._answer())
         asked = self._asking
-        await asyncio.wait({asked}, timeout=_WAIT_S)
+        await asyncio.wait({asked}, timeout=WAIT_S)
         if asked.done():
             return asked.result()
-        logger.warning("workers' metrics are left out: no answer within %g s", _WAIT_S)
+        logger.warning("workers' metrics are left out: no answer within %g s", WAIT_S)
         return None
 
     async def _answer(self) -> "Figures | None":

@@ -1,10 +1,14 @@
 """The bias lives with the KV entry: read back from the engine's own cache, in every layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from era_vllm.attention.cache_reader import read_bias
+from era_vllm.attention.cache_reader import read_bias, read_rows
 from era_vllm.attention.layer import RectifiedAttention
+from era_vllm.compat.attention_impl import differences
+from era_vllm.errors import CacheError
 from era_vllm.types import Degenerate
 
 PREFIX = 3  # <s> USER :
@@ -16,6 +20,29 @@ def slots_of_first_request(engine, tokens):
     table = engine.runner.input_batch.block_table[0].get_cpu_tensor()[0]
     position = torch.arange(tokens)
     return table[position // size].long() * size + position % size
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 16), (2, 8, 16)])
+def test_a_cache_of_another_backend_is_not_read(shape):
+    """A GPU's has the CPU's shape in another order, and would be written to by a CPU's slots."""
+    layer = SimpleNamespace(kv_cache=torch.empty(shape, device="meta"), num_kv_heads=4)
+    with pytest.raises(CacheError, match="on meta: reading slots back is only known for"):
+        read_rows(layer, torch.arange(2), 8)
+
+
+def test_backends_that_write_no_soft_cap_differently_are_alike():
+    """FlashInfer keeps None; FlashAttention and Triton 0."""
+
+    class Backend:
+        def __init__(self, head_size, scale, logits_soft_cap):
+            self.head_size, self.scale, self.logits_soft_cap = head_size, scale, logits_soft_cap
+
+    def layer(*given):
+        return SimpleNamespace(impl=Backend(*given))
+
+    assert differences(layer(64, 0.125, None), layer(72, 0.125, 0)) == []
+    assert differences(layer(64, 0.125, None), layer(72, 0.125, 30.0)) == ["logits_soft_cap"]
+    assert differences(layer(64, 0.125, 30.0), layer(72, 0.1, 30.0)) == ["scale"]
 
 
 def rectified_layers(engine):

@@ -6,16 +6,21 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import pytest
+import yaml
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from era_vllm.calibration import model_identity
+from era_vllm.cli.options import DEFAULT_MODEL
 from era_vllm.config import EraConfig
 from era_vllm.types import Degenerate
+from era_vllm.vllm_plugin.build import build
 from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm_server import info, metrics, ready
 from era_vllm_server.settings import ServerSettings
@@ -156,7 +161,7 @@ def test_workers_that_do_not_answer_in_time_leave_a_gap(monkeypatch):
         return [*seen, await told(request)]
 
     monkeypatch.setattr(metrics, "call_workers", call_workers)
-    monkeypatch.setattr(metrics, "_WAIT_S", 0.05)
+    monkeypatch.setattr(metrics, "WAIT_S", 0.05)
     monkeypatch.setattr(metrics, "FRESH_S", 0.0)
     assert asyncio.run(run()) == [10, None, 5000, None]
 
@@ -276,8 +281,17 @@ def test_info_says_what_can_be_asked_for(servers):
     assert EraConfig.parse(said["settings"]) == EraConfig(policy="era")
     assert said["server"] == ServerSettings().model_dump(mode="json")
     assert said["families"] == sorted(FAMILIES)
-    assert said["modalities"] == ["image"]
+    assert said["modalities"] == ["image"] and said["dtype"] == "float32"
+    assert said["model_identity"] == model_identity(Path(DEFAULT_MODEL))[:16]
+    assert said["code"] == build("era")
     assert set(said["versions"]) == {"era_vllm", "vllm", "torch", "transformers", "python"}
+
+
+def test_a_slow_step_is_no_failed_scrape():
+    """The Prometheus that is shipped waits longer for /metrics than that does for the workers."""
+    file = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
+    shipped = yaml.safe_load(file.read_text())["global"]
+    assert float(shipped["scrape_timeout"].removesuffix("s")) >= 2 * metrics.WAIT_S
 
 
 def test_info_names_no_file(tmp_path):

@@ -19,6 +19,19 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def cut(folder: Path, step: int) -> None:
+    """Drop the lines behind a step: of a training that ended without being saved.
+
+    Args:    step: That training goes on from; 0: it begins, and what is there is another's.
+    """
+    file = folder / LINES
+    if not file.exists():
+        return
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
+    kept = [line for line in whole if step and json.loads(line)["step"] <= step]
+    file.write_text("".join(kept), encoding="utf-8")
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """Return the lines."""
     text = (folder / LINES).read_text(encoding="utf-8")

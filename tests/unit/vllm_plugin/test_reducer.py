@@ -7,7 +7,7 @@ from torch import Tensor
 
 import era_vllm.vllm_plugin.reducer as reducer_module
 from era_vllm.config import EraConfig
-from era_vllm.layout import Layout, SegmentLayout
+from era_vllm.layout import Layout, SegmentLayout, one_grid
 from era_vllm.pipeline import prune
 from era_vllm.plan import Plan, plan
 from era_vllm.policies import make_policy
@@ -88,8 +88,6 @@ def test_every_item_is_what_its_segments_are_alone(
 
 
 def test_a_call_of_the_pipeline_is_bounded(monkeypatch) -> None:
-    from era_vllm.layout import one_grid
-
     config = EraConfig(policy="era")
     calls: list[tuple[int, int]] = []
 
@@ -108,6 +106,27 @@ def test_a_call_of_the_pipeline_is_bounded(monkeypatch) -> None:
     calls.clear()
     reducer.rehearse(items)
     assert calls == [(1, 11)]
+
+
+def test_no_call_has_more_tokens_than_were_rehearsed(monkeypatch) -> None:
+    config = EraConfig(policy="era")
+    calls: list[int] = []
+
+    def counted(tokens: VisualTokens, *rest: object, **more: object) -> object:
+        calls.append(tokens.segments * tokens.n)
+        return prune(tokens, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reducer_module, "prune", counted)
+    monkeypatch.setattr(reducer_module, "_MOST_TOKENS", 24)
+    items = [item(one_grid(3, 4, ()), 0.5, seed, config) for seed in range(5)]
+    unseen = Reducer(make_policy(config), config, D)
+    whole = unseen(items)
+    assert calls == [24, 24, 12]  # nothing was rehearsed
+    calls.clear()
+    rehearsed = Reducer(make_policy(config), config, D)
+    rehearsed.rehearse(items[:3])
+    assert calls == [36] and all(map(torch.equal, whole, rehearsed(items)))
+    assert calls == [36, 36, 24]
 
 
 def test_segments_of_an_item_have_hashes_of_their_own() -> None:

@@ -14,7 +14,7 @@ from era_vllm.errors import ConfigError
 from era_vllm.lab.synth.tasks import Kind
 from era_vllm.lab.train import loop
 from era_vllm.lab.train.arch import ARCHS, architecture
-from era_vllm.lab.train.curve import LINES, PICTURE, read
+from era_vllm.lab.train.curve import LINES, PICTURE, append, cut, read
 from era_vllm.lab.train.loop import EXPORT, Settings, run
 from era_vllm.lab.train.optim import SharedMuon, orthogonalised
 from era_vllm.lab.train.ranks import Ranks
@@ -75,6 +75,26 @@ def test_a_state_of_another_architecture_is_refused(tmp_path: Path) -> None:
     run(replace(first, steps=1), Ranks())
     with pytest.raises(ConfigError, match="is of --arch llava, got qwen3_vl"):
         run(replace(first, arch="qwen3_vl", resume=True), Ranks())
+    with pytest.raises(ConfigError, match="is of --seed 3, got 0"):
+        run(replace(first, seed=0, resume=True), Ranks())
+
+
+def test_lines_of_steps_that_were_not_saved_are_dropped(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        append(tmp_path, {"step": step})
+    with (tmp_path / LINES).open("a") as file:
+        file.write('{"step": 7, "lo')  # killed while it wrote
+    cut(tmp_path, 4)
+    assert [line["step"] for line in read(tmp_path)] == [2, 4]
+    cut(tmp_path, 0)
+    assert read(tmp_path) == []
+
+
+def test_a_training_goes_on_without_what_it_began_without(tmp_path: Path) -> None:
+    first = replace(settings("llava", tmp_path / "first"), steps=0, from_text=True)
+    run(first, Ranks())
+    resumed = loop._Training(replace(first, from_text=False, resume=True), Ranks())
+    assert resumed.progress.from_text and resumed.recipe.tower == resumed.recipe.small == 0
 
 
 def test_muon_is_torchs_in_float32() -> None:
