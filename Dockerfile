@@ -24,7 +24,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends git make \
 # What is installed but not ours is a layer of its own: a change of our code does not repeat it.
 FROM base AS source
 WORKDIR /src
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml LICENSE NOTICE ./
 COPY LICENSE wheels* ./wheels/
 COPY deploy/environment.sh deploy/
 RUN touch README.md
