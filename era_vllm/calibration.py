@@ -10,6 +10,7 @@ every cache. Leaves out the measuring (``lab/calibrate.py``).
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +77,7 @@ def model_identity(folder: Path) -> str:
     found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in files:
         size = file.stat().st_size
-        found.update(f"{file.name} {size}".encode())
+        found.update(os.fsencode(file.name) + f" {size}".encode())
         with file.open("rb") as opened:
             head = int.from_bytes(opened.read(8), "little")
             starts = [(start, _SAMPLE) for start in (0, size // 2, max(0, size - _SAMPLE))]

@@ -143,17 +143,22 @@ def files_of(folder: Path) -> str:
     for file in sorted(folder.iterdir()):
         if file.is_file():
             about = file.stat()
-            files.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+            files.update(
+                os.fsencode(file.name) + f" {about.st_size} {about.st_mtime_ns}\n".encode()
+            )
     return files.hexdigest()
 
 
 def code(source: Source, variants: "Sequence[Variant]") -> dict[str, object]:
     """Return what makes the numbers, where they are made here: our code, and others' policies'."""
+    import era_vllm
     from era_vllm.vllm_plugin.build import build
 
     if source.policy:  # of a server that is up, which said so
         return {}
-    return {"code": sorted({build(variant.policy) for variant in variants})}
+    root = Path(era_vllm.__file__).parent / "lab"  # questions, and the reference
+    lab = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(root.rglob("*.py"))))
+    return {"code": [*sorted({build(one.policy) for one in variants}), lab.hexdigest()[:12]]}
 
 
 def check_reference(option: str, arguments: argparse.Namespace) -> None:
@@ -281,8 +286,7 @@ def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerA
         limits, levels, title = about["limits"], dict(about["levels"]), str(about["model"])
         head = {"url": url, "model": title, "settings": about["settings"], "asker": "http"}
         head["server"] = about["versions"]
-        head["limits"] = limits
-        head |= {name: about[name] for name in ("model_identity", "dtype", "code")}
+        head |= {"limits": limits, "identity": about.get("identity")}
         takes, policy = list(about["modalities"]), str(about["policy"])
         low, high = limits["min_pruning_rate"], limits["max_pruning_rate"]
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
@@ -291,6 +295,8 @@ def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerA
             "of era-vllm serve, like http://127.0.0.1:8000 (without /v1)"
             f"{'' if key else f'; a server with keys wants one in ${_KEY}'}"
         ) from error
+    if not head["identity"]:
+        raise ConfigError(f"--url: {url} is an older era-vllm, which does not tell what it runs")
     if bad := [rate for rate in rates if not low <= rate <= high]:
         raise ConfigError(f"--rates: got {bad[0]:g}, the server allows [{low:g}, {high:g}]")
 
@@ -316,9 +322,21 @@ def _server(
         wait_for([server], _START_S)
         try:
             with connect(server.url) as asker:
+                list(asker.each([_first()], None))
                 yield asker
         except UnsupportedError as error:
             raise UnsupportedError(f"{error}\n{server.tail()}") from error
+
+
+def _first() -> "Subject":
+    """Return what a server that was just started is asked first, whose time would mislead."""
+    from PIL import Image
+
+    from era_vllm.lab.media import png
+    from era_vllm.lab.recommendation import Prompt, Shown
+
+    picture = Image.effect_noise((336, 336), 64).convert("RGB")
+    return Shown("the first request", (png(picture),), (Prompt("What is this?"),))
 
 
 @contextmanager

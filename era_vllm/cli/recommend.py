@@ -126,9 +126,9 @@ def _write(
 
     whole, *pruned = levels
     number = int(str(about["pictures"]))
-    words = ["era-vllm", "serve", *([arguments.model] if arguments.model else [])]
+    words = [] if arguments.url else ["era-vllm", "serve", *filter(None, [arguments.model])]
     words += _flags(arguments.policy) if arguments.policy else []
-    command = "the server's own command with" if arguments.url else shlex.join(words)
+    command = shlex.join(words)
     said = report.verdict(best, pruned, number, arguments.target, command)
     if refused := list(map(str, about["refused"])):  # type: ignore[call-overload]
         more = f" and {len(refused) - 5} more" if len(refused) > 5 else ""

@@ -75,7 +75,7 @@ def verdict(
 ) -> list[str]:
     """Return what is recommended, how sure that is, and how it is set: a line each.
 
-    Args:    command: what serves the model, without a rate, or words for it.
+    Args:    command: what serves the model, without a rate; empty: a server that is up.
     """
     aim = f"the target of {100 * target:g} %"
     if best is None:
@@ -89,6 +89,8 @@ def verdict(
         ]
     level = f'{{"era": {{"level": "{best.name}"}}}}' if best.name else ""
     field = f'{{"era": {{"pruning_rate": {best.rate:g}}}}}'
+    flag = f"--era-pruning-rate {best.rate:g}"
+    flag += "" if command else " (beside the server's own flags)"
     needed = best.pictures_needed(pictures)
     enough = "these are enough" if needed <= pictures else f"about {needed} are needed"
     too_few = "" if best.sure >= 0.5 else " (these are too few pictures to trust it)"
@@ -98,7 +100,7 @@ def verdict(
         f"agreement with the unpruned answers: {best.agreement.text()} %; {aim} is reached with a "
         f"probability of {100 * best.sure:.0f} %{too_few}",
         f"{pictures} pictures were asked about; for an interval of +-2 points {enough}",
-        f"for every request: {command} --era-pruning-rate {best.rate:g}",
+        f"for every request: {' '.join(filter(None, [command, flag]))}",
         f"in a request: {field}{f' or {level}' if level else ''}",
     ]
 

@@ -49,9 +49,6 @@ PROMPTS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 DRAWS: Final = 4000
-_FIRST: Final = 4
-"""Pictures whose time is left out where there are twice as many: they were asked about at once
-(``asking.py``), unpruned right behind the server's start."""
 _NO_BLANKS: Final = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 )
@@ -174,12 +171,8 @@ def levels(
     kinds = ("picture",) * len(whole.answers)
     asked = [len(given) for given in whole.answers]
     before, before_s = _tokens(whole), _seconds(whole)
-    timed = slice(_FIRST if len(asked) >= 2 * _FIRST else 0, None)
     found: list[Level] = []
     for row in rows:
-
-        def of_time(seconds: list[float]) -> "np.ndarray[Any, Any]":
-            return ratio(kinds[timed], seconds, asked[timed])
 
         def sums(of: Any, row: Row = row) -> list[float]:
             return [
@@ -187,16 +180,16 @@ def levels(
                 for both in zip(whole.answers, row.answers, strict=True)
             ]
 
-        seconds = _seconds(row)[timed]
+        seconds = _seconds(row)
         agreement, sure = posterior(sums(likeness), asked, target)
         found.append(
             Level(
                 row.rate,
                 named.get(row.rate),
                 _tokens(row),
-                sum(seconds) / sum(asked[timed]),
+                sum(seconds) / sum(asked),
                 1 - _tokens(row) / before,
-                estimate(1 - of_time(seconds) / of_time(before_s[timed])),
+                estimate(1 - ratio(kinds, seconds, asked) / ratio(kinds, before_s, asked)),
                 agreement,
                 sure,
                 share(ratio(kinds, sums(is_same), asked), len(kinds)),

@@ -71,7 +71,8 @@ class InjectedStates(nn.Module):
         # scatter would hold a sum of int64 for each number of the states of the whole step.
         places = visual.logical_not().argsort(stable=True)[: len(columns)]
         self.mask.zero_()
-        self.mask.index_copy_(0, places, columns[:, -1:] > _HALF)
+        pruned = columns[:, -1:] > _HALF
+        self.mask.index_copy_(0, places, pruned & visual[places, None])
         values = columns[:, :-1].unflatten(1, (layers, width)).transpose(0, 1)
         self.states.index_copy_(1, places, values.to(self.states.dtype))
         self._dirty = True

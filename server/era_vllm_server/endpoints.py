@@ -56,6 +56,7 @@ class EraEndpoints:
             state.era_worker_metrics = WorkerMetrics(engine_client)
         state.era_inspecting = asyncio.Lock()
         state.era_pulse = ready.Pulse(engine_client)
+        state.era_identity = await asyncio.to_thread(info.identity, args, config)
         started = perf_counter()
         await ready.warm_up(engine_client, config)
         state.era_warm = True

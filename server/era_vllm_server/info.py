@@ -1,11 +1,13 @@
 """``/v1/era``: what this server prunes, how far it can be asked to, and how it is set."""
 
 import hashlib
+import os
 import platform
+from argparse import Namespace
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 import transformers
 import vllm
@@ -22,6 +24,11 @@ from era_vllm_server.probe import modalities
 from era_vllm_server.settings import ServerSettings
 
 router = APIRouter()
+_NO_ANSWERS: Final = (
+    *("host", "port", "uds", "uvicorn", "ssl", "api_", "allow", "root_path", "served_model_name"),
+    *("disable_log", "enable_log", "max_log", "log_", "middleware", "h11", "headless", "subparser"),
+)
+"""How flags of vLLM begin that change no answer; keys are among them."""
 
 
 @router.get("/v1/era")
@@ -33,8 +40,8 @@ async def info(raw_request: Request) -> JSONResponse:
     return JSONResponse(
         {
             "model": state.openai_serving_models.base_model_paths[0].name,
-            "model_identity": _identity(model.model, model.revision),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "identity": getattr(state, "era_identity", None),
             "prunes": config.max_pruning_rate > 0,
             "policy": config.policy,
             "families": sorted(FAMILIES),
@@ -48,7 +55,6 @@ async def info(raw_request: Request) -> JSONResponse:
             },
             "settings": config.as_dict(),
             "server": _shown(state.era_settings),
-            "code": build(config.policy),
             "versions": {
                 "era_vllm": era_vllm.__version__,
                 "vllm": vllm.__version__,
@@ -60,13 +66,28 @@ async def info(raw_request: Request) -> JSONResponse:
     )
 
 
-@cache
-def _identity(model: str, revision: str | None) -> str:
-    """Return what tells two models of one served name apart: a hash, which names no file."""
-    if Path(model).is_dir():
-        with suppress(ConfigError):  # no weights: vLLM's --load-format dummy
-            return model_identity(Path(model))[:16]
-    return hashlib.sha256(f"{model} {revision}".encode()).hexdigest()[:16]
+def identity(args: Namespace, config: EraConfig) -> dict[str, str]:
+    """Return what tells two servers of one name apart: hashes, which name no file.
+
+    Reads the disk: once, before the first request, so that they are of what runs.
+
+    Returns: ``model`` of config and weights, ``code`` of ours and the policy's, ``setup`` of what
+        else changes an answer: vLLM's flags, and the model folder's tokenizer, template, processor.
+    """
+    folder, flags = Path(str(args.model)), vars(args).items()
+    model = hashlib.sha256(f"{args.model} {args.revision}".encode()).hexdigest()
+    setup = hashlib.sha256()
+    for name, value in sorted((name, repr(value)) for name, value in flags):
+        if not name.startswith(_NO_ANSWERS) and " at 0x" not in value:
+            setup.update(f"{name} {value}\n".encode())
+    if folder.is_dir():
+        with suppress(ConfigError, OSError, ValueError):  # no weights, or none that may be read
+            model = model_identity(folder)
+        for file in sorted(folder.glob("*.j*")):  # .json, .jinja
+            with suppress(OSError):
+                setup.update(os.fsencode(file.name) + file.read_bytes())
+    found = {"model": model, "setup": setup.hexdigest()}
+    return {name: value[:16] for name, value in found.items()} | {"code": build(config.policy)}
 
 
 def _shown(settings: ServerSettings) -> dict[str, object]:

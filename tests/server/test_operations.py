@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -282,8 +283,9 @@ def test_info_says_what_can_be_asked_for(servers):
     assert said["server"] == ServerSettings().model_dump(mode="json")
     assert said["families"] == sorted(FAMILIES)
     assert said["modalities"] == ["image"] and said["dtype"] == "float32"
-    assert said["model_identity"] == model_identity(Path(DEFAULT_MODEL))[:16]
-    assert said["code"] == build("era")
+    known = said["identity"]
+    assert known["model"] == model_identity(Path(DEFAULT_MODEL))[:16]
+    assert known["code"] == build("era") and len(known["setup"]) == 16
     assert set(said["versions"]) == {"era_vllm", "vllm", "torch", "transformers", "python"}
 
 
@@ -292,6 +294,23 @@ def test_a_slow_step_is_no_failed_scrape():
     file = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
     shipped = yaml.safe_load(file.read_text())["global"]
     assert float(shipped["scrape_timeout"].removesuffix("s")) >= 2 * metrics.WAIT_S
+
+
+def test_what_changes_an_answer_is_another_setup(tmp_path):
+    def setup(**flags):
+        args = Namespace(**{"model": str(tmp_path), "revision": None, "port": 1, **flags})
+        return info.identity(args, EraConfig())
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    first = setup()
+    assert first == setup(port=2, api_key="k", middleware=lambda: None)
+    assert first["setup"] != setup(kv_cache_dtype="fp8")["setup"]
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    other = setup()
+    assert other["setup"] != first["setup"] and other["model"] == first["model"]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").mkdir()  # nothing that can be read
+    assert setup()["model"] == first["model"]
 
 
 def test_info_names_no_file(tmp_path):

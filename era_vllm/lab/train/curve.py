@@ -27,9 +27,20 @@ def cut(folder: Path, step: int) -> None:
     file = folder / LINES
     if not file.exists():
         return
-    whole = [line for line in file.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
-    kept = [line for line in whole if step and json.loads(line)["step"] <= step]
-    file.write_text("".join(kept), encoding="utf-8")
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if 0 < _step(line) <= step]
+    if kept != lines:
+        new = folder / f"{LINES}.new"
+        new.write_text("".join(kept), encoding="utf-8")
+        new.replace(file)
+
+
+def _step(line: str) -> int:
+    """Return the step of a line; -1 of one that was cut off."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else -1
+    except ValueError:
+        return -1
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -272,9 +272,7 @@ class _About(BaseHTTPRequestHandler):
             "settings": {"policy": "dpp"},
             "limits": {"min_pruning_rate": 0.0, "max_pruning_rate": 0.9},
             "versions": {},
-            "model_identity": "0123",
-            "dtype": "float32",
-            "code": "0.1.0 4567",
+            "identity": {"model": "0123"},
         }
         body = json.dumps(about if known else {}).encode()
         self.send_response(200 if known else 404)
@@ -293,7 +291,7 @@ def test_a_server_says_itself_how_it_prunes(capsys: pytest.CaptureFixture[str]) 
         found = _of_server(url, [0.0, 0.9], ServerAsker)
         assert (found.policy, found.modalities, found.title) == ("dpp", ["image"], "m")
         assert found.head["settings"] == {"policy": "dpp"} and found.levels["strong"] == 0.889
-        assert found.head["model_identity"] == "0123" and code(found, [Variant("dpp")]) == {}
+        assert found.head["identity"] == {"model": "0123"} and code(found, [Variant("dpp")]) == {}
         assert main(["eval", "--url", f"{url}/", "--rates", "0", ".92"]) == 2
         assert "--rates: got 0.92, the server allows [0, 0.9]" in capsys.readouterr().err
         assert main(["eval", "--url", f"{url}/v1"]) == 2

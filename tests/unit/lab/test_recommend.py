@@ -39,12 +39,6 @@ NAMES = dict(LEVELS)
 LONG = "a red circle stands beside the word stop"
 
 
-def replace_seconds(row: Row, seconds: float) -> Row:
-    """As if the first four pictures of a row had waited."""
-    late = [[replace(answer, seconds=seconds) for answer in given] for given in row.answers[:4]]
-    return Row(row.variant, row.rate, [*late, *row.answers[4:]])
-
-
 def row(rate: float, texts: list[list[str]], tokens: int, seconds: float, first=NEAR) -> Row:
     return Row("era", rate, [[Answer(t, tokens, seconds, first) for t in one] for one in texts])
 
@@ -97,15 +91,6 @@ def test_each_level_stands_against_the_unpruned_answers() -> None:
     assert (light.agreement.value, extreme.agreement.value) == (1, 0.5)
     assert light.kl is not None and strong.kl is not None
     assert light.kl.value == 0 and strong.kl.value > 1
-
-
-def test_time_behind_the_servers_start_does_not_count() -> None:
-    slow = [replace_seconds(one, 60.0) for one in rows(50, 0)[:1]] + rows(50, 0)[1:]
-    found, usual = levels(slow, NAMES, 0.95), levels(rows(50, 0), NAMES, 0.95)
-    assert found[0].seconds == usual[0].seconds
-    assert found[1][1].saved_seconds == usual[1][1].saved_seconds
-    few = [replace_seconds(rows(7, 0)[0], 60.0), *rows(7, 0)[1:]]
-    assert levels(few, NAMES, 0.95)[1][1].saved_seconds.value > 0.9, "too few to leave any out"
 
 
 def test_agreement_of_all_is_no_certainty() -> None:

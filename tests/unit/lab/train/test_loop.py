@@ -83,7 +83,7 @@ def test_lines_of_steps_that_were_not_saved_are_dropped(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         append(tmp_path, {"step": step})
     with (tmp_path / LINES).open("a") as file:
-        file.write('{"step": 7, "lo')  # killed while it wrote
+        file.write('{"step": 7, "lo{"step": 2}\n{"step": 3, "lo')  # killed while it wrote
     cut(tmp_path, 4)
     assert [line["step"] for line in read(tmp_path)] == [2, 4]
     cut(tmp_path, 0)
