@@ -378,7 +378,7 @@ def test_a_load_test_of_a_server_that_is_up_is_named_after_its_model(
     assert report["model"] == f"/models/llava-1.5 at {url}" and report["era"] == facts
     with answering({"/v1/models": models}) as (url, _):  # what would be lost behind the sweep
         monkeypatch.setattr(sys, "argv", ["run.py", "--url", url, "--out", str(tmp_path)])
-        with pytest.raises(OSError, match="404"):
+        with pytest.raises(EraError, match="answered 404; needed a server with era_vllm"):
             loadtest.main()
     assert swept == ["/models/llava-1.5"]
 

@@ -232,11 +232,17 @@ def test_a_socket_that_is_there_is_found_before_the_model(capsys, nothing_starts
 
 def test_a_connection_of_before_does_not_keep_the_port(tmp_path):
     """As after a restart: the closed ones linger for a minute."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)):
-            server.accept()[0].close()
-    check_address("127.0.0.1", port, None)
+    for tries in reversed(range(3)):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port)):
+                server.accept()[0].close()
+        try:
+            check_address("127.0.0.1", port, None)
+            return
+        except ConfigError:  # another program's connection may be given the port meanwhile
+            if not tries:
+                raise
 
 
 @pytest.mark.parametrize("folder", ["/dev/full", "/proc/cache"])

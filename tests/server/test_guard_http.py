@@ -133,7 +133,9 @@ def test_at_the_deadline_the_engine_stops(pair):
     stream_body["extra_body"] = {"ignore_eos": stream_body.pop("ignore_eos")}
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(whole)
-        time.sleep(1)
+        soon = time.monotonic() + 5
+        while not pair.work()[0] and time.monotonic() < soon:
+            time.sleep(0.05)
         busy = pair.ours.post("/v1/chat/completions", json=heavy(QUEUE))
         second = pool.submit(stream)
         reply, took = first.result()

@@ -282,7 +282,7 @@ def test_info_says_what_can_be_asked_for(servers):
     assert EraConfig.parse(said["settings"]) == EraConfig(policy="era")
     assert said["server"] == ServerSettings().model_dump(mode="json")
     assert said["families"] == sorted(FAMILIES)
-    assert said["modalities"] == ["image"] and said["dtype"] == "float32"
+    assert said["modalities"] == ["image"] and said["dtype"] == "bfloat16"
     known = said["identity"]
     assert known["model"] == model_identity(Path(DEFAULT_MODEL))[:16]
     assert known["code"] == build("era") and len(known["setup"]) == 16
