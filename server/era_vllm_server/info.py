@@ -26,7 +26,17 @@ from era_vllm_server.settings import ServerSettings
 router = APIRouter()
 _NO_ANSWERS: Final = (
     *("host", "port", "uds", "uvicorn", "ssl", "api_", "allow", "root_path", "served_model_name"),
-    *("disable_log", "enable_log", "max_log", "log_", "middleware", "h11", "headless", "subparser"),
+    *(
+        "disable_log",
+        "enable_log",
+        "max_log",
+        "log_",
+        "hf_token",
+        "middleware",
+        "h11",
+        "headless",
+        "subparser",
+    ),
 )
 """How flags of vLLM begin that change no answer; keys are among them."""
 
