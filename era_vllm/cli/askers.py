@@ -296,7 +296,9 @@ def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerA
             f"{'' if key else f'; a server with keys wants one in ${_KEY}'}"
         ) from error
     if not head["identity"]:
-        raise ConfigError(f"--url: {url} is an older era-vllm, which does not tell what it runs")
+        raise ConfigError(
+            f"--url: {url} is an older era-vllm, which does not tell what it runs; upgrade it"
+        )
     if bad := [rate for rate in rates if not low <= rate <= high]:
         raise ConfigError(f"--rates: got {bad[0]:g}, the server allows [{low:g}, {high:g}]")
 

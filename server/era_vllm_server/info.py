@@ -1,10 +1,10 @@
 """``/v1/era``: what this server prunes, how far it can be asked to, and how it is set."""
 
 import hashlib
+import logging
 import os
 import platform
 from argparse import Namespace
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,8 @@ from era_vllm.vllm_plugin.build import build
 from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm_server.probe import modalities
 from era_vllm_server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter()
 _NO_ANSWERS: Final = (
@@ -91,11 +93,12 @@ def identity(args: Namespace, config: EraConfig) -> dict[str, str]:
         if not name.startswith(_NO_ANSWERS) and " at 0x" not in value:
             setup.update(f"{name} {value}\n".encode())
     if folder.is_dir():
-        with suppress(ConfigError, OSError, ValueError):  # no weights, or none that may be read
-            model = model_identity(folder)
-        for file in sorted(folder.glob("*.j*")):  # .json, .jinja
-            with suppress(OSError):
+        try:
+            for file in sorted(folder.glob("*.j*")):  # .json, .jinja
                 setup.update(os.fsencode(file.name) + file.read_bytes())
+            model = model_identity(folder)
+        except (ConfigError, OSError) as error:  # no weights (dummy ones), or not for us to read
+            logger.warning("/v1/era tells this model by its name alone: %s", error)
     found = {"model": model, "setup": setup.hexdigest()}
     return {name: value[:16] for name, value in found.items()} | {"code": build(config.policy)}
 

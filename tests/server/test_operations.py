@@ -296,21 +296,24 @@ def test_a_slow_step_is_no_failed_scrape():
     assert float(shipped["scrape_timeout"].removesuffix("s")) >= 2 * metrics.WAIT_S
 
 
-def test_what_changes_an_answer_is_another_setup(tmp_path):
+def test_what_changes_an_answer_is_another_setup(tmp_path, caplog):
     def setup(**flags):
         args = Namespace(**{"model": str(tmp_path), "revision": None, "port": 1, **flags})
         return info.identity(args, EraConfig())
 
-    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
     first = setup()
     assert first == setup(port=2, api_key="k", middleware=lambda: None)
     assert first["setup"] != setup(kv_cache_dtype="fp8")["setup"]
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     other = setup()
     assert other["setup"] != first["setup"] and other["model"] == first["model"]
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").mkdir()  # nothing that can be read
-    assert setup()["model"] == first["model"]
+    (tmp_path / "model.safetensors").write_text("[]")
+    assert setup()["model"] != first["model"] and not caplog.text
+    (tmp_path / "model.safetensors").unlink()
+    assert setup()["model"] not in (first["model"], other["model"])
+    assert "by its name alone: calibration: got the model" in caplog.text
 
 
 def test_info_names_no_file(tmp_path):

@@ -262,6 +262,8 @@ def test_a_model_is_its_files_and_how_it_is_computed(tmp_path: Path) -> None:
 class _About(BaseHTTPRequestHandler):
     """Says that it serves ``dpp`` up to a rate of .9."""
 
+    identity: dict[str, str] | None = {"model": "0123"}
+
     def do_GET(self) -> None:
         known = self.path == "/v1/era"
         about = {
@@ -272,7 +274,7 @@ class _About(BaseHTTPRequestHandler):
             "settings": {"policy": "dpp"},
             "limits": {"min_pruning_rate": 0.0, "max_pruning_rate": 0.9},
             "versions": {},
-            "identity": {"model": "0123"},
+            "identity": self.identity,
         }
         body = json.dumps(about if known else {}).encode()
         self.send_response(200 if known else 404)
@@ -284,7 +286,9 @@ class _About(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_says_itself_how_it_prunes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_says_itself_how_it_prunes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _About) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
@@ -296,6 +300,9 @@ def test_a_server_says_itself_how_it_prunes(capsys: pytest.CaptureFixture[str]) 
         assert "--rates: got 0.92, the server allows [0, 0.9]" in capsys.readouterr().err
         assert main(["eval", "--url", f"{url}/v1"]) == 2
         assert "HTTPError" in capsys.readouterr().err
+        monkeypatch.setattr(_About, "identity", None)
+        assert main(["eval", "--url", url]) == 2
+        assert "is an older era-vllm, which does not tell what it runs" in capsys.readouterr().err
         server.shutdown()
 
 
