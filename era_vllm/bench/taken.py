@@ -15,7 +15,7 @@ from era_vllm.errors import ConfigError
 from era_vllm.lab.asking import Subject, messages_of
 from era_vllm.lab.calibrate import Case
 from era_vllm.lab.oracle import Segment
-from era_vllm.vllm_plugin.injection import taken_apart
+from era_vllm.vllm_plugin.injection import split_states
 from era_vllm.vllm_plugin.packing import unpack
 from era_vllm.vllm_plugin.reducer import PrunedItem
 
@@ -144,7 +144,7 @@ def runs_of(item: PrunedItem, layers: int = 0) -> list[Segment]:
     width = item.segments[0].result.embeds.shape[-1]
     segments: list[Segment] = []
     for (rows, log_bias, at), length, span in runs:
-        rows, states = taken_apart(rows, layers, width)
+        rows, states = split_states(rows, layers, width)
         offsets = at if axes > 1 else None
         segments.append(Segment(rows, log_bias, at[:, 0], length, offsets, span, states))
     return segments

@@ -14,7 +14,7 @@ from torch import Tensor
 from era_vllm.steps.bias import log_cluster_size
 from era_vllm.steps.merge import Rest, with_rest
 from era_vllm.steps.ranking import ranked, stretched, top
-from era_vllm.steps.relevance import is_asked
+from era_vllm.steps.relevance import has_question
 from era_vllm.steps.similarity import gram, unit
 from era_vllm.types import Clusters, Signal, VisualTokens
 
@@ -46,7 +46,7 @@ class Policy:
             votes = votes + _votes(score, num_anchors)
         if self.relevance:
             scores.append(stretched(tokens.signal(Signal.RELEVANCE)[:, 0]))
-            votes = votes + _votes(scores[-1], num_anchors) * is_asked(tokens)
+            votes = votes + _votes(scores[-1], num_anchors) * has_question(tokens)
         elected = torch.where(votes >= _MAJORITY, votes, 0.0)
         by_sum = ranked(torch.stack(scores).sum(0))
         by_votes = ranked(elected.gather(1, by_sum))

@@ -84,7 +84,7 @@ def relevance(attention: Float32[Tensor, "t n"], reduction: Reduction) -> Float3
     return attention.amax(0, keepdim=True)
 
 
-def is_asked(tokens: VisualTokens) -> Bool[Tensor, "s 1"]:
+def has_question(tokens: VisualTokens) -> Bool[Tensor, "s 1"]:
     """Mark segments of which something is asked."""
     return tokens.signal(Signal.RELEVANCE)[:, 0].amax(-1, keepdim=True) > 0
 

@@ -116,7 +116,7 @@ def inject(layers: Sequence[nn.Module], states: InjectedStates) -> None:
         layer.injection, layer.injection_level = states, level  # type: ignore[assignment]
 
 
-def taken_apart(rows: Tensor, layers: int, width: int) -> tuple[Tensor, Tensor | None]:
+def split_states(rows: Tensor, layers: int, width: int) -> tuple[Tensor, Tensor | None]:
     """Return an item's rows and its states [a, k, d], float32; None where none are injected.
 
     Args:

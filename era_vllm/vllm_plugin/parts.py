@@ -69,7 +69,7 @@ def texts_of_items(messages: object) -> dict[str, list[str]]:
         text = "\n".join(
             said
             for part, kind in zip(parts, kinds, strict=True)
-            if kind is None and (said := _said(part))
+            if kind is None and (said := _text_of(part))
         )
         for kind in kinds:
             if kind is not None:
@@ -77,7 +77,7 @@ def texts_of_items(messages: object) -> dict[str, list[str]]:
     return found
 
 
-def _said(part: object) -> str:
+def _text_of(part: object) -> str:
     text = part.get("text") if isinstance(part, dict) else part
     return text if isinstance(text, str) else ""
 

@@ -202,7 +202,7 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
                 for layout, rate in zip(layouts, rates[modality], strict=True)
             ]
             if self.info.era.question_aware:
-                plans[modality] = _asked(plans[modality], given, modality)
+                plans[modality] = _with_questions(plans[modality], given, modality)
         return {modality: some for modality, some in plans.items() if some}
 
     def _shape(
@@ -366,7 +366,9 @@ class PrunedProcessorMixin(BaseMultiModalProcessor):
         ]
 
 
-def _asked(plans: Sequence[Plan], given: Mapping[str, object], modality: str) -> list[Plan]:
+def _with_questions(
+    plans: Sequence[Plan], given: Mapping[str, object], modality: str
+) -> list[Plan]:
     """Return plans with what is asked of each item; of one that stays whole it does not matter."""
     if isinstance(given, DummyKwargs):
         return [dataclasses.replace(one, question=(0,) * MOST) for one in plans]

@@ -62,7 +62,7 @@ def _of_modalities(given: object) -> dict[str, object]:
     return dict.fromkeys(MODALITIES, given)
 
 
-def says_rates(processor_kwargs: Mapping[str, object]) -> bool:
+def has_rates(processor_kwargs: Mapping[str, object]) -> bool:
     """Tell whether a prompt's arguments say how much is pruned."""
     given = processor_kwargs.get(RATES)
     return given is not None and (not isinstance(given, Mapping) or bool(_of_modalities(given)))

@@ -30,7 +30,7 @@ from era_vllm.vllm_plugin.parts import (
     without_field,
 )
 from era_vllm.vllm_plugin.processor import QUESTION_TOKENS, TOKENS_BEFORE
-from era_vllm.vllm_plugin.rates import effective_rates, question_aware, says_rates
+from era_vllm.vllm_plugin.rates import effective_rates, has_rates, question_aware
 from era_vllm.vllm_plugin.requests import (
     FIELD,
     ItemRate,
@@ -81,7 +81,7 @@ class EraRenderer(HfRenderer):
         """Do what vLLM does, and keep what each item's part says of it, which vLLM drops."""
         messages = with_lists(messages)
         conversation, prompt = super().render_messages(without_field(messages), params)
-        prompt |= self._said(messages)
+        prompt |= self._fields_of(messages)
         return conversation, prompt
 
     async def render_messages_async(self, messages, params):  # noqa: ANN001, ANN201
@@ -89,10 +89,10 @@ class EraRenderer(HfRenderer):
         messages = with_lists(messages)
         bare = without_field(messages)
         conversation, prompt = await super().render_messages_async(bare, params)
-        prompt |= self._said(messages)
+        prompt |= self._fields_of(messages)
         return conversation, prompt
 
-    def _said(self, messages: list[object]) -> dict[str, object]:
+    def _fields_of(self, messages: list[object]) -> dict[str, object]:
         """Return what messages say of their items, as keys of a prompt."""
         said: dict[str, object] = {_PART_FIELDS: _part_fields(messages)}
         return {**said, _TEXTS: texts_of_items(messages)} if self.era.question_aware else said
@@ -149,7 +149,7 @@ class EraRenderer(HfRenderer):
         counts: Mapping[str, int],
     ) -> dict[str, list[ItemRate]]:
         explicit = effective_rates(kwargs, counts, self.era)
-        if says_rates(kwargs):
+        if has_rates(kwargs):
             some = (one for each in (fields or {}).values() for one in each)
             if beside := next((one for one in some if one.era is not None), None):
                 raise ConfigError(

@@ -77,7 +77,7 @@ class Scout:
     ) -> Mapping[Signal, Sequence[Tensor]]:
         """Return float32 [d, length], [hq, dh, length] and [1, length] of each item."""
         found: dict[tuple[Signal, int], Tensor] = {}
-        asked = [self._asked(item) for item in items]
+        asked = [self._question_of(item) for item in items]
         around = len(self._prefix) + max(map(len, asked), default=0)
         for members in batches([len(own) for own in rows], around, self._most):
             seen = self._run(
@@ -90,7 +90,7 @@ class Scout:
                     found[signal, index] = values[row].movedim(0, -1)
         return {s: [found[s, index] for index in range(len(items))] for s in self.gives}
 
-    def _asked(self, item: Planned) -> Question:
+    def _question_of(self, item: Planned) -> Question:
         """Return an item's question and what follows it; empty = nothing is asked."""
         if self._asks is None or not item.plan.question:
             return ()

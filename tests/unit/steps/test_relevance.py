@@ -8,7 +8,7 @@ from era_vllm.steps import relevance as module
 from era_vllm.steps.relevance import (
     attention_behind,
     contrast,
-    is_asked,
+    has_question,
     quality,
     question_attention,
     relevance,
@@ -54,7 +54,7 @@ def test_quality_is_a_power_of_the_part_of_the_largest() -> None:
     asked, nothing, alike = quality(tokens, 0.5)
     torch.testing.assert_close(asked, torch.tensor([0.5, 1.0, 1e-3, 0.5**0.5]), rtol=2e-6, atol=0)
     assert nothing.tolist() == alike.tolist() == [1.0] * 4, "exactly"
-    assert is_asked(tokens)[:, 0].tolist() == [True, False, True]
+    assert has_question(tokens)[:, 0].tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(

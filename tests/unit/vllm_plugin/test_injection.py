@@ -9,7 +9,7 @@ from torch import nn
 from era_vllm.layout import one_grid
 from era_vllm.plan import Plan
 from era_vllm.vllm_plugin.fields import Planned
-from era_vllm.vllm_plugin.injection import InjectedStates, inject, taken_apart, with_states
+from era_vllm.vllm_plugin.injection import InjectedStates, inject, split_states, with_states
 
 K, D = 2, 3
 VISUAL = torch.tensor([False, True, True, False, True])
@@ -55,12 +55,12 @@ def test_states_ride_behind_the_rows(kept, pruned):
     rows, states = torch.randn(4, D), torch.randn(K * D, 4)
     (wide,) = with_states([item], [rows], [states])
     assert wide.shape == (4, D + K * D + 1) and (wide[:, -1] == pruned).all()
-    own, found = taken_apart(wide, K, D)
+    own, found = split_states(wide, K, D)
     assert torch.equal(own, rows)
     assert (found is not None) == pruned
     if pruned:
         assert torch.equal(found.flatten(1), states.T)
-    assert taken_apart(rows, 0, D)[1] is None
+    assert split_states(rows, 0, D)[1] is None
 
 
 def test_a_step_without_injection_has_no_columns():

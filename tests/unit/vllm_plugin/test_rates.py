@@ -6,7 +6,7 @@ import pytest
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
-from era_vllm.vllm_plugin.rates import effective_rates, question_aware, questions, says_rates
+from era_vllm.vllm_plugin.rates import effective_rates, has_rates, question_aware, questions
 
 CONFIG = EraConfig(pruning_rate=0.6)
 ITEMS = {"image": 2, "video": 1}
@@ -82,7 +82,7 @@ def test_beside_the_rates_stands_whether_a_question_counts(
     given: object, aware: bool, rates: bool
 ) -> None:
     kwargs = {"era": given}
-    assert question_aware(kwargs, ASKING) is aware and says_rates(kwargs) is rates
+    assert question_aware(kwargs, ASKING) is aware and has_rates(kwargs) is rates
     assert not question_aware(kwargs, CONFIG)
     found = effective_rates(kwargs, {"image": 2}, ASKING)["image"]
     assert found == [0.5 if rates else ASKING.pruning_rate] * 2
