@@ -162,17 +162,24 @@ def check(
     except TypeError:  # a file
         return
     headers = {"Content-Type": "application/json"}
-    try:
-        reply = pair.ours.request(
-            method, path, content=text.encode(), headers=headers, timeout=DEADLINE_S + 30
-        )
-    except httpx.TimeoutException:
-        pytest.fail(f"{path} hangs at {text[:500]}")
+
+    def ask(client: httpx.Client) -> httpx.Response:
+        try:
+            return client.request(
+                method, path, content=text.encode(), headers=headers, timeout=DEADLINE_S + 30
+            )
+        except httpx.TimeoutException:
+            pytest.fail(f"{path} hangs at {text[:500]}")
+
+    reply = ask(pair.ours)
+    if reply.status_code == 504:  # by the body, or by what else the machine does?
+        print(f"{path} took longer than the deadline, and is asked again: {text}")
+        reply = ask(pair.ours)
     answers[path, reply.status_code] += 1
     fine = reply.status_code < 500 or reply.status_code in NOT_OURS
     fine |= any(known in reply.text for known in VLLMS_OWN)
     if not fine:  # on stock vLLM too?
-        stock = pair.stock.request(method, path, content=text.encode(), headers=headers)
+        stock = ask(pair.stock)
         fine = stock.status_code == reply.status_code
         print(f"{path}: stock answers {stock.status_code} too, to {text[:300]}")
     assert fine, f"{path} answers {reply.status_code} {reply.text[:300]} to {text[:800]}"
