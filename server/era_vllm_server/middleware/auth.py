@@ -1,5 +1,6 @@
 """Which path asks for which key. Leaves out which keys there are (``keys``)."""
 
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
@@ -27,16 +28,15 @@ _NO_KEY: Final = Refusal(
 )
 
 
+@dataclass(frozen=True, slots=True)
 class Auth:
     """The layer: asks for a key on every path but the open ones, websockets too."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics_keys: Keys) -> None:
-        """Put it around an application, with the keys of all paths and of /metrics."""
-        self.app = app
-        self._keys, self._metrics_keys = keys, metrics_keys
+    app: ASGIApp
+    keys: Keys
+    metrics_keys: Keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as the application is to see it."""
         path = get_route_path(scope)
         reading = scope.get("method", "GET") in ("GET", "HEAD")  # a websocket has none
         if is_preflight(scope):
@@ -45,7 +45,7 @@ class Auth:
             if path in (HEALTH, READY):  # by some load balancers with HEAD, which has no route
                 scope = {**scope, "method": "GET"}
         # all that begins so: vLLM mounts its metrics at /metrics{anything}, for every method
-        elif keys := self._metrics_keys if path.startswith(METRICS) else self._keys:
+        elif keys := self.metrics_keys if path.startswith(METRICS) else self.keys:
             key = keys.holder(presented(scope))
             if key is None:
                 await _refuse(scope, send)

@@ -24,10 +24,9 @@ PATIENCE_S: Final = 1.0
 
 
 class Deadline:
-    """The layer: knows which requests are under way."""
+    """The layer: knows which requests are under way; a limit of 0 = without a deadline."""
 
     def __init__(self, app: ASGIApp, limit_s: float) -> None:
-        """Put it around an application; 0 = without a deadline."""
         self.app = app
         self.limit_s = limit_s
         self.in_flight = set[Exchange]()
@@ -40,7 +39,6 @@ class Deadline:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -21,17 +21,15 @@ NO_BODY_BYTES: Final = 2**14
 
 
 class BodyLimits:
-    """The layer: counts the bytes of every body that is being read or answered."""
+    """The layer: counts the bytes of every body that is being read or answered.
+
+    Args:
+        most_bytes: Of one body; more is a 413.
+        most_in_all: Of all requests' that are under way; more is a 503.
+        retry: Header that says when to come again.
+    """
 
     def __init__(self, app: ASGIApp, most_bytes: int, most_in_all: int, retry: Header) -> None:
-        """Put it around an application.
-
-        Args:
-            app: The application.
-            most_bytes: Of one body; more is a 413.
-            most_in_all: Of all requests' that are under way; more is a 503.
-            retry: Header that says when to come again.
-        """
         self.app = app
         self._most_bytes, self._most_in_all = most_bytes, most_in_all
         self._bytes = 0
@@ -52,7 +50,6 @@ class BodyLimits:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -40,15 +40,13 @@ _NO_RESPONSE: Final = 500
 
 
 class RequestLog:
-    """The outermost layer: a request's id, its count and its line."""
+    """The outermost layer: a request's id, its count and its line; without lines the first two."""
 
     def __init__(self, app: ASGIApp, *, lines: bool) -> None:
-        """Put it around an application; without lines it names and counts."""
         self.app = app
         self._logger = _logger() if lines else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, then count it and write its line."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -94,10 +92,9 @@ class RequestLog:
 
 
 class JsonLine(logging.Formatter):
-    """A record as one line of JSON."""
+    """A record as one line of JSON: time, event and the record's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return time, event and the record's fields."""
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: dict[str, object] = getattr(record, "fields", {})
         return json.dumps({"time": time, "event": record.getMessage(), **fields})
