@@ -14,7 +14,7 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from era_vllm.config import EraConfig
-from era_vllm_server import info, inspect, metrics, ready, routes, workers
+from era_vllm_server import info, inspect, metrics, probe, ready, routes
 from era_vllm_server import media as media  # registers the connector
 from era_vllm_server.metrics import WorkerMetrics
 from era_vllm_server.retry import retry_missed_pictures
@@ -52,7 +52,7 @@ class EraEndpoints:
             return
         config: EraConfig = state.era_config
         retry_missed_pictures(engine_client)
-        if workers.answer(engine_client):
+        if probe.workers_answer(engine_client):
             state.era_worker_metrics = WorkerMetrics(engine_client)
         state.era_inspecting = asyncio.Lock()
         state.era_pulse = ready.Pulse(engine_client)

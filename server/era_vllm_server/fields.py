@@ -20,11 +20,12 @@ from vllm import envs
 from era_vllm.compat.vllm_entrypoints import MM_PARSER_MAP, TEXT_PART_TYPES
 from era_vllm.config import LEVELS
 from era_vllm.vllm_plugin.parts import FIELD, modality_of
-from era_vllm_server.parts import MESSAGES
 from era_vllm_server.refusals import Refusal
 
 OWN_PATHS: Final = "/v1/era/"
 """Routes below it read their bodies themselves."""
+MESSAGES: Final = "/v1/messages"
+"""It and what is below it have Anthropic's form."""
 BATCH: Final = "/v1/chat/completions/batch"
 _OFFLINE: Final = "image_pil"
 """A part that only offline callers can fill."""

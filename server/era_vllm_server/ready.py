@@ -16,7 +16,7 @@ from vllm.engine.protocol import EngineClient
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm_server import probe, workers
+from era_vllm_server import probe
 
 _SIDE = 64  # pixels of the warm-up picture
 
@@ -55,7 +55,7 @@ class Pulse:
         if last is None or last.done():
             if last is None or last.exception() is None:
                 self._since_s = now
-            self._question = asyncio.create_task(workers.call_workers(self._engine, "check_health"))
+            self._question = asyncio.create_task(probe.call_workers(self._engine, "check_health"))
         return now - self._since_s
 
 

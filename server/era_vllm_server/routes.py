@@ -1,11 +1,12 @@
 """vLLM's routes for chats, with a field ``era``: its own handlers, and a word on what was done.
 
 The field goes to the renderer in the request's context, and the report comes back in it
-(``era_vllm/vllm_plugin/requests.py``). Leaves out every other route: ``fields`` refuses the field
-there.
+(``era_vllm/vllm_plugin/requests.py``). OpenAI's chats and responses have their parts in messages
+and in what tools answer; Anthropic's messages have image blocks, which vLLM turns into parts
+without ``era`` and ``detail``. Leaves out every other route: ``fields`` refuses the field there.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from http import HTTPStatus
 from inspect import signature
 from typing import Annotated, Any, Final, Union, get_args
@@ -19,7 +20,14 @@ from vllm.exceptions import VLLMValidationError
 from era_vllm.compat.vllm_entrypoints import chat_api, messages_api, responses_api, tokenize_api
 from era_vllm.config import EraConfig
 from era_vllm.vllm_plugin.names import QUESTION_AWARE
-from era_vllm.vllm_plugin.parts import with_lists, without_field
+from era_vllm.vllm_plugin.parts import (
+    PartFields,
+    fields_of_items,
+    modality_of,
+    placed_parts,
+    with_lists,
+    without_field,
+)
 from era_vllm.vllm_plugin.requests import (
     FIELD,
     MODALITIES,
@@ -31,9 +39,9 @@ from era_vllm.vllm_plugin.requests import (
     requested_question,
     requested_rates,
 )
+from era_vllm_server.fields import MESSAGES
 from era_vllm_server.metrics import REJECTED
 from era_vllm_server.middleware.body import Body
-from era_vllm_server.parts import MESSAGES, item_fields
 from era_vllm_server.probe import modalities
 from era_vllm_server.responses import Place, in_chat, in_messages, in_responses, with_era
 
@@ -45,6 +53,12 @@ _ROUTES: Final[Mapping[str, tuple[APIRouter, Place | None]]] = {
     "/tokenize": (tokenize_api.router, None),
 }
 """vLLM's router of each, and where an answer says what was done; None = tokens are only counted."""
+_SOURCES: Final = {"base64": "data", "url": "url"}
+"""Types of an image block's source, and the field that holds the picture or its address."""
+_SOURCE: Final = (
+    '{"type": "base64", "media_type": "image/png", "data": ...} or {"type": "url", "url": ...}; '
+    "send the picture itself, no files are kept here"
+)
 _NUMBER: Final = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
 _RATE: Final = {
     "type": "object",
@@ -157,3 +171,58 @@ def _strip(request: BaseModel) -> None:
         if isinstance(messages := getattr(request, name, None), list):
             bare = without_field(with_lists(messages), ("content", "output"))
             setattr(request, name, bare)
+
+
+def item_fields(path: str, body: dict[str, Any]) -> dict[str, list[PartFields]]:
+    """Return what is said of each item of a chat, by modality, in the prompt's order.
+
+    Args:
+        path: Of its route.
+        body: What the route has validated.
+
+    Raises:
+        FieldError: a picture that vLLM leaves out, or refuses without a word on what is allowed.
+    """
+    if path.startswith(MESSAGES):
+        return {"image": list(_fields_of_blocks(body)), "video": []}
+    name = "messages" if body.get("messages") else "input"
+    parts = list(placed_parts(body.get(name), name, ("content", "output")))
+    for at, part in parts:
+        if isinstance(part, dict) and modality_of(part) == "image" and not part.get("image_url"):
+            raise FieldError(f"{at}.image_url", None, "data:image/...;base64,... or https://...")
+    return fields_of_items(parts)
+
+
+def _fields_of_blocks(body: dict[str, Any]) -> Iterator[PartFields]:
+    """Yield what is said of each picture of Anthropic's form.
+
+    Upstream: vllm/entrypoints/anthropic/serving.py:406 ``_convert_messages`` (0.32.0) takes images
+    of messages only, those of the user's tool results before the message's own.
+    """
+    found, lost = list[tuple[str, dict[str, Any]]](), list(_blocks(body.get("system"), "system"))
+    for row, message in enumerate(body["messages"]):
+        at, content, role = f"messages[{row}].content", message["content"], message["role"]
+        for place, result in _blocks(content, at, "tool_result"):
+            within = _blocks(result.get("content"), f"{place}.content")
+            (found if role == "user" else lost).extend(within)
+        (lost if role == "system" else found).extend(_blocks(content, at))
+    for at, block in lost:
+        raise FieldError(at, block, "in a message of the user")
+    for at, block in found:
+        source = block.get("source")
+        kind = source.get("type", "base64") if isinstance(source, dict) else None
+        given = source.get(_SOURCES.get(kind)) if isinstance(kind, str) else None
+        if not isinstance(given, str) or not given:
+            raise FieldError(f"{at}.source", source, _SOURCE)
+        within = source.get("detail")  # as in ``image_url``
+        name = "detail" if within is None else "source.detail"
+        yield PartFields(
+            at, block.get(FIELD), block.get("detail") if within is None else within, name
+        )
+
+
+def _blocks(content: object, at: str, kind: str = "image") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield Anthropic's blocks of a type, each with its place."""
+    for column, block in enumerate(content if isinstance(content, list) else ()):
+        if isinstance(block, dict) and block.get("type") == kind:
+            yield f"{at}[{column}]", block

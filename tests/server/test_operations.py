@@ -265,7 +265,7 @@ def test_a_question_that_fails_is_no_answer(monkeypatch):
                 await asyncio.wait([pulse._question])
         return seen
 
-    monkeypatch.setattr(ready.workers, "call_workers", call_workers)
+    monkeypatch.setattr(ready.probe, "call_workers", call_workers)
     assert asyncio.run(run()) == [0, 40, 0, 10]
 
 
