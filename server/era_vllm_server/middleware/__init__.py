@@ -160,7 +160,7 @@ def _keys_of_vllm(app: ASGIApp) -> Keys:
     Upstream: vllm/entrypoints/serve/middleware/authenticate.py, one of the layers around ``app``;
     it keeps SHA-256 digests of ``--api-key`` or ``VLLM_API_KEY``, wherever they came from.
     """
-    return Keys(tuple(key for layer in layers(app) for key in getattr(layer, "api_tokens", [])))
+    return Keys(key for layer in layers(app) for key in getattr(layer, "api_tokens", []))
 
 
 def _note_end(state: State, *, by_signal: bool) -> None:
