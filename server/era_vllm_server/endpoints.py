@@ -22,9 +22,6 @@ from era_vllm_server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-ROUTERS: Final = (info.router, inspect.router, metrics.router, ready.router)
-"""FastAPI routers of ours, one a file."""
-
 
 class EraEndpoints:
     """Entry point ``vllm.endpoint_plugins``; vLLM makes one in every API server."""
@@ -40,8 +37,8 @@ class EraEndpoints:
         _log_with_vllm()
         app.state.era_config = EraConfig.parse(raw)
         app.state.era_settings = ServerSettings.parse()
-        for router in ROUTERS:
-            app.include_router(router)
+        for module in (info, inspect, metrics, ready):
+            app.include_router(module.router)
         routes.attach(app)
 
     async def init_state(

@@ -59,14 +59,17 @@ _SOURCE: Final = (
     '{"type": "base64", "media_type": "image/png", "data": ...} or {"type": "url", "url": ...}; '
     "send the picture itself, no files are kept here"
 )
-_NUMBER: Final = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
-_RATE: Final = {
-    "type": "object",
-    "properties": {"pruning_rate": _NUMBER, "level": {"type": "string"}},
-    "additionalProperties": False,
-    "minProperties": 1,
-    "maxProperties": 1,
-}
+
+
+def _some_of(properties: Mapping[str, object]) -> dict[str, object]:
+    """Return the schema of an object that has one of these fields at least, and no others."""
+    alone = {"additionalProperties": False, "minProperties": 1}
+    return {"type": "object", "properties": properties, **alone}
+
+
+_RATE: Final = {"pruning_rate": {"type": "number", "minimum": 0, "exclusiveMaximum": 1}}
+_LEVEL: Final = {"level": {"type": "string"}}
+_BY_MODALITY: Final = dict.fromkeys(MODALITIES, {**_some_of(_RATE | _LEVEL), "maxProperties": 1})
 _AWARE: Final = {QUESTION_AWARE: {"type": ["boolean", "null"]}}
 _EraField = Annotated[
     object,
@@ -74,19 +77,7 @@ _EraField = Annotated[
         {
             "description": "How much to prune all items of this request, or by modality.",
             "anyOf": [
-                *(
-                    {
-                        "type": "object",
-                        "properties": {**one, **_AWARE},
-                        "additionalProperties": False,
-                        "minProperties": 1,
-                    }
-                    for one in (
-                        {"pruning_rate": _NUMBER},
-                        {"level": {"type": "string"}},
-                        dict.fromkeys(MODALITIES, _RATE),
-                    )
-                ),
+                *(_some_of({**one, **_AWARE}) for one in (_RATE, _LEVEL, _BY_MODALITY)),
                 {"type": "null"},
             ],
         }
@@ -106,13 +97,8 @@ def attach(app: FastAPI) -> None:
         take_era=frozenset(_ROUTES),
         policy=app.state.era_config.policy,
         allow_image_uuid=app.state.era_settings.allow_image_uuid,
-        modalities=lambda: _modalities(app),
+        modalities=lambda: modalities(app.state),  # known once its engine is there
     )
-
-
-def _modalities(app: FastAPI) -> tuple[str, ...]:
-    """Return what the model takes, which is known once its engine is there."""
-    return modalities(app.state)
 
 
 def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Response | None]]:
@@ -129,7 +115,7 @@ def _handler(stock: APIRoute, place: Place | None) -> Callable[..., Awaitable[Re
         assert context is not None, "Body opens one for every request"
         body: dict[str, Any] = await raw_request.json()  # which FastAPI has parsed
         unseen = dict[str, list[ItemReport]]()
-        takes = _modalities(raw_request.app)
+        takes = modalities(raw_request.app.state)
         try:
             context.rates = requested_rates(body.get(FIELD), config, takes)
             context.question_aware = requested_question(body.get(FIELD), config)
@@ -175,10 +161,6 @@ def _strip(request: BaseModel) -> None:
 
 def item_fields(path: str, body: dict[str, Any]) -> dict[str, list[PartFields]]:
     """Return what is said of each item of a chat, by modality, in the prompt's order.
-
-    Args:
-        path: Of its route.
-        body: What the route has validated.
 
     Raises:
         FieldError: a picture that vLLM leaves out, or refuses without a word on what is allowed.
