@@ -85,8 +85,6 @@ def check(
     """Return why a body is refused, or what is to be read in its place.
 
     Args:
-        path: Of its route.
-        fields: The body.
         take_era: Paths that have the field ``era``.
         owner: Who sends it, to keep names of pictures apart; None = no names are taken.
         modalities: What the model takes.
@@ -146,12 +144,7 @@ def _misplaced(path: str, fields: dict[str, object], take_era: Collection[str]) 
 
 
 def _misplaced_within(part: dict[str, object], blocks: bool) -> str | None:
-    """Return why a message, or a part of one, is refused; behind its place.
-
-    Args:
-        part: The object.
-        blocks: It is of Anthropic's form.
-    """
+    """Return why a message, or a part of one (of Anthropic's form: ``blocks``), is refused."""
     kind = part.get("type")
     is_item = kind == "image" if blocks else modality_of(part) is not None
     if not is_item and part.get(FIELD) is not None:
@@ -221,12 +214,7 @@ def _objects(value: object) -> list[dict[str, object]]:
 
 
 def _parts(fields: dict[str, object], data: Container[int]) -> Iterator[dict[str, object]]:
-    """Yield every object that stands in a list of a body, wherever that is.
-
-    Args:
-        fields: The body.
-        data: See ``arguments``; not looked into.
-    """
+    """Yield every object that stands in a list of a body, but in ``data`` (see ``arguments``)."""
     left: list[object] = [fields]
     while left:
         value = left.pop()

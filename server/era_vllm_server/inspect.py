@@ -248,7 +248,6 @@ def _of_one_engine(
     the slots are found only where the request is.
 
     Args:
-        given: The item.
         taken: ``worker.Taken``: [engine][rank].
         read_back: Whether the slots were to be read.
 

@@ -54,10 +54,8 @@ async def render(
     The item has an identity of its own, so that no cache answers for it.
 
     Args:
-        engine: The API server's client.
         item: What vLLM's connector gives.
         rate: Pruning rate; None for a stock engine.
-        modality: The item's.
         question: For which it is pruned, where the engine prunes for any.
 
     Raises:
@@ -98,15 +96,10 @@ def workers_answer(engine: EngineClient) -> bool:
 
 
 async def call_workers(engine: EngineClient, method: str, *arguments: object) -> list[list[Any]]:
-    """Return what every worker answers: [engine][rank].
+    """Return what every worker's method answers, given plain values: [engine][rank].
 
     They answer between two steps. ``EngineClient.collective_rpc`` would do, but drops the answers
     of all engines but the first where there are several (data parallel).
-
-    Args:
-        engine: The API server's client.
-        method: Of ``EraWorker``, or of any worker.
-        arguments: Plain values.
 
     Raises:
         EngineDeadError: there is no engine any more.

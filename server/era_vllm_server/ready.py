@@ -44,7 +44,6 @@ class Pulse:
     """A question to every worker, one at a time; they answer between two steps, idle ones too."""
 
     def __init__(self, engine: EngineClient) -> None:
-        """Ask nothing yet."""
         self._engine = engine
         self._question: asyncio.Task[object] | None = None
         self._since_s = 0.0

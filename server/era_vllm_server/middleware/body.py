@@ -147,10 +147,6 @@ def _too_much(excess: str) -> Refusal:
 def excess_of(path: str, body: object) -> str | None:
     """Return which bound a parsed body is over.
 
-    Args:
-        path: Of its route.
-        body: Its fields.
-
     Raises:
         UnicodeEncodeError: it holds half a character.
     """

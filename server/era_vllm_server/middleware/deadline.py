@@ -69,9 +69,7 @@ class Exchange:
     async def run(self, app: ASGIApp, background: set[asyncio.Task[None]]) -> None:
         """Let an application answer it, unless it is stopped.
 
-        Args:
-            app: The application.
-            background: Keeps those that go on behind the answer from the garbage collector.
+        ``background`` keeps those that go on behind the answer from the garbage collector.
         """
         coroutine = app(self._scope, self._receive, self._send)
         work = asyncio.create_task(cast("Coroutine[Any, Any, None]", coroutine))
