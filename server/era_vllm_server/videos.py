@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import astuple
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,6 @@ from era_vllm_server.decoders import Decoders
 _COMMAND: Final = (sys.executable, "-P", "-W", "ignore", "-m", "era_vllm.videos")
 _OWN: Final = "opencv"
 """The only one of vLLM's backends whose decoding can be moved into another process."""
-_T = TypeVar("_T")
 Loaded = MediaWithBytes[Any]
 Take = Callable[[object, int], Awaitable[None]]
 """Count pixels before they are decoded, for as long as an object lives; may raise."""

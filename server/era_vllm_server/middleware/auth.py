@@ -8,7 +8,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from era_vllm.compat.starlette_path import get_route_path
 from era_vllm_server.keys import Keys, as_bearer, presented
-from era_vllm_server.metrics import REJECTED
 from era_vllm_server.refusals import Refusal
 
 READY: Final = "/ready"
@@ -20,10 +19,10 @@ OPEN: Final = frozenset(
 """Paths that ask for no key: probes, and pages that say the same to everybody."""
 OPEN_FOLDER: Final = "/static/"
 _NO_KEY: Final = Refusal(
-    HTTPStatus.UNAUTHORIZED,
     "key",
     "a key is needed and none that is known was given; send it as 'Authorization: Bearer KEY' or "
     "'x-api-key: KEY'",
+    HTTPStatus.UNAUTHORIZED,
     ((b"www-authenticate", b"Bearer"),),
 )
 
@@ -48,18 +47,10 @@ class Auth:
         elif keys := self.metrics_keys if path.startswith(METRICS) else self.keys:
             key = keys.holder(presented(scope))
             if key is None:
-                await _refuse(scope, send)
+                await _NO_KEY.answer(scope, send)
                 return
             scope = as_bearer(scope, key)
         await self.app(scope, receive, send)
-
-
-async def _refuse(scope: Scope, send: Send) -> None:
-    if scope["type"] == "http":
-        await _NO_KEY.answer(scope, send)
-    else:  # a websocket; closed before it is accepted it is a 403
-        REJECTED.labels(_NO_KEY.reason).inc()
-        await send({"type": "websocket.close", "code": 1008, "reason": _NO_KEY.reason})
 
 
 def is_preflight(scope: Scope) -> bool:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from era_vllm.compat.starlette_path import get_route_path
 from era_vllm.vllm_plugin.requests import ItemReport, request_context
-from era_vllm_server.fields import arguments, check, owner, refused
+from era_vllm_server.fields import arguments, check, owner
 from era_vllm_server.metrics import CLAMPED, ITEMS, TOKENS_AFTER, TOKENS_BEFORE
 from era_vllm_server.middleware.limits import replay
 from era_vllm_server.middleware.log import ITEMS as LOGGED
@@ -121,7 +121,7 @@ class Body:
         except RecursionError:  # which not every route takes for a client's error
             return _too_much(f"{MAX_DEPTH} levels")
         except UnicodeEncodeError:
-            return refused("body_shape", _HALF)
+            return Refusal("body_shape", _HALF)
         except ValueError:  # the route's to refuse
             return None
         if not isinstance(fields, dict):
@@ -141,7 +141,7 @@ class Body:
 
 
 def _too_much(excess: str) -> Refusal:
-    return refused("body_shape", f"the body holds more than {excess}; send less at once")
+    return Refusal("body_shape", f"the body holds more than {excess}; send less at once")
 
 
 def excess_of(path: str, body: object) -> str | None:

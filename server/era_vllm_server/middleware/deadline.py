@@ -32,9 +32,9 @@ class Deadline:
         self.in_flight = set[Exchange]()
         self._background = set[asyncio.Task[None]]()
         self._too_late = Refusal(
-            HTTPStatus.GATEWAY_TIMEOUT,
             "deadline",
             f"the request took longer than {limit_s:g} s and was ended",
+            HTTPStatus.GATEWAY_TIMEOUT,
             (CLOSE,),
         )
 

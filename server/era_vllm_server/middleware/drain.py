@@ -48,23 +48,21 @@ class Drain:
 
     def __post_init__(self) -> None:
         self._refusal = Refusal(
-            HTTPStatus.SERVICE_UNAVAILABLE,
             "draining",
             "the server is shutting down; send the request again, to another one",
+            HTTPStatus.SERVICE_UNAVAILABLE,
             (self.retry, CLOSE),
+            close_code=1012,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_http = scope["type"] == "http"
         open_path = is_preflight(scope) or get_route_path(scope) in (HEALTH, METRICS)
-        if scope["type"] == "http":
-            if self.draining and not open_path:
-                await self._refusal.answer(scope, send)
-                return
-            send = partial(self._send, scope["method"], send)
-        elif self.draining:
-            REJECTED.labels(self._refusal.reason).inc()
-            await send({"type": "websocket.close", "code": 1012, "reason": self._refusal.reason})
+        if self.draining and not (is_http and open_path):
+            await self._refusal.answer(scope, send)
             return
+        if is_http:
+            send = partial(self._send, scope["method"], send)
         await self.app(scope, receive, send)
 
     async def _send(self, method: str, send: Send, message: Message) -> None:

@@ -36,16 +36,16 @@ class BodyLimits:
         self._too_large = [_too_large(NO_BODY_BYTES), _too_large(most_bytes)]
         """Of a method without a body, and with one."""
         self._too_slow = Refusal(
-            HTTPStatus.REQUEST_TIMEOUT,
             "body_rate",
             f"of the request's body less than {MIN_BYTES} bytes came in {WINDOW_S:g} s",
+            HTTPStatus.REQUEST_TIMEOUT,
             (CLOSE,),
         )
         self._too_much = Refusal(
-            HTTPStatus.SERVICE_UNAVAILABLE,
             "bodies",
             f"the bodies of the requests under way fill the {most_in_all} bytes that they may "
             "have; send the request again",
+            HTTPStatus.SERVICE_UNAVAILABLE,
             (retry, CLOSE),
         )
 
@@ -105,7 +105,7 @@ class BodyLimits:
 def _too_large(most: int) -> Refusal:
     message = f"the request's body is longer than {most} bytes"
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-    return Refusal(status, "body_size", message, (CLOSE,))  # the rest of it is not read
+    return Refusal("body_size", message, status, (CLOSE,))  # the rest of it is not read
 
 
 @dataclass(slots=True)
