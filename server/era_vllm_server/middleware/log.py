@@ -80,7 +80,9 @@ class RequestLog:
                     self._write(name, scope, last, perf_counter() - started)
 
     def _write(self, name: bytes, scope: Scope, status: int, seconds: float) -> None:
-        fields = {
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": "request",
             "id": name.decode(),
             "method": scope["method"],
             "route": _route(scope),
@@ -88,16 +90,7 @@ class RequestLog:
             "ms": round(seconds * 1e3, 1),
             **_shown(scope["state"].get(ITEMS, ())),
         }
-        self._logger.info("request", extra={"fields": fields})
-
-
-class JsonLine(logging.Formatter):
-    """A record as one line of JSON: time, event and the record's fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        fields: dict[str, object] = getattr(record, "fields", {})
-        return json.dumps({"time": time, "event": record.getMessage(), **fields})
+        self._logger.info(json.dumps(line))
 
 
 def _shown(items: Sequence[tuple[str, Mapping[str, object]]]) -> dict[str, list[object]]:
@@ -111,9 +104,7 @@ def _shown(items: Sequence[tuple[str, Mapping[str, object]]]) -> dict[str, list[
 def _logger() -> logging.Logger:
     logger = logging.getLogger(LOGGER)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(JsonLine())
-        logger.addHandler(handler)
+        logger.addHandler(logging.StreamHandler(sys.stdout))
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger
