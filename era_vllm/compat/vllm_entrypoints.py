@@ -6,7 +6,9 @@ vllm/entrypoints/serve/utils/api_utils.py -> entrypoints/common/startup.py; ``MM
 client has gone returns None -> an empty response. Remove the first of each pair with 0.32, and the
 module when vLLM has an API for servers that extend its own.
 """
-# ruff: noqa: F401  # what others import from here
+# What others import from here.
+# ruff: noqa: F401
+# pyright: reportUnusedImport=false
 
 from vllm.entrypoints.anthropic import api_router as messages_api
 from vllm.entrypoints.cli.serve import ServeSubcommand
