@@ -32,9 +32,8 @@ def check_server_versions() -> None:
     """
     for name, (lowest, below) in BOUNDS.items():
         found = version(name)
-        if not Version(lowest) <= Version(found) < Version(below):
-            if os.environ.get(OVERRIDE) == "1":
-                continue
+        tested = Version(lowest) <= Version(found) < Version(below)
+        if not tested and os.environ.get(OVERRIDE) != "1":
             raise UnsupportedError(
                 f"{name}: got version {found}, needed from {lowest} and below {below}; install "
                 f"'{name}>={lowest},<{below}', or set {OVERRIDE}=1 to try this one"

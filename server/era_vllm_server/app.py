@@ -27,12 +27,7 @@ from era_vllm.vllm_plugin.register import end_together
 
 
 def serve(launch: Launch, arguments: Sequence[str]) -> int:
-    """Serve until stopped; returns the exit code.
-
-    Args:
-        launch: Environment that switches pruning on.
-        arguments: What ``complete`` returned for it.
-    """
+    """Serve by what ``complete`` returned until stopped; returns the exit code."""
     os.environ.update(launch.environment)
     return run(arguments)
 
@@ -78,12 +73,8 @@ def user_flags(arguments: Sequence[str]) -> Namespace:
 def complete(launch: Launch, rest: Sequence[str]) -> list[str]:
     """Return the words behind ``vllm serve``, once vLLM's parser reads from them what we mean.
 
-    Args:
-        launch: vLLM arguments that switch pruning on.
-        rest: Model and further flags of ``vllm serve``, as typed.
-
     Raises:
-        ConfigError: a flag of the user's replaces one of ours.
+        ConfigError: a flag of the user's, who typed ``rest``, replaces one of ours.
     """
     arguments = launch.arguments(rest)
     _, parsed = _parsed(arguments)

@@ -20,7 +20,7 @@ from contextlib import ExitStack, asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Final
 
-from PIL.Image import Image
+from PIL.Image import Image, new
 from vllm.exceptions import GracefulHTTPError
 
 from era_vllm.pictures import RefusedError, Wanted
@@ -35,8 +35,8 @@ _START_S: Final = 60.0
 _KEPT: Final = 2**26
 """Bytes of the memory that both have."""
 Count = Callable[[int], object]
-Empty = Callable[[str, tuple[int, int]], Image]
-"""Of a mode and a size."""
+Hold = Callable[[Image, int], object]
+"""Of a picture and its pixels."""
 _log = logging.getLogger(__name__)
 
 
@@ -68,15 +68,13 @@ class Decoders:
             self._free.put_nowait(None)
 
     async def decode(
-        self, data: bytes, wanted: Wanted, count: Count, empty: Empty, limit_s: float
+        self, data: bytes, wanted: Wanted, count: Count, hold: Hold, limit_s: float
     ) -> tuple[Image, bool]:
         """Return a picture, and whether its mode was changed.
 
         Args:
-            data: The file.
-            wanted: What it may be.
             count: Is told the number of pixels before they are decoded; may raise.
-            empty: Makes the picture that takes the pixels; may raise.
+            hold: Is given the picture before it takes memory; may raise.
             limit_s: How long it may wait for others, and then be decoded.
 
         Raises:
@@ -85,7 +83,8 @@ class Decoders:
         """
         async with self.lent(limit_s) as process:
             answer = await process.ask(data, wanted, count)
-            picture = empty(answer["mode"], tuple(answer["size"]))
+            picture = new(answer["mode"], tuple(answer["size"]), None)  # no memory is touched yet
+            hold(picture, picture.width * picture.height)
             process.fill(picture, answer["length"])
             return picture, answer["changed"]
 

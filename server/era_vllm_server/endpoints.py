@@ -14,16 +14,13 @@ from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
 
 from era_vllm.config import EraConfig
-from era_vllm_server import info, inspect, metrics, ready, routes, workers
+from era_vllm_server import info, inspect, metrics, probe, ready, routes
 from era_vllm_server import media as media  # registers the connector
 from era_vllm_server.metrics import WorkerMetrics
 from era_vllm_server.retry import retry_missed_pictures
 from era_vllm_server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
-
-ROUTERS: Final = (info.router, inspect.router, metrics.router, ready.router)
-"""FastAPI routers of ours, one a file."""
 
 
 class EraEndpoints:
@@ -40,8 +37,8 @@ class EraEndpoints:
         _log_with_vllm()
         app.state.era_config = EraConfig.parse(raw)
         app.state.era_settings = ServerSettings.parse()
-        for router in ROUTERS:
-            app.include_router(router)
+        for module in (info, inspect, metrics, ready):
+            app.include_router(module.router)
         routes.attach(app)
 
     async def init_state(
@@ -52,7 +49,7 @@ class EraEndpoints:
             return
         config: EraConfig = state.era_config
         retry_missed_pictures(engine_client)
-        if workers.answer(engine_client):
+        if probe.workers_answer(engine_client):
             state.era_worker_metrics = WorkerMetrics(engine_client)
         state.era_inspecting = asyncio.Lock()
         state.era_pulse = ready.Pulse(engine_client)

@@ -11,7 +11,6 @@ import json
 import re
 import reprlib
 from collections.abc import Collection, Container, Iterator
-from http import HTTPStatus
 from typing import Final
 
 from starlette.types import Scope
@@ -20,11 +19,12 @@ from vllm import envs
 from era_vllm.compat.vllm_entrypoints import MM_PARSER_MAP, TEXT_PART_TYPES
 from era_vllm.config import LEVELS
 from era_vllm.vllm_plugin.parts import FIELD, modality_of
-from era_vllm_server.parts import MESSAGES
 from era_vllm_server.refusals import Refusal
 
 OWN_PATHS: Final = "/v1/era/"
 """Routes below it read their bodies themselves."""
+MESSAGES: Final = "/v1/messages"
+"""It and what is below it have Anthropic's form."""
 BATCH: Final = "/v1/chat/completions/batch"
 _OFFLINE: Final = "image_pil"
 """A part that only offline callers can fill."""
@@ -84,8 +84,6 @@ def check(
     """Return why a body is refused, or what is to be read in its place.
 
     Args:
-        path: Of its route.
-        fields: The body.
         take_era: Paths that have the field ``era``.
         owner: Who sends it, to keep names of pictures apart; None = no names are taken.
         modalities: What the model takes.
@@ -95,16 +93,16 @@ def check(
     if refusal := _misplaced(path, fields, take_era):
         return refusal
     if isinstance(features := fields.get("features"), dict) and features.get("mm_hashes"):
-        return refused("image_uuid", _FEATURES)
+        return Refusal("image_uuid", _FEATURES)
     if path == BATCH and isinstance(chats := fields.get("messages"), list):
         most = envs.VLLM_MAX_COMPLETION_PROMPTS
         if len(chats) > most:
             message = f"messages: got {len(chats)} chats, allowed: {most} in one request"
-            return refused("batch", message)
+            return Refusal("batch", message)
     data = arguments(path, fields)
     parts = list(_parts(fields, data))
     if any(part.get("type") == _OFFLINE or _OFFLINE in part for part in parts):
-        return refused("image_pil", _PIL)
+        return Refusal("image_pil", _PIL)
     videos = "video" in modalities
     foreign = _FOREIGN - {"video_url"} if videos and path in _TAKE_VIDEO else _FOREIGN
     for part in _parts({name: fields.get(name) for name in _SPOKEN}, data):
@@ -113,13 +111,13 @@ def check(
             said = _VIDEOS_TOO if videos else _PICTURES_ALONE
             if videos and str(kinds[0]).startswith(("video", "input_video")):
                 said = said if path in _TAKE_VIDEO else _IN_CHATS
-            return refused("media", f"{kinds[0]}: got it in a message, but {said}; leave it out")
+            return Refusal("media", f"{kinds[0]}: got it in a message, but {said}; leave it out")
     named = [part for part in parts if part.get("uuid") is not None and _is_media(part)]
     if named and owner is None:
-        return refused("image_uuid", _UUID)
+        return Refusal("image_uuid", _UUID)
     for part in named:
         if not isinstance(part["uuid"], str) or not any(part.get(name) for name in _MEDIA):
-            return refused("image_uuid", _ALONE)
+            return Refusal("image_uuid", _ALONE)
         part["uuid"] = f"{owner}-{part['uuid']}"
     return json.dumps(fields).encode() if named else None
 
@@ -129,28 +127,23 @@ def _misplaced(path: str, fields: dict[str, object], take_era: Collection[str]) 
     own, takes = f"{path}/".startswith(OWN_PATHS), path in take_era
     elsewhere = f"got it for {path}, allowed: {', '.join(sorted(take_era))}; leave it out here"
     if not takes and not own and fields.get(FIELD) is not None:
-        return refused(FIELD, f"{FIELD}: {elsewhere}")
+        return Refusal(FIELD, f"{FIELD}: {elsewhere}")
     for name, value in fields.items():
         within = value if name == _WRAPPER and isinstance(value, dict) else ()
         if ours := next((each for each in within if _NEAR_NAME.fullmatch(each)), None):
-            return refused(FIELD, f"{_WRAPPER}: got {ours!r} in it, which nobody reads; {_TOP}")
+            return Refusal(FIELD, f"{_WRAPPER}: got {ours!r} in it, which nobody reads; {_TOP}")
         if name != FIELD and _is_near(name, value):
-            return refused(FIELD, f"{name}: no such field, needed {FIELD!r}; {_TOP}")
+            return Refusal(FIELD, f"{name}: no such field, needed {FIELD!r}; {_TOP}")
     for at, part in () if own else _placed(fields):
         if not takes and part.get(FIELD) is not None:
-            return refused(FIELD, f"{at}.{FIELD}: {elsewhere}")
+            return Refusal(FIELD, f"{at}.{FIELD}: {elsewhere}")
         if why := _misplaced_within(part, path.startswith(MESSAGES)):
-            return refused(FIELD, f"{at}.{why}")
+            return Refusal(FIELD, f"{at}.{why}")
     return None
 
 
 def _misplaced_within(part: dict[str, object], blocks: bool) -> str | None:
-    """Return why a message, or a part of one, is refused; behind its place.
-
-    Args:
-        part: The object.
-        blocks: It is of Anthropic's form.
-    """
+    """Return why a message, or a part of one (of Anthropic's form: ``blocks``), is refused."""
     kind = part.get("type")
     is_item = kind == "image" if blocks else modality_of(part) is not None
     if not is_item and part.get(FIELD) is not None:
@@ -189,11 +182,6 @@ def _placed(
                 yield from _placed(inner, f"{at}[{row}]", _WITHIN)
 
 
-def refused(reason: str, message: str) -> Refusal:
-    """Return the refusal of a body."""
-    return Refusal(HTTPStatus.BAD_REQUEST, reason, message)
-
-
 def owner(asgi: Scope) -> str:
     """Return what tells one API key from another, and not the key."""
     keys = [value for name, value in asgi["headers"] if name == b"authorization"]
@@ -220,12 +208,7 @@ def _objects(value: object) -> list[dict[str, object]]:
 
 
 def _parts(fields: dict[str, object], data: Container[int]) -> Iterator[dict[str, object]]:
-    """Yield every object that stands in a list of a body, wherever that is.
-
-    Args:
-        fields: The body.
-        data: See ``arguments``; not looked into.
-    """
+    """Yield every object that stands in a list of a body, but in ``data`` (see ``arguments``)."""
     left: list[object] = [fields]
     while left:
         value = left.pop()

@@ -53,10 +53,7 @@ def with_front(
     """Return a launch, and the words typed, with the front's own added.
 
     Args:
-        launch: Of the engine.
-        typed: Model and flags of ``vllm serve``, as typed.
-        settings: Of the front.
-        user: What vLLM reads from them (``app.user_flags``).
+        user: What vLLM reads from the words (``app.user_flags``).
 
     Raises:
         ConfigError: vLLM would end accepted requests before we do, or keys or a domain are no use.

@@ -28,17 +28,8 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 _NO_ANSWERS: Final = (
     *("host", "port", "uds", "uvicorn", "ssl", "api_", "allow", "root_path", "served_model_name"),
-    *(
-        "disable_log",
-        "enable_log",
-        "max_log",
-        "log_",
-        "hf_token",
-        "middleware",
-        "h11",
-        "headless",
-        "subparser",
-    ),
+    *("disable_log", "enable_log", "max_log", "log_", "hf_token", "middleware", "h11", "headless"),
+    "subparser",
 )
 """How flags of vLLM begin that change no answer; keys are among them."""
 

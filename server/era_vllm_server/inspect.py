@@ -39,17 +39,17 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.viz import Kept, draw, seen
 from era_vllm.vllm_plugin.fields import NUM_ANCHORS, PIXEL_HASH, QUESTION, field, shape_of
-from era_vllm.vllm_plugin.parts import PartFields
+from era_vllm.vllm_plugin.parts import fields_of_items
 from era_vllm.vllm_plugin.processor import PrunedInfoMixin, pixels_of
 from era_vllm.vllm_plugin.requests import (
     FieldError,
     ItemRate,
     item_rates,
+    reports,
     requested_question,
     requested_rates,
 )
 from era_vllm_server import probe
-from era_vllm_server.workers import answer, call_workers
 
 _LIMIT_S: Final = 30.0
 _TOKENS_WHILE_READING: Final = 256
@@ -113,18 +113,11 @@ class InspectRequest(BaseModel):
         return f"{self.modality}_url"
 
     @property
-    def item(self) -> ItemUrl:
-        """What that holds."""
+    def url(self) -> str:
+        """Address in that."""
         found = self.image_url or self.video_url
         assert found is not None, "_one_item"
-        return found
-
-    @property
-    def part_fields(self) -> PartFields:
-        """What the body says of the item by OpenAI's word."""
-        within = self.item.detail
-        name = "detail" if within is None else f"{self.key}.detail"
-        return PartFields(detail=self.detail if within is None else within, detail_at=name)
+        return found.url
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +131,6 @@ class Pruned:
     read_back: list[Mapping[str, Any]] | None
     """``worker.ReadBack`` of each rank."""
 
-    @property
-    def length(self) -> int:
-        """Tokens of the encoder."""
-        return int(self.pruned["length"])
-
 
 @router.post("/v1/era/inspect", dependencies=[Depends(validate_json_request)])
 @with_cancellation
@@ -153,7 +141,7 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
     retry = {"Retry-After": str(state.era_settings.retry_after_s)}
     if config.max_pruning_rate == 0:
         return _refusal(HTTPStatus.BAD_REQUEST, "this server prunes nothing (maximum rate 0)")
-    if not answer(state.engine_client):
+    if not probe.workers_answer(state.engine_client):
         return _refusal(HTTPStatus.NOT_IMPLEMENTED, _OTHER_WORKERS)
     takes = probe.modalities(state)
     if request.modality not in takes:
@@ -188,7 +176,8 @@ async def inspect(request: InspectRequest, raw_request: Request) -> Response:
 def _rate(request: InspectRequest, config: EraConfig, takes: tuple[str, ...]) -> ItemRate:
     try:
         asked = requested_rates(request.era, config, takes).get(request.modality)
-        (rate,) = item_rates([request.part_fields], asked, config)
+        part = request.model_dump(exclude={"era"}, exclude_none=True)  # whose era is the request's
+        (rate,) = item_rates(fields_of_items([("", part)])[request.modality], asked, config)
         aware = requested_question(request.era, config)
         if request.question is not None and not aware:
             allowed = "none, or a server that was started with --era-question-aware"
@@ -209,9 +198,9 @@ async def _fetch(config: ModelConfig, request: InspectRequest) -> object:
         allowed_media_domains=config.allowed_media_domains,
     )
     if request.modality == "image":
-        return await connector.fetch_image_async(request.item.url)
+        return await connector.fetch_image_async(request.url)
     name = get_video_processor_cls_name(config)
-    return await connector.fetch_video_async(request.item.url, video_processor=name)
+    return await connector.fetch_video_async(request.url, video_processor=name)
 
 
 async def _ask(
@@ -232,7 +221,7 @@ async def _ask(
     key = [given[name].data.tolist() for name in names]
     asked = given.get(field(QUESTION, modality))
     question = [] if asked is None else asked.data.tolist()
-    await call_workers(engine, "era_watch", *key, _LIMIT_S, question)
+    await probe.call_workers(engine, "era_watch", *key, _LIMIT_S, question)
     request_id = f"era-inspect-{uuid.uuid4().hex}"
     tokens = _TOKENS_WHILE_READING if read_back else 1
     room, length = engine.model_config.max_model_len, len(prompt["prompt_token_ids"])
@@ -246,7 +235,7 @@ async def _ask(
     async with aclosing(probe.generate(engine, prompt, request_id, tokens)) as outputs:
         await anext(outputs)  # a first token: the whole prompt is in the KV cache
         ask = (*key, request_id if read_back else None, question)
-        taken = await call_workers(engine, "era_take", *ask)
+        taken = await probe.call_workers(engine, "era_take", *ask)
     return _of_one_engine(given, taken, read_back=read_back)
 
 
@@ -259,7 +248,6 @@ def _of_one_engine(
     the slots are found only where the request is.
 
     Args:
-        given: The item.
         taken: ``worker.Taken``: [engine][rank].
         read_back: Whether the slots were to be read.
 
@@ -281,19 +269,10 @@ def _of_one_engine(
 def _payload(
     found: Pruned, rate: ItemRate, config: EraConfig, png: bytes | None
 ) -> dict[str, object]:
-    segments, separators = found.pruned["segments"], found.pruned["separators"]
-    told: dict[str, object] = {
-        "policy": config.policy,
-        "pruning_rate": rate.pruning_rate,
-        "level": config.level(rate.pruning_rate),
-        "source": rate.source,
-        "clamped": rate.clamped,
-        "tokens_before": found.length,
-        "tokens_after": len(found.pruned["log_bias"]),
-        "units": found.pruned["units"],
-        "separators": separators,
-        "segments": segments,
-    }
+    pruned = found.pruned
+    (report,) = reports([rate], [int(pruned["length"])], [len(pruned["log_bias"])], config)
+    told = {"policy": config.policy, **report.as_dict()}
+    told |= {name: pruned[name] for name in ("units", "separators", "segments")}
     if (ranks := found.read_back) is not None:
         told["read_back"] = {
             "layers": ranks[0]["layers"],
@@ -323,19 +302,14 @@ def _draw(found: Pruned, info: PrunedInfoMixin, title: str, modality: str) -> by
         first, last = one["unit"], one["unit"] + one["units"]
         picture = seen(torch.cat([*units[first:last]], 1), mean, std)  # one above another
         (top, left, bottom, right), (width, height) = one["box"], picture.size
-        box = (
-            round(left * width),
-            round(top * height),
-            round(right * width),
-            round(bottom * height),
-        )
+        box = [round(at) for at in (left * width, top * height, right * width, bottom * height)]
         which = f"{what} {last}" if one["units"] == 1 else f"{what}s {first + 1} to {last}"
         name = f"{which} of {found.pruned['units']}"
         drawn[first] += 1
         if parts[first] > 1:
             name += f", part {drawn[first]} of {parts[first]}"
         segment = (one[key] for key in ("anchors", "assignment", "log_bias"))
-        kept.append(Kept(picture.crop(box), tuple(one["grid"]), *segment, name))
+        kept.append(Kept(picture.crop(tuple(box)), tuple(one["grid"]), *segment, name))
     separators = found.pruned["separators"]
     note = f"{separators} newlines kept" if separators else ""
     buffer = io.BytesIO()

@@ -7,7 +7,6 @@ path asks for which key (``middleware.auth``).
 import hashlib
 import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.types import Scope
@@ -16,17 +15,15 @@ from era_vllm.errors import ConfigError
 from era_vllm_server.settings import ServerSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """A set of keys; false where there are none, and then everybody may pass."""
+class Keys(tuple[bytes, ...]):
+    """SHA-256 of each key; where there are none everybody may pass."""
 
-    digests: tuple[bytes, ...] = ()
-    """SHA-256 of each."""
+    __slots__ = ()
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> "Keys":
         """Take keys as they are written."""
-        return cls(tuple(_digest(key.encode()) for key in keys))
+        return cls(_digest(key.encode()) for key in keys)
 
     @classmethod
     def read(cls, file: Path) -> "Keys":
@@ -55,9 +52,6 @@ class Keys:
                 )
         return cls.of(key for _, key in numbered)
 
-    def __bool__(self) -> bool:
-        return bool(self.digests)
-
     def holder(self, presented: Iterable[bytes]) -> bytes | None:
         """Return the first of the presented keys that is one of ours.
 
@@ -66,17 +60,13 @@ class Keys:
         found = None
         for key in presented:
             digest = _digest(key)
-            matches = sum([hmac.compare_digest(digest, own) for own in self.digests])
+            matches = sum([hmac.compare_digest(digest, own) for own in self])
             found = key if matches and found is None else found
         return found
 
 
 def keys_of(settings: ServerSettings, theirs: Keys) -> tuple[Keys, Keys]:
-    """Return the API keys and those of ``/metrics``.
-
-    Args:
-        settings: Of the front.
-        theirs: vLLM's own, of ``--api-key`` or ``VLLM_API_KEY``.
+    """Return the API keys and those of ``/metrics``; ``theirs`` are vLLM's own, of its flag.
 
     Raises:
         ConfigError: keys from two places, a file that is no use, or names of pictures without keys.

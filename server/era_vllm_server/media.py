@@ -18,7 +18,7 @@ import re
 import weakref
 from collections import deque
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Thread
 from typing import Final, TypeVar, cast
@@ -28,7 +28,7 @@ import aiohttp
 import pybase64
 import vllm.envs as envs
 import yarl
-from PIL.Image import Image, new
+from PIL.Image import Image
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
@@ -216,20 +216,10 @@ class GuardedConnector(MediaConnector):
     ) -> MediaWithBytes[Image]:
         """Return what ``media_io.load_bytes`` would."""
         settings, mode, behind = self.settings, media_io.image_mode, media_io.rgba_background_color
-
-        def count(pixels: int) -> None:
-            self._count(pixels, request)
-
-        def empty(mode: str, size: tuple[int, int]) -> Image:
-            picture = new(mode, size, None)  # its memory is not touched yet
-            pixels = picture.width * picture.height
-            _held().take(picture, pixels, _REQUESTS * settings.max_request_pixels)
-            return picture
-
         formats, most = settings.image_formats, settings.max_image_pixels
         wanted = Wanted(formats, ALLOWED_IMAGE_FORMATS, most, mode, behind)
-        decoded = _decoders().decode(data, wanted, count, empty, settings.decode_timeout_s)
-        picture, changed = await decoded
+        count, limit_s = partial(self._count, request), settings.decode_timeout_s
+        picture, changed = await _decoders().decode(data, wanted, count, self._hold, limit_s)
         made = {"image_mode": mode, "rgba_background_color": behind} if changed else None
         return MediaWithBytes(picture, data, made)
 
@@ -239,8 +229,8 @@ class GuardedConnector(MediaConnector):
         """Return what ``media_io.load_bytes`` would: frames, and what is known of them."""
 
         async def take(frames: object, pixels: int) -> None:
-            self._count(pixels, request)
-            _held().take(frames, pixels, _REQUESTS * self.settings.max_request_pixels)
+            self._count(request, pixels)
+            self._hold(frames, pixels)
 
         settings = self.settings
         bounds = VideoBounds(
@@ -251,7 +241,10 @@ class GuardedConnector(MediaConnector):
         )
         return await videos.load(data, media_io, bounds, take)
 
-    def _count(self, pixels: int, request: RequestContext) -> None:
+    def _hold(self, picture: object, pixels: int) -> None:
+        _HELD.take(picture, pixels, _REQUESTS * self.settings.max_request_pixels)
+
+    def _count(self, request: RequestContext, pixels: int) -> None:
         request.pixels += pixels
         if request.pixels > self.settings.max_request_pixels:
             raise RefusedError(
@@ -284,6 +277,9 @@ class Held:
         weakref.finalize(picture, self._given_back.append, pixels).atexit = False
 
 
+_HELD: Final = Held()
+
+
 @lru_cache(1)
 def _loop() -> asyncio.AbstractEventLoop:
     """Return the loop of media, in a thread of its own; callers have others, or none."""
@@ -296,12 +292,6 @@ def _loop() -> asyncio.AbstractEventLoop:
 def _decoders() -> Decoders:
     """Return those of this process, as many as vLLM takes threads for it."""
     return Decoders(envs.VLLM_MEDIA_LOADING_THREAD_COUNT)
-
-
-@lru_cache(1)
-def _held() -> Held:
-    """Return the one of this process."""
-    return Held()
 
 
 @lru_cache(1)

@@ -27,7 +27,7 @@ from vllm.engine.protocol import EngineClient
 
 from era_vllm.compat.vllm_entrypoints import get_prometheus_registry
 from era_vllm.vllm_plugin.metrics import BUCKETS_S, Counted
-from era_vllm_server.workers import call_workers
+from era_vllm_server.probe import call_workers
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from vllm.engine.protocol import EngineClient
 
 from era_vllm.config import EraConfig
 from era_vllm.errors import UnsupportedError
-from era_vllm_server import probe, workers
+from era_vllm_server import probe
 
 _SIDE = 64  # pixels of the warm-up picture
 
@@ -44,7 +44,6 @@ class Pulse:
     """A question to every worker, one at a time; they answer between two steps, idle ones too."""
 
     def __init__(self, engine: EngineClient) -> None:
-        """Ask nothing yet."""
         self._engine = engine
         self._question: asyncio.Task[object] | None = None
         self._since_s = 0.0
@@ -55,7 +54,7 @@ class Pulse:
         if last is None or last.done():
             if last is None or last.exception() is None:
                 self._since_s = now
-            self._question = asyncio.create_task(workers.call_workers(self._engine, "check_health"))
+            self._question = asyncio.create_task(probe.call_workers(self._engine, "check_health"))
         return now - self._since_s
 
 

@@ -23,11 +23,13 @@ STATUS: Final = "era_status"
 class Refusal:
     """Why a request is not served."""
 
-    status: HTTPStatus
     reason: str
     """Label of the metric."""
     message: str
+    status: HTTPStatus = HTTPStatus.BAD_REQUEST
     headers: tuple[Header, ...] = ()
+    close_code: int = 1008
+    """Of a websocket."""
 
     def body(self) -> bytes:
         """Return OpenAI's form of an error."""
@@ -42,6 +44,10 @@ class Refusal:
     async def answer(self, scope: Scope, send: Send) -> None:
         """Send it as the whole response, and count it."""
         REJECTED.labels(self.reason).inc()
+        if scope["type"] == "websocket":  # closed before it is accepted it is a 403
+            close = {"type": "websocket.close", "code": self.close_code, "reason": self.reason}
+            await send(close)
+            return
         body = self.body()
         headers = [
             (b"content-type", b"application/json"),

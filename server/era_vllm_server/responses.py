@@ -36,11 +36,6 @@ _WHOLE: Final = (
 def with_era(response: Response, era: Mapping[str, object], place: Place) -> Response:
     """Return a response that holds the object; refusals are returned as they are.
 
-    Args:
-        response: vLLM's, JSON or a stream of events.
-        era: The object.
-        place: Which events of a stream hold it.
-
     Mutates: response, where it is JSON.
     """
     if response.status_code != HTTPStatus.OK:

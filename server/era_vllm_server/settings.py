@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -34,91 +34,58 @@ _SERVICE: Final = re.compile(
 into every pod of its namespace. A port's alone holds an address: ``ERA_VLLM_PORT=tcp://...``."""
 
 
+Number = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=1024)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class ServerSettings(BaseSettings):
-    """Settings of the front; every field has a flag ``--era-<name>``."""
+    """Settings of the front; every field has a flag ``--era-<name>``, its docstring is the help."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True)
 
-    api_keys_file: Path | None = Field(
-        None, description="keys that may use the server, one a line (default: no key is asked for)"
-    )
-    metrics_key_file: Path | None = Field(
-        None, description="key of /metrics alone (default: an API key, where there are any)"
-    )
-    max_body_bytes: int = Field(
-        32 * 2**20, ge=1024, description="largest request body; more is a 413"
-    )
-    max_bodies_bytes: int = Field(
-        2**30, ge=1024, description="bodies of all requests under way together; more is a 503"
-    )
-    max_data_url_bytes: int = Field(
-        20 * 2**20, ge=1024, description="longest base64 picture, as sent; more is a 400"
-    )
-    max_image_pixels: int = Field(
-        2**25, ge=1, description="largest picture, checked before it is decoded; more is a 400"
-    )
-    max_request_pixels: int = Field(
-        2**27,
-        ge=1,
-        description="pixels of all pictures and sampled frames of a request, which are decoded "
-        "before it is admitted; more is a 400; all requests together may hold eight times as many, "
-        "more is a 503",
-    )
-    image_formats: str = Field(
-        "PNG,JPEG,MPO,WEBP,GIF,BMP,AVIF",
-        min_length=1,
-        description="picture formats served, by Pillow's names (MPO: JPEG of many phones)",
-    )
-    decode_timeout_s: float = Field(
-        10.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="how long a picture is decoded, more is a 400, and waits to be, more is a 503",
-    )
-    max_video_seconds: float = Field(
-        600.0, gt=0, allow_inf_nan=False, description="longest video; more is a 400"
-    )
-    max_video_frames: int = Field(
-        36_000,
-        ge=1,
-        description="most frames of a video, all of which before the last sampled one are decoded; "
-        "more is a 400",
-    )
-    max_frame_pixels: int = Field(
-        2**23, ge=1, description="largest frame of a video; more is a 400"
-    )
-    video_timeout_s: float = Field(
-        60.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="how long a video is decoded, more is a 400, and waits to be, more is a 503",
-    )
-    request_timeout_s: float = Field(
-        600.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="a request's deadline; 504, and its work ends; 0 = none",
-    )
-    retry_after_s: int = Field(2, ge=1, description="Retry-After of a 503")
-    drain_timeout_s: float = Field(
-        20.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="how long accepted requests may go on after SIGTERM",
-    )
-    engine_timeout_s: float = Field(
-        30.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="/ready is a 503 once the engine has not answered for so long; more than its "
-        "longest step; 0 = whatever it does",
-    )
-    allow_image_uuid: bool = Field(
-        False, description="let clients name pictures by uuid, apart by API key"
-    )
-    log_json: bool = Field(
-        False, description="one JSON line a request, and vLLM's own lines as JSON too"
-    )
+    api_keys_file: Path | None = None
+    """keys that may use the server, one a line (default: no key is asked for)"""
+    metrics_key_file: Path | None = None
+    """key of /metrics alone (default: an API key, where there are any)"""
+    max_body_bytes: Bytes = 32 * 2**20
+    """largest request body; more is a 413"""
+    max_bodies_bytes: Bytes = 2**30
+    """bodies of all requests under way together; more is a 503"""
+    max_data_url_bytes: Bytes = 20 * 2**20
+    """longest base64 picture, as sent; more is a 400"""
+    max_image_pixels: Number = 2**25
+    """largest picture, checked before it is decoded; more is a 400"""
+    max_request_pixels: Number = 2**27
+    """pixels of all pictures and sampled frames of a request, which are decoded before it is
+    admitted; more is a 400; all requests together may hold eight times as many, more is a 503"""
+    image_formats: Annotated[str, Field(min_length=1)] = "PNG,JPEG,MPO,WEBP,GIF,BMP,AVIF"
+    """picture formats served, by Pillow's names (MPO: JPEG of many phones)"""
+    decode_timeout_s: Seconds = 10.0
+    """how long a picture is decoded, more is a 400, and waits to be, more is a 503"""
+    max_video_seconds: Seconds = 600.0
+    """longest video; more is a 400"""
+    max_video_frames: Number = 36_000
+    """most frames of a video, all of which before the last sampled one are decoded; more is a 400
+    """
+    max_frame_pixels: Number = 2**23
+    """largest frame of a video; more is a 400"""
+    video_timeout_s: Seconds = 60.0
+    """how long a video is decoded, more is a 400, and waits to be, more is a 503"""
+    request_timeout_s: SecondsOrNone = 600.0
+    """a request's deadline; 504, and its work ends; 0 = none"""
+    retry_after_s: Number = 2
+    """Retry-After of a 503"""
+    drain_timeout_s: SecondsOrNone = 20.0
+    """how long accepted requests may go on after SIGTERM"""
+    engine_timeout_s: SecondsOrNone = 30.0
+    """/ready is a 503 once the engine has not answered for so long; more than its longest step; 0 =
+    whatever it does"""
+    allow_image_uuid: bool = False
+    """let clients name pictures by uuid, apart by API key"""
+    log_json: bool = False
+    """one JSON line a request, and vLLM's own lines as JSON too"""
 
     @field_validator("image_formats")
     @classmethod

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import astuple
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,6 @@ from era_vllm_server.decoders import Decoders
 _COMMAND: Final = (sys.executable, "-P", "-W", "ignore", "-m", "era_vllm.videos")
 _OWN: Final = "opencv"
 """The only one of vLLM's backends whose decoding can be moved into another process."""
-_T = TypeVar("_T")
 Loaded = MediaWithBytes[Any]
 Take = Callable[[object, int], Awaitable[None]]
 """Count pixels before they are decoded, for as long as an object lives; may raise."""
@@ -46,9 +45,7 @@ async def load(data: bytes, media_io: VideoMediaIO, bounds: VideoBounds, take: T
     """Return what ``media_io.load_bytes`` would.
 
     Args:
-        data: The file.
         media_io: How frames are sampled.
-        bounds: Of the video.
         take: Is told the pixels of all sampled frames.
 
     Raises:
@@ -108,12 +105,9 @@ def _needs_gpu(loader: type[VideoLoader]) -> bool:
 
 
 class Capture:
-    """Does as a ``cv2.VideoCapture``, in another process; of one thread.
+    """Does as a ``cv2.VideoCapture``, but in another process, whose ``files`` it closes at the end.
 
-    Args:
-        control: A process's socket; closed in the end.
-        memory: The file that both have, closed in the end.
-        bounds: Of the video.
+    Of one thread.
     """
 
     def __init__(self, control: socket.socket, memory: int, bounds: VideoBounds) -> None:
@@ -166,15 +160,12 @@ class Capture:
         return said["value"]
 
     def get(self, name: int) -> float:
-        """Return a property."""
         return self._facts[name] if name in self._facts else float(self._ask("get", name))
 
     def set(self, name: int, value: float) -> bool:
-        """Change a property: the position."""
         return bool(self._ask("set", name, value))
 
     def grab(self) -> bool:
-        """Decode the next frame."""
         self._grabs_left -= 1
         if self._grabs_left < 0:
             raise RefusedError(
@@ -198,7 +189,6 @@ class Capture:
         return True, frame
 
     def read(self) -> tuple[bool, NDArray[np.uint8] | None]:
-        """Decode the next frame and return it."""
         return self.retrieve() if self.grab() else (False, None)
 
 

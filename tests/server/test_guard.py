@@ -536,3 +536,5 @@ def test_while_it_drains_newcomers_are_told_and_counted(make, monkeypatch):
     assert asyncio.run(run(Wire(*body(b"")), method="OPTIONS", headers=preflight)).status == 200
     assert counted("rejected_requests", reason="draining") == before[0] + 1
     assert added_since(before[1]) == {"503": 1, "200": 1}
+    wire = asyncio.run(run(Wire(), path="/v1/realtime", type="websocket"))
+    assert wire.sent == [{"type": "websocket.close", "code": 1012, "reason": "draining"}]

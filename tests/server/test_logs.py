@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import BaseRoute, Route, Router
 
-from era_vllm_server.middleware.log import ITEMS, LOGGER, JsonLine, RequestLog, _route
+from era_vllm_server.middleware.log import ITEMS, LOGGER, RequestLog, _route
 
 IMAGE = {
     "pruning_rate": 0.889,
@@ -67,7 +67,6 @@ def served(monkeypatch):
     sink = io.StringIO()
     logger = logging.getLogger(LOGGER)
     handler = logging.StreamHandler(sink)
-    handler.setFormatter(JsonLine())
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "propagate", False)
     logger.setLevel(logging.INFO)
@@ -154,7 +153,6 @@ def test_a_client_that_leaves_is_told_from_one_that_stays(monkeypatch):
 
     sink = io.StringIO()
     handler = logging.StreamHandler(sink)
-    handler.setFormatter(JsonLine())
     monkeypatch.setattr(logging.getLogger(LOGGER), "handlers", [handler])
     messages = [{"type": "http.request", "body": b""}, {"type": "http.disconnect"}]
 

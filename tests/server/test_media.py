@@ -334,7 +334,7 @@ def test_refusals_are_counted_once_a_request():
 def held(monkeypatch):
     """What the connectors of a test hold."""
     counted = media.Held()
-    monkeypatch.setattr(media, "_held", lambda: counted)
+    monkeypatch.setattr(media, "_HELD", counted)
     monkeypatch.setenv("ERA_MAX_REQUEST_PIXELS", "20000")
     return counted
 

@@ -265,7 +265,7 @@ def test_a_question_that_fails_is_no_answer(monkeypatch):
                 await asyncio.wait([pulse._question])
         return seen
 
-    monkeypatch.setattr(ready.workers, "call_workers", call_workers)
+    monkeypatch.setattr(ready.probe, "call_workers", call_workers)
     assert asyncio.run(run()) == [0, 40, 0, 10]
 
 
@@ -301,6 +301,7 @@ def test_what_changes_an_answer_is_another_setup(tmp_path, caplog):
         args = Namespace(**{"model": str(tmp_path), "revision": None, "port": 1, **flags})
         return info.identity(args, EraConfig())
 
+    caplog.set_level("WARNING", "era_vllm_server")  # some module raises the root's, once imported
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     first = setup()

@@ -114,10 +114,7 @@ def test_parts_are_counted_before_they_are_decoded():
 
 
 def ask(pool, data, limit_s=60.0, **options):
-    def empty(mode, size):
-        return Image.new(mode, size, None)
-
-    return pool.decode(data, wanted(**options), abs, empty, limit_s)
+    return pool.decode(data, wanted(**options), abs, lambda *_: None, limit_s)
 
 
 def children(pid):

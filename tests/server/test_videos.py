@@ -240,7 +240,7 @@ async def together(*urls, **options):
 @pytest.fixture
 def held(monkeypatch):
     counted = media.Held()
-    monkeypatch.setattr(media, "_held", lambda: counted)
+    monkeypatch.setattr(media, "_HELD", counted)
     return counted
 
 

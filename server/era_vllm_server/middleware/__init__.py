@@ -2,7 +2,7 @@
 
     log        names each request, counts what it was told, writes its line
     errors     an error in the form of its API, and not too long
-    cors       our own refusals, for browsers
+    cors       our own refusals, for browsers (here)
     drain      no newcomers after SIGTERM
     auth       API keys
     deadline   an end to the work
@@ -14,12 +14,14 @@ never what the Host header makes of them (CVE-2026-48746).
 """
 
 import logging
+from collections.abc import Iterator
 from functools import partial
 
 from fastapi import FastAPI
-from starlette.datastructures import State
+from starlette.datastructures import Headers, State
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from era_vllm.compat.fastapi_fields import stop_at_first_error
 from era_vllm.compat.starlette_path import flat_routes
@@ -28,7 +30,6 @@ from era_vllm.compat.versions import check_server_versions
 from era_vllm_server.keys import Keys, keys_of
 from era_vllm_server.metrics import REJECTED, RESPONSES
 from era_vllm_server.middleware.auth import Auth
-from era_vllm_server.middleware.cors import Cors, layers
 from era_vllm_server.middleware.deadline import Deadline
 from era_vllm_server.middleware.drain import Drain
 from era_vllm_server.middleware.errors import ErrorForm
@@ -54,7 +55,6 @@ class Front:
             self.app = partial(_fail, f"{type(error).__name__}: {error}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or the lifespan."""
         await self.app(scope, receive, send)
 
 
@@ -80,7 +80,6 @@ class Stack:
         self._http = RequestLog(ErrorForm(Cors(self.drain, app)), lines=settings.log_json)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, or the lifespan."""
         if scope["type"] != "lifespan":
             await self._http(scope, receive, send)
             return
@@ -97,6 +96,41 @@ class Stack:
         _describe(scope["app"])
         await self._lifespan(scope, receive, send)
         _note_end(state, by_signal=self.drain.draining)
+
+
+class Cors:
+    """The layer: refusals of ours get the headers that vLLM's own, further in, gives all others.
+
+    Without them a script sees a network error, and no status.
+    """
+
+    def __init__(self, app: ASGIApp, inner: ASGIApp) -> None:
+        self.app = app
+        self._cors = next((at for at in layers(inner) if isinstance(at, CORSMiddleware)), None)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        if self._cors is not None and scope["type"] == "http" and "origin" in headers:
+            send = partial(_with_headers, self._cors, headers, send)
+        await self.app(scope, receive, send)
+
+
+def layers(app: ASGIApp) -> Iterator[object]:
+    """Yield an application's layers, the outermost first."""
+    layer: object = app
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "app", None)
+
+
+async def _with_headers(
+    cors: CORSMiddleware, request_headers: Headers, send: Send, message: Message
+) -> None:
+    own = "access-control-allow-origin" not in Headers(raw=message.get("headers", []))
+    if message["type"] == "http.response.start" and own:
+        await cors.send(message, send=send, request_headers=request_headers)
+    else:
+        await send(message)
 
 
 async def _fail(message: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +160,7 @@ def _keys_of_vllm(app: ASGIApp) -> Keys:
     Upstream: vllm/entrypoints/serve/middleware/authenticate.py, one of the layers around ``app``;
     it keeps SHA-256 digests of ``--api-key`` or ``VLLM_API_KEY``, wherever they came from.
     """
-    return Keys(tuple(key for layer in layers(app) for key in getattr(layer, "api_tokens", [])))
+    return Keys(key for layer in layers(app) for key in getattr(layer, "api_tokens", []))
 
 
 def _note_end(state: State, *, by_signal: bool) -> None:

@@ -1,5 +1,6 @@
 """Which path asks for which key. Leaves out which keys there are (``keys``)."""
 
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
@@ -7,7 +8,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from era_vllm.compat.starlette_path import get_route_path
 from era_vllm_server.keys import Keys, as_bearer, presented
-from era_vllm_server.metrics import REJECTED
 from era_vllm_server.refusals import Refusal
 
 READY: Final = "/ready"
@@ -19,24 +19,23 @@ OPEN: Final = frozenset(
 """Paths that ask for no key: probes, and pages that say the same to everybody."""
 OPEN_FOLDER: Final = "/static/"
 _NO_KEY: Final = Refusal(
-    HTTPStatus.UNAUTHORIZED,
     "key",
     "a key is needed and none that is known was given; send it as 'Authorization: Bearer KEY' or "
     "'x-api-key: KEY'",
+    HTTPStatus.UNAUTHORIZED,
     ((b"www-authenticate", b"Bearer"),),
 )
 
 
+@dataclass(frozen=True, slots=True)
 class Auth:
     """The layer: asks for a key on every path but the open ones, websockets too."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics_keys: Keys) -> None:
-        """Put it around an application, with the keys of all paths and of /metrics."""
-        self.app = app
-        self._keys, self._metrics_keys = keys, metrics_keys
+    app: ASGIApp
+    keys: Keys
+    metrics_keys: Keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, as the application is to see it."""
         path = get_route_path(scope)
         reading = scope.get("method", "GET") in ("GET", "HEAD")  # a websocket has none
         if is_preflight(scope):
@@ -45,21 +44,13 @@ class Auth:
             if path in (HEALTH, READY):  # by some load balancers with HEAD, which has no route
                 scope = {**scope, "method": "GET"}
         # all that begins so: vLLM mounts its metrics at /metrics{anything}, for every method
-        elif keys := self._metrics_keys if path.startswith(METRICS) else self._keys:
+        elif keys := self.metrics_keys if path.startswith(METRICS) else self.keys:
             key = keys.holder(presented(scope))
             if key is None:
-                await _refuse(scope, send)
+                await _NO_KEY.answer(scope, send)
                 return
             scope = as_bearer(scope, key)
         await self.app(scope, receive, send)
-
-
-async def _refuse(scope: Scope, send: Send) -> None:
-    if scope["type"] == "http":
-        await _NO_KEY.answer(scope, send)
-    else:  # a websocket; closed before it is accepted it is a 403
-        REJECTED.labels(_NO_KEY.reason).inc()
-        await send({"type": "websocket.close", "code": 1008, "reason": _NO_KEY.reason})
 
 
 def is_preflight(scope: Scope) -> bool:

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from era_vllm.compat.starlette_path import get_route_path
 from era_vllm.vllm_plugin.requests import ItemReport, request_context
-from era_vllm_server.fields import arguments, check, owner, refused
+from era_vllm_server.fields import arguments, check, owner
 from era_vllm_server.metrics import CLAMPED, ITEMS, TOKENS_AFTER, TOKENS_BEFORE
 from era_vllm_server.middleware.limits import replay
 from era_vllm_server.middleware.log import ITEMS as LOGGED
@@ -62,35 +63,24 @@ _MEDIA: Final = frozenset({"url", "image_url", "video_url", "audio_url", "data",
 _HALF: Final = "the body holds half a character (one of \\ud800 to \\udfff alone); send whole ones"
 
 
+@dataclass(frozen=True, slots=True)
 class Body:
     """The layer, inside of vLLM's authentication."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        take_era: frozenset[str],
-        policy: str,
-        allow_image_uuid: bool,
-        modalities: Callable[[], tuple[str, ...]],
-    ) -> None:
-        """Put it around an application.
+    app: ASGIApp
+    take_era: frozenset[str]
+    """Paths whose bodies may have the field ``era``."""
+    policy: str
+    """Label of what is counted."""
+    allow_image_uuid: bool
+    """Put a client's names apart by its key, instead of refusing them."""
+    modalities: Callable[[], tuple[str, ...]]
+    """What the model takes."""
 
-        Args:
-            app: vLLM's.
-            take_era: Paths whose bodies may have the field ``era``.
-            policy: Label of what is counted.
-            allow_image_uuid: Put a client's names apart by its key, instead of refusing them.
-            modalities: Tells what the model takes.
-        """
+    def __post_init__(self) -> None:
         sys.set_int_max_str_digits(MAX_DIGITS)
-        self.app = app
-        self._take_era = take_era
-        self._policy = policy
-        self._allow_image_uuid = allow_image_uuid
-        self._modalities = modalities
 
     async def __call__(self, asgi: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if asgi["type"] != "http":
             await self.app(asgi, receive, send)
             return
@@ -131,19 +121,19 @@ class Body:
         except RecursionError:  # which not every route takes for a client's error
             return _too_much(f"{MAX_DEPTH} levels")
         except UnicodeEncodeError:
-            return refused("body_shape", _HALF)
+            return Refusal("body_shape", _HALF)
         except ValueError:  # the route's to refuse
             return None
         if not isinstance(fields, dict):
             return None
-        sender = owner(asgi) if self._allow_image_uuid else None
-        return check(path, fields, self._take_era, sender, self._modalities())
+        sender = owner(asgi) if self.allow_image_uuid else None
+        return check(path, fields, self.take_era, sender, self.modalities())
 
     def _count(self, asgi: Scope, items: Sequence[tuple[str, ItemReport]]) -> None:
         """Count what was done, and leave it for the request log."""
         asgi.setdefault("state", {})[LOGGED] = [(name, one.as_dict()) for name, one in items]
         for modality, one in items:
-            labels = (self._policy, one.level or "custom")
+            labels = (self.policy, one.level or "custom")
             TOKENS_BEFORE[modality].labels(*labels).inc(one.tokens_before or 0)
             TOKENS_AFTER[modality].labels(*labels).inc(one.tokens_after or 0)
             ITEMS[modality].labels(one.source).inc()
@@ -151,15 +141,11 @@ class Body:
 
 
 def _too_much(excess: str) -> Refusal:
-    return refused("body_shape", f"the body holds more than {excess}; send less at once")
+    return Refusal("body_shape", f"the body holds more than {excess}; send less at once")
 
 
 def excess_of(path: str, body: object) -> str | None:
     """Return which bound a parsed body is over.
-
-    Args:
-        path: Of its route.
-        body: Its fields.
 
     Raises:
         UnicodeEncodeError: it holds half a character.

@@ -24,23 +24,21 @@ PATIENCE_S: Final = 1.0
 
 
 class Deadline:
-    """The layer: knows which requests are under way."""
+    """The layer: knows which requests are under way; a limit of 0 = without a deadline."""
 
     def __init__(self, app: ASGIApp, limit_s: float) -> None:
-        """Put it around an application; 0 = without a deadline."""
         self.app = app
         self.limit_s = limit_s
         self.in_flight = set[Exchange]()
         self._background = set[asyncio.Task[None]]()
         self._too_late = Refusal(
-            HTTPStatus.GATEWAY_TIMEOUT,
             "deadline",
             f"the request took longer than {limit_s:g} s and was ended",
+            HTTPStatus.GATEWAY_TIMEOUT,
             (CLOSE,),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -71,9 +69,7 @@ class Exchange:
     async def run(self, app: ASGIApp, background: set[asyncio.Task[None]]) -> None:
         """Let an application answer it, unless it is stopped.
 
-        Args:
-            app: The application.
-            background: Keeps those that go on behind the answer from the garbage collector.
+        ``background`` keeps those that go on behind the answer from the garbage collector.
         """
         coroutine = app(self._scope, self._receive, self._send)
         work = asyncio.create_task(cast("Coroutine[Any, Any, None]", coroutine))

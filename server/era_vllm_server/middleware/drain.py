@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import Final
@@ -33,43 +34,35 @@ _CLOSING_S: Final = 3
 _log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Drain:
-    """The layer: refuses newcomers while it drains, and tells whom a 503 sends away when to come.
+    """The layer: refuses newcomers while it drains, and says with every 503 when to come."""
 
-    Args:
-        app: The application.
-        limit_s: How long accepted requests may go on; 0 = vLLM ends them as it does.
-        in_flight: The requests that are under way.
-        retry: Header that says when to come again.
-    """
+    app: ASGIApp
+    limit_s: float
+    """How long accepted requests may go on; 0 = vLLM ends them as it does."""
+    in_flight: set[Exchange]
+    retry: Header
+    """Says when to come again."""
+    _task: asyncio.Task[None] | None = field(default=None, init=False)
 
-    def __init__(
-        self, app: ASGIApp, limit_s: float, in_flight: set[Exchange], retry: Header
-    ) -> None:
-        self.app = app
-        self.limit_s = limit_s
-        self.in_flight = in_flight
-        self._retry = retry
+    def __post_init__(self) -> None:
         self._refusal = Refusal(
-            HTTPStatus.SERVICE_UNAVAILABLE,
             "draining",
             "the server is shutting down; send the request again, to another one",
-            (retry, CLOSE),
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            (self.retry, CLOSE),
+            close_code=1012,
         )
-        self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
+        is_http = scope["type"] == "http"
         open_path = is_preflight(scope) or get_route_path(scope) in (HEALTH, METRICS)
-        if scope["type"] == "http":
-            if self.draining and not open_path:
-                await self._refusal.answer(scope, send)
-                return
-            send = partial(self._send, scope["method"], send)
-        elif self.draining:
-            REJECTED.labels(self._refusal.reason).inc()
-            await send({"type": "websocket.close", "code": 1012, "reason": self._refusal.reason})
+        if self.draining and not (is_http and open_path):
+            await self._refusal.answer(scope, send)
             return
+        if is_http:
+            send = partial(self._send, scope["method"], send)
         await self.app(scope, receive, send)
 
     async def _send(self, method: str, send: Send, message: Message) -> None:
@@ -78,8 +71,8 @@ class Drain:
             headers: list[Header] = list(message.get("headers", []))
             added = [CLOSE] if self.draining else []
             if message["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
-                added.append(self._retry)
-                if method == "POST" and self._retry[0] not in dict(headers):
+                added.append(self.retry)
+                if method == "POST" and self.retry[0] not in dict(headers):
                     REJECTED.labels("busy").inc()  # vLLM's admission limits, and no probe
             missing = [header for header in added if header[0] not in dict(headers)]
             message = {**message, "headers": [*headers, *missing]}

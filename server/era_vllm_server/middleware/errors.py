@@ -7,6 +7,7 @@ any layer is asked (``compat/uvicorn_h11``).
 """
 
 import json
+from dataclasses import KW_ONLY, dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -24,14 +25,13 @@ _CUT: Final = "... (cut)"
 _ANTHROPIC: Final = "/v1/messages"
 
 
+@dataclass(frozen=True, slots=True)
 class ErrorForm:
     """The layer; what an application raises it answers too, and raises it on."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -46,19 +46,19 @@ class ErrorForm:
             raise
 
 
+@dataclass(slots=True)
 class Reply:
-    """What ``send`` is for one request."""
+    """What ``send`` is for one request: an error's messages are kept until it is whole."""
 
-    def __init__(self, send: Send, *, anthropic: bool) -> None:
-        self._send = send
-        self._anthropic = anthropic
-        self.started = False
-        self._error: Message | None = None
-        """The start of an error, which waits for the end of its body."""
-        self._body = b""
+    send: Send
+    _: KW_ONLY
+    anthropic: bool
+    started: bool = False
+    _error: Message | None = None
+    """The start of an error, which waits for the end of its body."""
+    _body: bytes = b""
 
     async def __call__(self, message: Message) -> None:
-        """Send the next message, or keep it until an error is whole."""
         if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
             self._error, self._body = message, b""
             return
@@ -67,17 +67,17 @@ class Reply:
             if message.get("more_body", False):
                 return
             start, self._error = self._error, None
-            body = error_body(self._body, start["status"], anthropic=self._anthropic)
+            body = error_body(self._body, start["status"], anthropic=self.anthropic)
             if body != self._body:
                 kinds = (b"content-type", b"content-length")
                 others = [pair for pair in start["headers"] if pair[0].lower() not in kinds]
                 length = str(len(body)).encode()
                 own = [(b"content-type", b"application/json"), (b"content-length", length)]
                 start = {**start, "headers": [*others, *own]}
-            await self._send(start)
+            await self.send(start)
             message = {**message, "body": body}
         self.started = True
-        await self._send(message)
+        await self.send(message)
 
 
 def error_body(body: bytes, status: int, *, anthropic: bool) -> bytes:

@@ -21,38 +21,35 @@ NO_BODY_BYTES: Final = 2**14
 
 
 class BodyLimits:
-    """The layer: counts the bytes of every body that is being read or answered."""
+    """The layer: counts the bytes of every body that is being read or answered.
+
+    Args:
+        most_bytes: Of one body; more is a 413.
+        most_in_all: Of all requests' that are under way; more is a 503.
+        retry: Header that says when to come again.
+    """
 
     def __init__(self, app: ASGIApp, most_bytes: int, most_in_all: int, retry: Header) -> None:
-        """Put it around an application.
-
-        Args:
-            app: The application.
-            most_bytes: Of one body; more is a 413.
-            most_in_all: Of all requests' that are under way; more is a 503.
-            retry: Header that says when to come again.
-        """
         self.app = app
         self._most_bytes, self._most_in_all = most_bytes, most_in_all
         self._bytes = 0
         self._too_large = [_too_large(NO_BODY_BYTES), _too_large(most_bytes)]
         """Of a method without a body, and with one."""
         self._too_slow = Refusal(
-            HTTPStatus.REQUEST_TIMEOUT,
             "body_rate",
             f"of the request's body less than {MIN_BYTES} bytes came in {WINDOW_S:g} s",
+            HTTPStatus.REQUEST_TIMEOUT,
             (CLOSE,),
         )
         self._too_much = Refusal(
-            HTTPStatus.SERVICE_UNAVAILABLE,
             "bodies",
             f"the bodies of the requests under way fill the {most_in_all} bytes that they may "
             "have; send the request again",
+            HTTPStatus.SERVICE_UNAVAILABLE,
             (retry, CLOSE),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -108,7 +105,7 @@ class BodyLimits:
 def _too_large(most: int) -> Refusal:
     message = f"the request's body is longer than {most} bytes"
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-    return Refusal(status, "body_size", message, (CLOSE,))  # the rest of it is not read
+    return Refusal("body_size", message, status, (CLOSE,))  # the rest of it is not read
 
 
 @dataclass(slots=True)

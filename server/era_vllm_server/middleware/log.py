@@ -40,15 +40,13 @@ _NO_RESPONSE: Final = 500
 
 
 class RequestLog:
-    """The outermost layer: a request's id, its count and its line."""
+    """The outermost layer: a request's id, its count and its line; without lines the first two."""
 
     def __init__(self, app: ASGIApp, *, lines: bool) -> None:
-        """Put it around an application; without lines it names and counts."""
         self.app = app
         self._logger = _logger() if lines else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection, then count it and write its line."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -82,7 +80,9 @@ class RequestLog:
                     self._write(name, scope, last, perf_counter() - started)
 
     def _write(self, name: bytes, scope: Scope, status: int, seconds: float) -> None:
-        fields = {
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": "request",
             "id": name.decode(),
             "method": scope["method"],
             "route": _route(scope),
@@ -90,17 +90,7 @@ class RequestLog:
             "ms": round(seconds * 1e3, 1),
             **_shown(scope["state"].get(ITEMS, ())),
         }
-        self._logger.info("request", extra={"fields": fields})
-
-
-class JsonLine(logging.Formatter):
-    """A record as one line of JSON."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return time, event and the record's fields."""
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        fields: dict[str, object] = getattr(record, "fields", {})
-        return json.dumps({"time": time, "event": record.getMessage(), **fields})
+        self._logger.info(json.dumps(line))
 
 
 def _shown(items: Sequence[tuple[str, Mapping[str, object]]]) -> dict[str, list[object]]:
@@ -114,9 +104,7 @@ def _shown(items: Sequence[tuple[str, Mapping[str, object]]]) -> dict[str, list[
 def _logger() -> logging.Logger:
     logger = logging.getLogger(LOGGER)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(JsonLine())
-        logger.addHandler(handler)
+        logger.addHandler(logging.StreamHandler(sys.stdout))
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger

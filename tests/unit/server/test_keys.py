@@ -14,7 +14,7 @@ def keys(tmp_path, text):
 
 def test_one_a_line_with_comments(tmp_path):
     read = keys(tmp_path, b"# of the team\r\nalpha\n\n   beta  \n#gamma\n")
-    assert len(read.digests) == 2
+    assert len(read) == 2
     for key in (b"alpha", b"beta"):
         assert read.holder([b"wrong", key]) == key
     for key in (b"", b"#gamma", b"gamma", b"alph", b"alphaa", b"ALPHA", b"alpha\nbeta"):
