@@ -2,7 +2,7 @@
 
     log        names each request, counts what it was told, writes its line
     errors     an error in the form of its API, and not too long
-    cors       our own refusals, for browsers (here)
+    cors       our own refusals, for browsers
     drain      no newcomers after SIGTERM
     auth       API keys
     deadline   an end to the work
@@ -14,14 +14,12 @@ never what the Host header makes of them (CVE-2026-48746).
 """
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers, State
-from starlette.middleware.cors import CORSMiddleware
+from starlette.datastructures import State
 from starlette.routing import WebSocketRoute
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from era_vllm.compat.fastapi_fields import stop_at_first_error
 from era_vllm.compat.starlette_path import flat_routes
@@ -30,6 +28,7 @@ from era_vllm.compat.versions import check_server_versions
 from era_vllm_server.keys import Keys, keys_of
 from era_vllm_server.metrics import REJECTED, RESPONSES
 from era_vllm_server.middleware.auth import Auth
+from era_vllm_server.middleware.cors import Cors, layers
 from era_vllm_server.middleware.deadline import Deadline
 from era_vllm_server.middleware.drain import Drain
 from era_vllm_server.middleware.errors import ErrorForm
@@ -96,41 +95,6 @@ class Stack:
         _describe(scope["app"])
         await self._lifespan(scope, receive, send)
         _note_end(state, by_signal=self.drain.draining)
-
-
-class Cors:
-    """The layer: refusals of ours get the headers that vLLM's own, further in, gives all others.
-
-    Without them a script sees a network error, and no status.
-    """
-
-    def __init__(self, app: ASGIApp, inner: ASGIApp) -> None:
-        self.app = app
-        self._cors = next((at for at in layers(inner) if isinstance(at, CORSMiddleware)), None)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        if self._cors is not None and scope["type"] == "http" and "origin" in headers:
-            send = partial(_with_headers, self._cors, headers, send)
-        await self.app(scope, receive, send)
-
-
-def layers(app: ASGIApp) -> Iterator[object]:
-    """Yield an application's layers, the outermost first."""
-    layer: object = app
-    while layer is not None:
-        yield layer
-        layer = getattr(layer, "app", None)
-
-
-async def _with_headers(
-    cors: CORSMiddleware, request_headers: Headers, send: Send, message: Message
-) -> None:
-    own = "access-control-allow-origin" not in Headers(raw=message.get("headers", []))
-    if message["type"] == "http.response.start" and own:
-        await cors.send(message, send=send, request_headers=request_headers)
-    else:
-        await send(message)
 
 
 async def _fail(message: str, scope: Scope, receive: Receive, send: Send) -> None:
