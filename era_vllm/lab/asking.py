@@ -5,7 +5,6 @@ in this process in ``bench/engines.py``. All read the same files and the same ch
 out pictures (``samples.py``, ``synth/``) and what answers are worth (``scores.py``).
 """
 
-import io
 import math
 import sys
 import time
@@ -148,7 +147,7 @@ class TransformersAsker:
                 "transformers: got a video, allowed: pictures, which alone it prunes by itself; "
                 "ask an engine or a server"
             )
-        images = [Image.open(io.BytesIO(medium.data)).convert("RGB") for medium in media]
+        images = [medium.picture() for medium in media]
         shared: list[Segment] | None = None
         if not self._config.question_aware:
             shared = segments_of(oracle.reduce(images, self._config, rate))

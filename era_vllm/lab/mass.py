@@ -5,7 +5,6 @@ additive mask (``oracle.py``): of the row that gives the first word of an answer
 attention on visual tokens, mean over heads and questions. LLaVA-1.5 checkpoints.
 """
 
-import io
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from era_vllm.config import EraConfig
@@ -67,7 +65,7 @@ def measure(
     shares: list[list[Tensor]] = [[] for _ in rows]
     with bar(len(rows) * len(subjects), "attention mass", "picture") as shown:
         for subject in subjects:
-            images = [Image.open(io.BytesIO(one.data)).convert("RGB") for one in subject.media]
+            images = [one.picture() for one in subject.media]
             for own, (_, config, rate) in zip(shares, rows, strict=True):
                 asker, shared = TransformersAsker(oracle, config), list[Segment]()
                 for question in subject.questions:
