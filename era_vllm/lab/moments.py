@@ -37,9 +37,8 @@ from era_vllm.lab.synth.assets import load_material
 from era_vllm.lab.synth.film import Item
 from era_vllm.lab.synth.tasks import Kind, Task, draw_tasks
 from era_vllm.lab.train import words
-from era_vllm.lab.train.export import FRAMES, PATCH
 from era_vllm.lab.train.packing import pack
-from era_vllm.lab.train.qwen3_vl import FORM, patches
+from era_vllm.lab.train.qwen3_vl import FORM, item_patches
 from era_vllm.pipeline import prune
 from era_vllm.policies import make_policy
 from era_vllm.types import VisualTokens
@@ -114,15 +113,10 @@ class TaskOracle(LanguageOracle):
 
     def moment_rows(self, item: Item) -> Float[Tensor, "t n c"]:
         """Return each moment's tokens: main output, and behind it the feature maps."""
-        frames = item.frames
-        pixels = [patches(frames[at : at + FRAMES]) for at in range(0, len(frames), FRAMES)]
-        width, height = frames[0].size
-        grid = torch.tensor([[len(pixels), height // PATCH, width // PATCH]])
-        seen = self.model.model.visual(
-            torch.from_numpy(np.concatenate(pixels)), grid_thw=grid, return_dict=True
-        )
+        pixels, grid = item_patches(item)
+        seen = self.model.model.visual(pixels, grid_thw=grid, return_dict=True)
         rows = torch.cat([seen.pooler_output, *seen.deepstack_features], -1)
-        return rows.unflatten(0, (len(pixels), -1))
+        return rows.unflatten(0, (int(grid[0, 0]), -1))
 
     def position_ids(self, *_: object) -> Int[Tensor, "3 t"]:
         """Return those of the tokens that are left, as they were unpruned."""

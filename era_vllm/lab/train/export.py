@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from era_vllm.lab.synth.tasks import SIDE_STEP
 from era_vllm.lab.train import words
+from era_vllm.lab.train.arch import save_weights
 
 PATCH: Final = 8
 """Pixels."""
@@ -35,13 +34,8 @@ _TIED: Final = "lm_head.weight"
 
 def export(model: nn.Module, folder: Path) -> None:
     """Write a model's weights, as they are now, and all that belongs to them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: weight.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, weight in model.state_dict().items()
-        if name != _TIED
-    }
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    weights = {name: weight for name, weight in model.state_dict().items() if name != _TIED}
+    save_weights(weights, folder / "model.safetensors")
     words.tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(words.CHAT_TEMPLATE, encoding="utf-8")
     for name, content in _files(model).items():

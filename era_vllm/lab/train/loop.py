@@ -270,11 +270,14 @@ class _Training:
         means = {name: sum(values) / len(values) for name, values in self.sums.items()}
         self.sums.clear()
         if self.ranks.first:
-            progress = self.progress
-            known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
-            append(self.settings.out, {**known, **means})
+            self._append(means)
             shown = " ".join(f"{name} {value:.2f}" for name, value in means.items())
-            bar.set_postfix_str(f"{progress.seen} tasks, {shown}")
+            bar.set_postfix_str(f"{self.progress.seen} tasks, {shown}")
+
+    def _append(self, found: Mapping[str, object]) -> None:
+        progress = self.progress
+        known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
+        append(self.settings.out, {**known, **found})
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -292,9 +295,7 @@ class _Training:
         finally:
             self.average.swap()
         if self.ranks.first:
-            progress = self.progress
-            known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
-            append(self.settings.out, {**known, "dev": correct})
+            self._append({"dev": correct})
             draw(self.settings.out)
 
 

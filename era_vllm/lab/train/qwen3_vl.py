@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
+from era_vllm.lab.synth.film import Item
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import QUOTAS, SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
-from era_vllm.lab.train.arch import Architecture, Learner, no_items
+from era_vllm.lab.train.arch import Architecture, Learner
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.export import CONTEXT, FRAMES, MEAN, MERGE, PATCH, STD, export
@@ -109,6 +110,14 @@ def patches(frames: Sequence[Any]) -> "np.ndarray":
     return cut.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, 3 * FRAMES * PATCH * PATCH)
 
 
+def item_patches(item: Item) -> tuple[Tensor, Tensor]:
+    """Return a picture's or a video's patches [p, 384] and grid [1, 3], as the tower takes them."""
+    frames, (width, height) = item.frames, item.frames[0].size
+    moments = [patches(frames[at : at + FRAMES]) for at in range(0, len(frames), FRAMES)]
+    grid = torch.tensor([[len(moments), height // PATCH, width // PATCH]])
+    return torch.from_numpy(np.concatenate(moments)), grid
+
+
 class Qwen3VLLearner(Learner):
     """The model and the heads of its tower."""
 
@@ -120,10 +129,6 @@ class Qwen3VLLearner(Learner):
             grid = self.model.model.visual.pos_embed.weight
             grid.copy_(waves(_PLACES, _TOWER))
 
-    def read(self, folder: Path) -> None:
-        """Take the weights of an exported folder; the heads stay as they are."""
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-
     def see(self, batch: Batch) -> list[Tensor]:
         """Return the tower's outputs, [v, width] each: the main one, then DeepStack's."""
         seen = self.model.model.visual(batch.pixels, grid_thw=batch.grids, return_dict=True)
@@ -134,7 +139,6 @@ class Qwen3VLLearner(Learner):
         return self.heads(outputs, batch.labels)
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the language model's last states where something is to be said."""
         language = self.model.model.language_model
         visual = ((batch.ids == words.IMAGE) | (batch.ids == words.VIDEO))[..., None]
         embeds = language.embed_tokens(batch.ids)
@@ -160,44 +164,29 @@ class Qwen3VL(Architecture):
     )
 
     def tokenizer(self) -> "Tokenizer":
-        """Make the tokenizer."""
         return words.tokenizer()
 
     def learner(self) -> Learner:
-        """Make new weights."""
         return Qwen3VLLearner()
 
     def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        """Return pictures, alone or with a packed row for each task."""
-        return _batch(tasks, rows)
+        items = [item for task in tasks for item in task.items]
+        seen = [item_patches(item) for item in items]
+        labels = [label(scene, FORM.side) for item in items for scene in item.scenes]
+        return Batch(
+            pixels=torch.cat([pixels for pixels, _ in seen]),
+            grids=torch.cat([grid for _, grid in seen]),
+            labels=torch.from_numpy(np.concatenate(labels, 1)),
+            present=torch.empty(0, 0, dtype=torch.int64),
+            rows=tuple(rows),
+            **padded(rows, words.PAD),
+        )
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the folder."""
         export(model, folder)
 
 
 ARCH: Final = Qwen3VL()
-
-
-def _batch(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
-    pixels: list[np.ndarray] = []
-    grids: list[tuple[int, int, int]] = []
-    labels: list[np.ndarray] = []
-    for task in tasks:
-        for item in task.items:
-            moments = [item.frames[i : i + FRAMES] for i in range(0, len(item.frames), FRAMES)]
-            pixels += [patches(frames) for frames in moments]
-            width, height = item.frames[0].size
-            grids.append((len(moments), height // PATCH, width // PATCH))
-            labels += [label(scene, FORM.side) for scene in item.scenes]
-    return Batch(
-        pixels=torch.from_numpy(np.concatenate(pixels)),
-        grids=torch.tensor(grids),
-        labels=torch.from_numpy(np.concatenate(labels, 1)),
-        present=no_items(0),
-        rows=tuple(rows),
-        **padded(rows, words.PAD),
-    )
 
 
 def waves(side: int, width: int) -> Tensor:
