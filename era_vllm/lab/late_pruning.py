@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.asking import Answer, Subject, chat_prompt, cleaned
+from era_vllm.lab.asking import Answer, Subject, chat_ids, cleaned
 from era_vllm.lab.oracle import Oracle, Segment, segments_of
 from era_vllm.lab.scores import accuracy, count
 from era_vllm.lab.screen import bar
@@ -149,8 +149,7 @@ def measure(oracle: Oracle, subjects: Sequence[Subject], layer: int) -> list[Row
                 kept, chosen = EraConfig().num_anchors(whole.n, row.rate), segment.anchors
                 row.answers.append([])
                 for question in subject.questions:
-                    text = chat_prompt(oracle.processor, question.text)
-                    ids = oracle.prompt_ids(text, [len(segment.anchors)], add_special_tokens=False)
+                    ids = chat_ids(oracle, question.text, [segment])
                     if choose is None:
                         said, _ = oracle.decode(ids, [segment], _MAX_TOKENS, "original")
                     else:
