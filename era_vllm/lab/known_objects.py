@@ -68,14 +68,10 @@ class KnowingAsker(TransformersAsker):
         super().__init__(oracle, replace(config, question_aware=True))
         self._plain, self._known = config, known
 
-    def each(
-        self, subjects: Sequence[Subject], rate: float | None = None
-    ) -> Iterator[list[Answer]]:
-        """Yield the answers to each subject in turn."""
-        for subject in subjects:
-            assert isinstance(subject, Task) and rate is not None
-            self._task, self._seen = subject, None
-            yield self._about(subject, rate)
+    def prompts(self, subject: Subject, rate: float) -> Iterator[tuple[list[int], list[Segment]]]:
+        assert isinstance(subject, Task)
+        self._task, self._seen = subject, None
+        return super().prompts(subject, rate)
 
     _task: Task
     _seen: VisualTokens | None = None

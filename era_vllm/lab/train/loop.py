@@ -14,7 +14,6 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +48,6 @@ _LONGEST_STEP_S: Final = 60.0  # what is longer was stopped, and does not count 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 _CLIP: Final = 1.0
 _REPORT: Final = 20  # steps a line of the curve
-Correct = Mapping[TaskFamily, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +202,7 @@ class _Training:
         else:
             batch = self.arch.batch(tasks)
         self._set_rate(minutes)
-        with self._precision():
+        with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
             found = self.model.losses(batch.to(settings.device))
         loss = found["loss"]
         loss.backward()
@@ -240,11 +238,6 @@ class _Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
-
-    def _precision(self) -> Any:
-        if self.settings.bf16:
-            return torch.autocast(self.settings.device, torch.bfloat16)
-        return nullcontext()
 
     def _agreed(self, spent: float) -> tuple[float, bool]:
         """Return rank 0's time, and whether any is to stop: all end after the same step."""
