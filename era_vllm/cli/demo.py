@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from era_vllm.lab.asking import Answer
-    from era_vllm.lab.samples import Sample, TaskSample
+    from era_vllm.lab.samples import Sample
 
 DESCRIPTION = """Ask two servers about a dozen pictures: all image tokens against a ninth of them.
 
@@ -144,12 +144,12 @@ def _tasks() -> dict[str, object]:
 
 
 def _asked(
-    samples: "Sequence[Sample | TaskSample]", answers: "Sequence[list[list[Answer]]]"
+    samples: "Sequence[Sample]", answers: "Sequence[list[list[Answer]]]"
 ) -> list[dict[str, object]]:
     """Return each question with its answers, one a rate, as JSON values."""
     return [
         {
-            "files": getattr(sample, "files", None) or [sample.file],
+            "files": sample.files,
             "family": question.family,
             "question": question.text,
             "right": question.answer,
@@ -162,7 +162,7 @@ def _asked(
 
 
 def _table(
-    samples: "Sequence[Sample | TaskSample]",
+    samples: "Sequence[Sample]",
     answers: "Sequence[list[list[Answer]]]",
     rates: "Sequence[float]" = RATES,
     texts: "Sequence[str]" = (),

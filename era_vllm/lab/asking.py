@@ -5,7 +5,6 @@ in this process in ``bench/engines.py``. All read the same files and the same ch
 out pictures (``samples.py``, ``synth/``) and what answers are worth (``scores.py``).
 """
 
-import io
 import math
 import sys
 import time
@@ -65,7 +64,8 @@ class Answer:
     image_tokens: int
     """Of the pictures and the video, after pruning."""
     seconds: float = field(default=0.0, compare=False)
-    """A server's request, beside up to three others; an engine's batch, a question's share."""
+    """A server's request, beside up to three others; of an engine's batch, or of what plain
+    transformers took for a subject, a question's share."""
     first: Mapping[int, float] | None = field(default=None, compare=False)
     """Token id -> log-probability of the first token, the likeliest; None: not asked for."""
 
@@ -109,6 +109,13 @@ def chat_prompt(tokenizer: Any, question: str, pictures: int = 1) -> str:  # noq
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def chat_ids(oracle: "Oracle", question: str, segments: "Sequence[Segment]") -> list[int]:
+    """Return the token ids of a question about pictures, each as long as what stands for it."""
+    text = chat_prompt(oracle.processor, question, len(segments))
+    kept = [len(segment.anchors) for segment in segments]
+    return oracle.prompt_ids(text, kept, add_special_tokens=False)
+
+
 def messages_of(subject: Subject) -> Iterator[list[dict[str, object]]]:
     """Yield the messages of each question, files before text."""
     parts = [medium.part() for medium in subject.media]
@@ -133,49 +140,43 @@ class TransformersAsker:
     def each(
         self, subjects: Sequence[Subject], rate: float | None = None
     ) -> Iterator[list[Answer]]:
-        """Yield the answers to each subject in turn."""
         rate = self._config.pruning_rate if rate is None else rate
         for subject in subjects:
             yield self._about(subject, rate)
 
     def _about(self, subject: Subject, rate: float) -> list[Answer]:
-        from era_vllm.lab.oracle import segments_of
+        started, said = time.perf_counter(), list[tuple[str, int, dict[int, float]]]()
+        for ids, segments in self.prompts(subject, rate):
+            text, first = self._oracle.decode(
+                ids, segments, self._max_tokens, self._config.positions, self._config.gamma
+            )
+            kept = sum(len(segment.anchors) for segment in segments)
+            said.append((cleaned(text), kept, _likely(first)))
+        seconds = (time.perf_counter() - started) / len(subject.questions)
+        return [Answer(text, kept, seconds, first) for text, kept, first in said]
 
-        media, started = subject.media, time.perf_counter()
-        oracle, config = self._oracle, self._config
-        if any(medium.kind == "video" for medium in media):
+    def prompts(self, subject: Subject, rate: float) -> "Iterator[tuple[list[int], list[Segment]]]":
+        """Yield each question as token ids, and what stands for its pictures."""
+        if any(medium.kind == "video" for medium in subject.media):
             raise UnsupportedError(
                 "transformers: got a video, allowed: pictures, which alone it prunes by itself; "
                 "ask an engine or a server"
             )
-        images = [Image.open(io.BytesIO(medium.data)).convert("RGB") for medium in media]
-        shared: list[Segment] | None = None
-        if not self._config.question_aware:
-            shared = segments_of(oracle.reduce(images, self._config, rate))
-        shared_s = (time.perf_counter() - started) / len(subject.questions)
-        found: list[Answer] = []
+        images = [medium.picture() for medium in subject.media]
+        segments: list[Segment] = []
         for question in subject.questions:
-            started = time.perf_counter()
-            segments = self.kept(question.text, images, rate) if shared is None else shared
-            kept = [len(segment.anchors) for segment in segments]
-            prompt = chat_prompt(oracle.processor, question.text, len(images))
-            ids = oracle.prompt_ids(prompt, kept, add_special_tokens=False)
-            text, first = oracle.decode(
-                ids, segments, self._max_tokens, config.positions, config.gamma
-            )
-            seconds = shared_s + time.perf_counter() - started
-            found.append(Answer(cleaned(text), sum(kept), seconds, _likely(first)))
-        return found
+            if self._config.question_aware or not segments:
+                segments = self.kept(question.text, images, rate)
+            yield chat_ids(self._oracle, question.text, segments), segments
 
     def kept(self, text: str, images: Sequence[Image.Image], rate: float) -> "list[Segment]":
         """Return what stands for pictures, pruned for a question where questions count."""
         from era_vllm.lab.oracle import segments_of
 
-        if not self._config.question_aware:
-            return segments_of(self._oracle.reduce(images, self._config, rate))
-        tokenizer = self._oracle.processor.tokenizer
-        asked = of_text(text, tokenizer, special_ids(tokenizer))
-        questions = [asked] * len(images)
+        questions = None
+        if self._config.question_aware:
+            tokenizer = self._oracle.processor.tokenizer
+            questions = [of_text(text, tokenizer, special_ids(tokenizer))] * len(images)
         return segments_of(self._oracle.reduce(images, self._config, rate, questions))
 
 

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from era_vllm.config import EraConfig, Gamma
-from era_vllm.lab.asking import chat_prompt
+from era_vllm.lab.asking import chat_ids
 from era_vllm.lab.blocks import prune_blocks
 from era_vllm.lab.oracle import LanguageOracle, Oracle, Segment, segments_of
 from era_vllm.question import Question, of_text, special_ids
@@ -77,7 +77,6 @@ def cases_of(
     special, of_question = special_ids(tokenizer), dict[Question, list[list[Segment]]]()
     found: list[Case] = []
     for index, question in enumerate(questions, number // 2):
-        text = chat_prompt(oracle.processor, question)
         asked = of_text(question, tokenizer, special) if config.question_aware else ()
         if asked not in of_question:
             tokens = oracle.tokens([image], config, [asked])
@@ -86,10 +85,7 @@ def cases_of(
             ]
         whole, *pruned = of_question[asked]
         kept = pruned[index % len(pruned)]
-        ids = [
-            oracle.prompt_ids(text, [len(each[0].anchors)], add_special_tokens=False)
-            for each in (whole, kept)
-        ]
+        ids = [chat_ids(oracle, question, each) for each in (whole, kept)]
         found.append(Case(ids[0], whole, ids[1], kept, number))
     return found
 

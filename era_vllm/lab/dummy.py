@@ -155,36 +155,75 @@ def make_dummy(
     Mutates: the config, the processor's and the tokenizer's files in folder.
     """
     size = size or LlamaSize()
-    _make_llava(folder, size)
-    config, processor = (
-        json.loads((folder / name).read_text(encoding="utf-8"))
-        for name in ("config.json", "processor_config.json")
-    )
+    files = _llava(size)
+    config, processor = files["config.json"], files["processor_config.json"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        shutil.copyfile(CHECKPOINT / name, folder / name)
     if family == "llava-next":
         own = {"image_grid_pinpoints": [*map(list, _PINPOINTS)]}
-        names = {"model_type": "llava_next", "architectures": [FAMILIES[family].architecture]}
-        _write(folder / "config.json", {**config, **names, **own})
+        config |= {"model_type": "llava_next", "architectures": [FAMILIES[family].architecture]}
         kind = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
-        image = {**processor["image_processor"], **kind, **own}
-        processor |= {"image_processor": image, "processor_class": "LlavaNextProcessor"}
-        _write(folder / "processor_config.json", processor)
+        processor["image_processor"] |= {**kind, **own}
+        processor["processor_class"] = "LlavaNextProcessor"
+        config |= own
     elif family == "internvl":
-        _make_internvl(folder, size, config, processor["image_processor"])
+        files = _internvl(size, config, processor["image_processor"])
+        names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+        special = {"extra_special_tokens": dict(zip(names, _INTERN_TOKENS, strict=True))}
+        files |= _tokenizer(_INTERN_TOKENS, {"processor_class": "InternVLProcessor", **special})
     elif family == "qwen3-vl":
-        dtype, tokens = str(config["dtype"]), tokens or FAMILIES[family].tokens
-        files = dummy_qwen.config_files(config["text_config"], dtype, size.tower_layers, tokens)
-        for name, values in files.items():
-            _write(folder / name, values)
-        _add_tokens(folder, dummy_qwen.TOKENS, dummy_qwen.tokenizer_settings())
+        tokens = tokens or FAMILIES[family].tokens
+        text, dtype = config["text_config"], config["dtype"]
+        files = dummy_qwen.config_files(text, dtype, size.tower_layers, tokens)
+        files |= _tokenizer(dummy_qwen.TOKENS, dummy_qwen.tokenizer_settings())
         (folder / "chat_template.jinja").write_text(dummy_qwen.CHAT, encoding="utf-8")
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _make_internvl(
-    folder: Path, size: LlamaSize, config: dict[str, Any], image: dict[str, Any]
-) -> None:
-    """Rewrite a folder: InternViT-300M's tower of 448 pixels, 4 tiles at most, its tokens."""
+def _read(name: str) -> dict[str, Any]:
+    """Return a file of the shipped checkpoint."""
+    return json.loads((CHECKPOINT / name).read_text(encoding="utf-8"))
+
+
+def _tokenizer(
+    tokens: Mapping[str, int], settings: Mapping[str, object]
+) -> dict[str, dict[str, Any]]:
+    """Return the sample's files with further tokens, by their ids, and settings."""
+    table = _read("tokenizer.json")
+    for token, number in tokens.items():
+        table["model"]["vocab"][token] = number
+        table["added_tokens"].append({**table["added_tokens"][-1], "id": number, "content": token})
+    config = {**_read("tokenizer_config.json"), **settings}
+    return {"tokenizer.json": table, "tokenizer_config.json": config}
+
+
+def _llava(size: LlamaSize) -> dict[str, dict[str, Any]]:
+    config, processor = _read("config.json"), _read("processor_config.json")
+    config["image_seq_length"] = IMAGE_TOKENS
+    config["vision_config"] = {**CLIP_L, "num_hidden_layers": size.tower_layers}
+    config["text_config"] |= {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads or size.heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": MAX_CONTEXT,
+    }
+    processor["image_processor"] |= {
+        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "size": {"shortest_edge": IMAGE_SIZE},
+    }
+    return {"config.json": config, "processor_config.json": processor}
+
+
+def _internvl(
+    size: LlamaSize, config: Mapping[str, Any], image: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return files with InternViT-300M's tower of 448 pixels, 4 tiles at most, its tokens."""
     side = 448
-    text = {**config["text_config"], "vocab_size": 128 + len(_INTERN_TOKENS)}
     vision = {
         "model_type": "internvl_vision",
         "hidden_size": 1024,
@@ -198,62 +237,22 @@ def _make_internvl(
     own = {
         "architectures": [FAMILIES["internvl"].architecture],
         "model_type": "internvl",
-        "text_config": text,
+        "text_config": {**config["text_config"], "vocab_size": 128 + len(_INTERN_TOKENS)},
         "vision_config": vision,
         "image_token_id": _INTERN_TOKENS["<IMG_CONTEXT>"],
         "image_seq_length": 256,
         "dtype": config["dtype"],
         "tie_word_embeddings": False,
     }
-    _write(folder / "config.json", own)
     both = {name: image[name] for name in ("image_mean", "image_std", "do_normalize", "do_resize")}
     both |= {"do_rescale": True, "do_convert_rgb": True, "size": {"height": side, "width": side}}
     images = {"image_processor_type": "GotOcr2ImageProcessor", "min_patches": 1, "max_patches": 4}
     images |= {**both, "crop_to_patches": True}
     videos = {**both, "video_processor_type": "InternVLVideoProcessor"}
     processor = {"image_processor": images, "video_processor": videos, "image_seq_length": 256}
-    _write(folder / "processor_config.json", processor | {"processor_class": "InternVLProcessor"})
-    _write(folder / "preprocessor_config.json", images)
-    _write(folder / "video_preprocessor_config.json", videos)
-    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
-    settings = {"extra_special_tokens": dict(zip(names, _INTERN_TOKENS, strict=True))}
-    _add_tokens(folder, _INTERN_TOKENS, {"processor_class": "InternVLProcessor", **settings})
-
-
-def _add_tokens(folder: Path, tokens: Mapping[str, int], settings: Mapping[str, object]) -> None:
-    """Give the folder's tokenizer further tokens, by their ids, and settings."""
-    table = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    for token, number in tokens.items():
-        table["model"]["vocab"][token] = number
-        table["added_tokens"].append({**table["added_tokens"][-1], "id": number, "content": token})
-    _write(folder / "tokenizer.json", table)
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write(folder / "tokenizer_config.json", {**config, **settings})
-
-
-def _make_llava(folder: Path, size: LlamaSize) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
-        shutil.copyfile(CHECKPOINT / name, folder / name)
-    config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
-    config["image_seq_length"] = IMAGE_TOKENS
-    config["vision_config"] = {**CLIP_L, "num_hidden_layers": size.tower_layers}
-    config["text_config"] |= {
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads or size.heads,
-        "head_dim": size.head_dim,
-        "max_position_embeddings": MAX_CONTEXT,
+    return {
+        "config.json": own,
+        "processor_config.json": {**processor, "processor_class": "InternVLProcessor"},
+        "preprocessor_config.json": images,
+        "video_preprocessor_config.json": videos,
     }
-    _write(folder / "config.json", config)
-    processor = json.loads((CHECKPOINT / "processor_config.json").read_text(encoding="utf-8"))
-    image = processor["image_processor"]
-    image["crop_size"] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    image["size"] = {"shortest_edge": IMAGE_SIZE}
-    _write(folder / "processor_config.json", processor)
-
-
-def _write(path: Path, values: dict[str, object]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -48,10 +48,11 @@ def config_files(
         tower_layers: Of the tower; the layers of its feature maps move with them.
         tokens: Of the largest picture, and of the largest video.
     """
-    return {
-        "config.json": _config(text, dtype, tower_layers),
-        **_processor_files(tokens),
-    }
+    area = UNIT * UNIT
+    picture = min(64, tokens) * area, tokens * area
+    video = 4 * area, 2 * tokens * area  # of all frames together, pairs of which are a token's
+    config = _config(text, dtype, tower_layers)
+    return {"config.json": config, **processor_files(16, picture, video)}
 
 
 def feature_layers(tower_layers: int, layers: int) -> list[int]:
@@ -112,25 +113,37 @@ def _config(text: Mapping[str, Any], dtype: str, tower_layers: int) -> dict[str,
     }
 
 
-def _processor_files(tokens: int) -> dict[str, dict[str, object]]:
+def processor_files(
+    patch: int,
+    picture: tuple[int, int],
+    video: tuple[int, int],
+    more: Mapping[str, object] | None = None,
+) -> dict[str, dict[str, object]]:
+    """Return the files of Qwen3-VL's processors by name.
+
+    Args:
+        patch: Pixels a side; 2 x 2 are a token.
+        picture: Fewest and most pixels.
+        video: The same, of all frames together.
+        more: What else a video's says.
+    """
     both: dict[str, object] = {
-        "patch_size": 16,
+        "patch_size": patch,
         "temporal_patch_size": 2,
         "merge_size": 2,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-    area = UNIT * UNIT
     images = {
         **both,
         "image_processor_type": "Qwen2VLImageProcessor",
-        "size": {"shortest_edge": min(64, tokens) * area, "longest_edge": tokens * area},
+        "size": {"shortest_edge": picture[0], "longest_edge": picture[1]},
     }
     videos = {
         **both,
         "video_processor_type": "Qwen3VLVideoProcessor",
-        # of all frames together, pairs of which are a token's
-        "size": {"shortest_edge": 4 * area, "longest_edge": 2 * tokens * area},
+        "size": {"shortest_edge": video[0], "longest_edge": video[1]},
+        **(more or {}),
     }
     parts = {"image_processor": images, "video_processor": videos}
     return {

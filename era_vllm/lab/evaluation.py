@@ -101,15 +101,10 @@ class Answers:
                 "name another folder"
             ) from error
         content = self._path.read_bytes()
-        if not content:
-            self._file.write(json.dumps(head) + "\n")
-            self._file.flush()
-            return
         whole = content[: content.rfind(b"\n") + 1]  # the last line may be cut off
-        if not whole and content.startswith(_BEGINNING):  # the head was
+        if not content or (not whole and content.startswith(_BEGINNING)):  # the head was
             self._file.truncate(0)
-            self._file.write(json.dumps(head) + "\n")
-            self._file.flush()
+            self._write(head)
             return
         try:
             self._read((whole or content).decode().splitlines(), head)
@@ -161,6 +156,9 @@ class Answers:
         line["seconds"] = [round(answer.seconds, 4) for answer in given]
         line["first"] = [_rounded(answer.first) for answer in given]
         known.append(given)
+        self._write(line)
+
+    def _write(self, line: Mapping[str, object]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

@@ -28,7 +28,7 @@ from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.assets import SHAPES, load_material
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.scene import Scene
-from era_vllm.lab.synth.tasks import QUOTAS, Task, draw_task
+from era_vllm.lab.synth.tasks import QUOTAS, Task, draw_tasks
 from era_vllm.lab.train.labels import CHART, DIGIT, WORD, label
 from era_vllm.types import Signal, VisualTokens
 
@@ -68,14 +68,10 @@ class KnowingAsker(TransformersAsker):
         super().__init__(oracle, replace(config, question_aware=True))
         self._plain, self._known = config, known
 
-    def each(
-        self, subjects: Sequence[Subject], rate: float | None = None
-    ) -> Iterator[list[Answer]]:
-        """Yield the answers to each subject in turn."""
-        for subject in subjects:
-            assert isinstance(subject, Task) and rate is not None
-            self._task, self._seen = subject, None
-            yield self._about(subject, rate)
+    def prompts(self, subject: Subject, rate: float) -> Iterator[tuple[list[int], list[Segment]]]:
+        assert isinstance(subject, Task)
+        self._task, self._seen = subject, None
+        return super().prompts(subject, rate)
 
     _task: Task
     _seen: VisualTokens | None = None
@@ -110,11 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--count: got {arguments.count}, allowed: 2 or more")
     material = load_material(split="test")
     quotas: dict[TaskFamily, int] = {family: QUOTAS[family] for family in KINDS}
-    drawn = (
-        draw_task("standard", arguments.seed, at, material, quotas=quotas)
-        for at in range(arguments.count)
-    )
-    tasks, oracle = [task for task in drawn if task.questions], Oracle(str(CHECKPOINT))
+    tasks = draw_tasks(["standard"], arguments.seed, arguments.count, material, quotas)
+    oracle = Oracle(str(CHECKPOINT))
     known: tuple[Known, ...] = ("nothing", "things", "things of the kind asked about")
     cells = [("unpruned", EraConfig(), known[0], 0.0)]
     for name, settings in _WAYS.items():
@@ -129,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 shown.update()
             right = accuracy(count(tasks, answers))
             assert right is not None
-            interval = f"{100 * right.value:.1f} ({100 * right.low:.1f} to {100 * right.high:.1f})"
-            shown.write(f"| {name} | {what} | {rate:g} | {interval} |")
+            shown.write(f"| {name} | {what} | {rate:g} | {right.text()} |")
 
 
 if __name__ == "__main__":

@@ -12,36 +12,37 @@ Source: arXiv:2602.17196.
 """
 
 import argparse
-import io
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.asking import Answer, Subject, chat_prompt, cleaned
+from era_vllm.lab.asking import Answer, Subject, chat_ids, cleaned
 from era_vllm.lab.oracle import Oracle, Segment, segments_of
 from era_vllm.lab.scores import accuracy, count
 from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.assets import load_material
-from era_vllm.lab.synth.tasks import QUOTAS, draw_task
+from era_vllm.lab.synth.questions import TaskFamily
+from era_vllm.lab.synth.tasks import QUOTAS, draw_tasks
 from era_vllm.steps.matrix_entropy import matrix_entropy
 from era_vllm.steps.ranking import top
 from era_vllm.steps.similarity import quantize
 
 RATES: Final = (0.778, 0.889, 0.944)
 _MAX_TOKENS: Final = 8
-_QUOTAS: Final = {
+_QUOTAS: Final[dict[TaskFamily, int]] = {
     name: QUOTAS[name] for name in ("color", "shape", "count", "number", "word", "chart")
 }
 """Of questions: families that the sample model learned, without yes and no."""
+_LATE: Final = ("EntropyPrune", "random")
+_EARLY: Final = {"dropped": "dropped", "merged, log-size bias": "merged"}
+"""What becomes of the others where the policy prunes -> its option."""
 Choose = Callable[[Float[Tensor, "1 hq dh n"], int], Int[Tensor, "1 a"]]
 """From queries of a layer and K, the tokens that stay."""
 
@@ -90,20 +91,18 @@ class Late:
             left = visual[~torch.isin(torch.arange(len(visual)), chosen[0])]
             mask = given["attention_mask"].clone()
             mask[..., left] = torch.finfo(mask.dtype).min
-            mask[..., left, left] = (
-                0.0  # a row that nobody reads still needs something to attend to
-            )
+            # A row that nobody reads still needs something to attend to
+            mask[..., left, left] = 0.0
             return args, {**given, "attention_mask": mask}
 
         with ExitStack() as stack:
             query = layers[self.layer - 1].self_attn.q_proj
-            hooks: list[RemovableHandle] = [query.register_forward_hook(read)]
+            stack.callback(query.register_forward_hook(read).remove)
             for layer in layers[self.layer :]:
-                hooks.append(layer.register_forward_pre_hook(without, with_kwargs=True))
-            for hook in hooks:
+                hook = layer.register_forward_pre_hook(without, with_kwargs=True)
                 stack.callback(hook.remove)
             said, _ = self.oracle.decode(ids, [whole], _MAX_TOKENS, "original")
-        return cleaned(said), chosen[0]
+        return said, chosen[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,77 +111,54 @@ class Row:
 
     name: str
     rate: float
-    answers: list[list[Answer]]
-    same: list[float]
+    config: EraConfig | None
+    """What prunes before layer 0; None: what is chosen leaves later."""
+    answers: list[list[Answer]] = field(default_factory=list)
+    same: list[float] = field(default_factory=list)
     """Of each picture: how much of the published choice it keeps, as intersection over union."""
+
+
+def rows_of(layer: int) -> list[Row]:
+    """Return what is measured: unpruned, and at each rate the published way first."""
+    rows = [Row("unpruned", 0.0, EraConfig())]
+    for rate in RATES:
+        rows += [Row(f"before layer {layer}: {name}", rate, None) for name in _LATE]
+        for name, rest in _EARLY.items():
+            options = {"entropyprune_k": layer, "rest": rest}
+            config = EraConfig.parse({"policy": "entropyprune", "policy_options": options})
+            rows.append(Row(f"before layer 0, {name}", rate, config))
+    return rows
 
 
 @torch.inference_mode()
 def measure(oracle: Oracle, subjects: Sequence[Subject], layer: int) -> list[Row]:
     """Ask about pictures unpruned and pruned in each way at each rate, with a progress bar."""
-    settings = {
-        "before layer 0, dropped": "dropped",
-        "before layer 0, merged, log-size bias": "merged",
-    }
-    names = (f"before layer {layer}: EntropyPrune", f"before layer {layer}: random", *settings)
-    rows = [Row("unpruned", 0.0, [], [])]
-    rows += [Row(name, rate, [], []) for rate in RATES for name in names]
+    rows = rows_of(layer)
     with bar(len(subjects), "asking", "picture") as shown:
         for number, subject in enumerate(subjects):
-            image = Image.open(io.BytesIO(subject.media[0].data)).convert("RGB")
+            image = subject.media[0].picture()
             (whole,) = segments_of(oracle.reduce([image], EraConfig(), 0.0))
+            late: dict[str, Choose] = dict(
+                zip(_LATE, (most_entropic, at_random(number)), strict=True)
+            )
+            published: dict[float, Tensor] = {}
             for row in rows:
+                segment, choose = whole, late.get(row.name.rpartition(" ")[2])
+                if row.config is not None:
+                    (segment,) = segments_of(oracle.reduce([image], row.config, row.rate))
+                kept, chosen = EraConfig().num_anchors(whole.n, row.rate), segment.anchors
                 row.answers.append([])
-            for question in subject.questions:
-                rows[0].answers[-1].append(_plain(oracle, question.text, whole))
-            for rate in RATES:
-                of_rate = {row.name: row for row in rows if row.rate == rate}
-                published = _late(oracle, subject, whole, of_rate, number, layer)
-                for name, rest in settings.items():
-                    options = {"entropyprune_k": layer, "rest": rest}
-                    config = EraConfig.parse({"policy": "entropyprune", "policy_options": options})
-                    (own,) = segments_of(oracle.reduce([image], config, rate))
-                    of_rate[name].same.append(_overlap(published, own.anchors))
-                    of_rate[name].answers[-1].extend(
-                        _plain(oracle, question.text, own) for question in subject.questions
-                    )
+                for question in subject.questions:
+                    ids = chat_ids(oracle, question.text, [segment])
+                    if choose is None:
+                        said, _ = oracle.decode(ids, [segment], _MAX_TOKENS, "original")
+                    else:
+                        said, chosen = Late(oracle, layer, choose).answer(ids, whole, kept)
+                    row.answers[-1].append(Answer(cleaned(said), kept))
+                if row.rate:
+                    row.same.append(_overlap(published.setdefault(row.rate, chosen), chosen))
             shown.update()
     return rows
-
-
-def _late(
-    oracle: Oracle,
-    subject: Subject,
-    whole: Segment,
-    of_rate: dict[str, Row],
-    number: int,
-    layer: int,
-) -> Tensor:
-    """Ask in the two late ways, and return which tokens the published one keeps."""
-    rate = next(iter(of_rate.values())).rate
-    kept = EraConfig().num_anchors(whole.n, rate)
-    ways = {"EntropyPrune": most_entropic, "random": at_random(number)}
-    published = torch.empty(0, dtype=torch.int64)
-    for name, choose in ways.items():
-        row = of_rate[f"before layer {layer}: {name}"]
-        for question in subject.questions:
-            ids = _ids(oracle, question.text, whole)
-            said, chosen = Late(oracle, layer, choose).answer(ids, whole, kept)
-            row.answers[-1].append(Answer(said, kept))
-        if name == "EntropyPrune":
-            published = chosen
-        row.same.append(_overlap(published, chosen))
-    return published
-
-
-def _ids(oracle: Oracle, question: str, segment: Segment) -> list[int]:
-    text = chat_prompt(oracle.processor, question)
-    return oracle.prompt_ids(text, [len(segment.anchors)], add_special_tokens=False)
-
-
-def _plain(oracle: Oracle, question: str, segment: Segment) -> Answer:
-    said, _ = oracle.decode(_ids(oracle, question, segment), [segment], _MAX_TOKENS, "original")
-    return Answer(cleaned(said), len(segment.anchors))
 
 
 def _overlap(one: Tensor, other: Tensor) -> float:
@@ -196,9 +172,8 @@ def table(subjects: Sequence[Subject], rows: Sequence[Row]) -> str:
     for row in rows:
         right = accuracy(count(subjects, row.answers))
         assert right is not None
-        shown = f"{100 * right.value:.1f} ({100 * right.low:.1f} to {100 * right.high:.1f})"
         same = f"{sum(row.same) / len(row.same):.2f}" if row.same else "-"
-        lines.append(f"| {row.name} | {row.rate:g} | {shown} | {same} |")
+        lines.append(f"| {row.name} | {row.rate:g} | {right.text()} | {same} |")
     return "\n".join(lines)
 
 
@@ -215,11 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 1 <= arguments.layer < layers:
         parser.error(f"--layer: got {arguments.layer}, allowed: 1 to {layers - 1}, of {layers}")
     material = load_material(split="test")
-    drawn = (
-        draw_task("standard", arguments.seed, at, material, quotas=_QUOTAS)
-        for at in range(arguments.count)
-    )
-    subjects = [task for task in drawn if task.questions]
+    subjects = draw_tasks(["standard"], arguments.seed, arguments.count, material, _QUOTAS)
     print(table(subjects, measure(oracle, subjects, arguments.layer)))
 
 

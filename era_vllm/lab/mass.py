@@ -5,19 +5,17 @@ additive mask (``oracle.py``): of the row that gives the first word of an answer
 attention on visual tokens, mean over heads and questions. LLaVA-1.5 checkpoints.
 """
 
-import io
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from era_vllm.config import EraConfig
-from era_vllm.lab.asking import Subject, TransformersAsker, chat_prompt
+from era_vllm.lab.asking import Subject, TransformersAsker
+from era_vllm.lab.calibrate import attend
 from era_vllm.lab.oracle import Oracle, Segment
 from era_vllm.lab.screen import bar
 
@@ -40,17 +38,8 @@ def visual_mass(
     oracle: Oracle, ids: Sequence[int], segments: Sequence[Segment], config: EraConfig
 ) -> Float[Tensor, "layers"]:
     """Return the share of the last token's attention on visual tokens, mean over heads."""
-    visual = oracle.is_visual(torch.tensor([list(ids)]), 1)[0]
-    found: list[Tensor] = []
-
-    def keep(_: object, __: object, given: tuple[Tensor, Tensor]) -> None:
-        found.append(given[1][0, :, -1].float()[:, visual].sum(-1).mean())
-
-    with ExitStack() as stack:
-        for layer in oracle.model.model.language_model.layers:
-            stack.callback(layer.self_attn.register_forward_hook(keep).remove)
-        oracle.log_probs(ids, segments, 1, positions=config.positions, gamma=config.gamma)
-    return torch.stack(found)
+    seen = attend(oracle, ids, segments, bias=True, gamma=config.gamma, positions=config.positions)
+    return seen.share[..., -1].mean(1)
 
 
 def measure(
@@ -67,15 +56,8 @@ def measure(
     shares: list[list[Tensor]] = [[] for _ in rows]
     with bar(len(rows) * len(subjects), "attention mass", "picture") as shown:
         for subject in subjects:
-            images = [Image.open(io.BytesIO(one.data)).convert("RGB") for one in subject.media]
             for own, (_, config, rate) in zip(shares, rows, strict=True):
-                asker, shared = TransformersAsker(oracle, config), list[Segment]()
-                for question in subject.questions:
-                    segments = shared or asker.kept(question.text, images, rate)
-                    shared = [] if config.question_aware else segments
-                    kept = [len(segment.anchors) for segment in segments]
-                    text = chat_prompt(oracle.processor, question.text, len(images))
-                    ids = oracle.prompt_ids(text, kept, add_special_tokens=False)
+                for ids, segments in TransformersAsker(oracle, config).prompts(subject, rate):
                     own.append(visual_mass(oracle, ids, segments, config))
                 shown.update()
     return [

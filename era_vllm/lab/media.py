@@ -33,6 +33,10 @@ class Medium:
         url = f"data:{self.mime or _TYPES[self.kind]};base64,{base64.b64encode(self.data).decode()}"
         return {"type": f"{self.kind}_url", f"{self.kind}_url": {"url": url}}
 
+    def picture(self) -> Image.Image:
+        """Return an image's pixels, RGB."""
+        return Image.open(io.BytesIO(self.data)).convert("RGB")
+
 
 def png(image: Image.Image) -> Medium:
     """Return a picture as it is."""

@@ -195,9 +195,12 @@ class Oracle(LanguageOracle):
             UnsupportedError: not a LLaVA-1.5 checkpoint.
         """
         self.processor = LlavaProcessor.from_pretrained(path)
+        config = LlavaConfig.from_pretrained(path)
+        if not language:
+            config.text_config.num_hidden_layers = 0
         model = LlavaForConditionalGeneration.from_pretrained(
             path,
-            config=oracle_config(path, language=language),
+            config=config,
             dtype=dtype,
             attn_implementation="eager",
         )
@@ -415,14 +418,6 @@ def first_relevance(
         of_words.append(torch.stack(heads).mean(0))
     each = torch.stack(of_words)
     return each.amax(0) if reduction == "largest" else each.mean(0)
-
-
-def oracle_config(path: str, *, language: bool = True) -> LlavaConfig:
-    """Return a checkpoint's config, on request without the language model's layers."""
-    config = LlavaConfig.from_pretrained(path)
-    if not language:
-        config.text_config.num_hidden_layers = 0
-    return config
 
 
 def _is_mrope(config: Any) -> bool:  # noqa: ANN401  # Hugging Face's, of any family

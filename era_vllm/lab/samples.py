@@ -15,13 +15,12 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from PIL import Image
 
-from era_vllm.lab.media import Medium, png
+from era_vllm.lab.media import Medium
 
 if TYPE_CHECKING:
     from era_vllm.lab.synth.questions import Question
@@ -34,14 +33,11 @@ _INDEX: Final = "samples.json"
 _TASK_INDEX: Final = "tasks.json"
 _ABOUT: Final = (
     "First picture of each of the seeds 0 to 11, on held-out photos and digits (see the model "
-    "card, checkpoint/README.md). "
-    "A plain range, not picked by what a model answers. "
-    "Made by: python -m era_vllm.lab.samples"
+    "card, checkpoint/README.md)."
 )
-_TASK_ABOUT: Final = (
-    f"Tasks 0 to 3 of each kind, seed {_TASK_SEED}, on held-out photos and digits. "
-    "A plain range, not picked by what a model answers. "
-    "Made by: python -m era_vllm.lab.samples"
+_TASK_ABOUT: Final = f"Tasks 0 to 3 of each kind, seed {_TASK_SEED}, on held-out photos and digits."
+_PLAIN: Final = (
+    "A plain range, not picked by what a model answers. Made by: python -m era_vllm.lab.samples"
 )
 _CREDITS: Final = {
     "coffee.png": "Rachel Michetti, courtesy of Pikolo Espresso Bar; CC0; from scikit-image",
@@ -55,28 +51,21 @@ _CREDITS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One shipped picture with its questions; `photo` names the background."""
-
-    file: str
-    seed: int
-    photo: str
-    image: Image.Image
-    questions: "tuple[Question, ...]"
-
-    @property
-    def media(self) -> tuple[Medium, ...]:
-        """Return the picture as a file."""
-        return (png(self.image),)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSample:
-    """A shipped task: a picture, several, or a video; questions about all of it."""
+    """A shipped picture, several, or a video; questions about all of it."""
 
     kind: str
     files: tuple[str, ...]
     media: tuple[Medium, ...]
     questions: "tuple[Question, ...]"
+    seed: int | None = None
+    """Of a picture of the first kind, as ``photo``."""
+    photo: str | None = None
+    """Names the background."""
+
+    @property
+    def image(self) -> Image.Image:
+        """Return the first picture, RGB."""
+        return self.media[0].picture()
 
 
 def load_samples() -> tuple[Sample, ...]:
@@ -84,56 +73,31 @@ def load_samples() -> tuple[Sample, ...]:
 
     Source: era_vllm/lab/samples/samples.json.
     """
-    folder, index = _read(_INDEX)
-    return tuple(
-        Sample(
-            file=entry["file"],
-            seed=entry["seed"],
-            photo=entry["photo"],
-            image=_open(folder.joinpath(entry["file"])),
-            questions=_questions(entry),
-        )
-        for entry in index["samples"]
-    )
+    return _loaded(_INDEX, "samples")
 
 
-def load_task_samples() -> tuple[TaskSample, ...]:
+def load_task_samples() -> tuple[Sample, ...]:
     """Read the shipped tasks: pictures first, then several, then videos.
 
     Source: era_vllm/lab/samples/tasks.json.
     """
-    folder, index = _read(_TASK_INDEX)
-    return tuple(
-        TaskSample(
-            kind=entry["kind"],
-            files=tuple(entry["files"]),
-            media=tuple(
-                Medium(
-                    "video" if file.endswith(".mp4") else "image",
-                    folder.joinpath(file).read_bytes(),
-                )
-                for file in entry["files"]
-            ),
-            questions=_questions(entry),
-        )
-        for entry in index["tasks"]
-    )
+    return _loaded(_TASK_INDEX, "tasks")
 
 
-def _read(name: str) -> tuple[Traversable, dict[str, Any]]:
-    folder = resources.files("era_vllm.lab").joinpath("samples")
-    return folder, json.loads(folder.joinpath(name).read_text(encoding="utf-8"))
-
-
-def _questions(entry: dict[str, Any]) -> "tuple[Question, ...]":
+def _loaded(index: str, key: str) -> tuple[Sample, ...]:
     from era_vllm.lab.synth.questions import Question
 
-    return tuple(Question(**question) for question in entry["questions"])
-
-
-def _open(file: Traversable) -> Image.Image:
-    with file.open("rb") as stream, Image.open(stream) as opened:
-        return opened.convert("RGB")
+    folder = resources.files("era_vllm.lab").joinpath("samples")
+    found: list[Sample] = []
+    for entry in json.loads(folder.joinpath(index).read_text(encoding="utf-8"))[key]:
+        files = tuple(entry.get("files") or [entry["file"]])
+        kinds = ("video" if file.endswith(".mp4") else "image" for file in files)
+        data = (folder.joinpath(file).read_bytes() for file in files)
+        media = tuple(map(Medium, kinds, data))
+        questions = tuple(Question(**question) for question in entry["questions"])
+        of_picture = entry.get("seed"), entry.get("photo")
+        found.append(Sample(entry.get("kind", "picture"), files, media, questions, *of_picture))
+    return tuple(found)
 
 
 def write_samples(folder: Path) -> None:
@@ -153,8 +117,7 @@ def write_samples(folder: Path) -> None:
         questions = [asdict(question) for question in example.questions]
         photo = example.scene.backdrop.photo
         entries.append({"file": file, "seed": seed, "photo": photo, "questions": questions})
-    index = {"about": _ABOUT, "credits": _CREDITS, "samples": entries}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_index(folder / _INDEX, _ABOUT, {"samples": entries})
 
 
 def write_task_samples(folder: Path) -> None:
@@ -179,8 +142,12 @@ def write_task_samples(folder: Path) -> None:
                 (folder / files[-1]).write_bytes(medium.data)
             questions = [asdict(question) for question in task.questions[:QUESTIONS_PER_SAMPLE]]
             entries.append({"kind": kind, "files": files, "questions": questions})
-    index = {"about": _TASK_ABOUT, "credits": _CREDITS, "tasks": entries}
-    (folder / _TASK_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_index(folder / _TASK_INDEX, _TASK_ABOUT, {"tasks": entries})
+
+
+def _write_index(file: Path, about: str, entries: dict[str, list[dict[str, object]]]) -> None:
+    index = {"about": f"{about} {_PLAIN}", "credits": _CREDITS, **entries}
+    file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def live_check(
         result = compare(open_language_oracle(model), answer, sample.image, config, rate)
     kept = sum(len(segment.anchors) for segment in answer.segments)
     n = sum(segment.n for segment in answer.segments)
-    yield Finding(SECTION, "asked", f"{sample.file}: {question}")
+    yield Finding(SECTION, "asked", f"{sample.files[0]}: {question}")
     kept_text = f"kept {kept} of {n} image tokens"
     yield Finding(SECTION, "engine", f"float32, eager; {built}; {kept_text}")
     yield from verdict(result, kept)

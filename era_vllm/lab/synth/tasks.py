@@ -10,7 +10,7 @@ pictures (`filler.py`) and what a token of a picture shows (`lab/train/labels.py
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -88,6 +88,22 @@ def draw_task(
     questions = ask(scenes, lots, quotas)
     lots.shuffle(questions)
     return Task(kind, items, tuple(questions))
+
+
+def draw_tasks(
+    kinds: Sequence[Kind],
+    seed: int,
+    count: int,
+    material: Material,
+    quotas: Mapping[TaskFamily, int] = QUOTAS,
+) -> list[Task]:
+    """Draw so many tasks of each kind; those without a question are left out."""
+    drawn = (
+        draw_task(kind, seed, number, material, quotas=quotas)
+        for kind in kinds
+        for number in range(count)
+    )
+    return [task for task in drawn if task.questions]
 
 
 SIZES: Final[Mapping[Kind, tuple[int, int]]] = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,9 +34,9 @@ class Learner(nn.Module, ABC):
     model: Any
     """transformers' own."""
 
-    @abstractmethod
     def read(self, folder: Path) -> None:
         """Take the weights of an exported folder; the heads stay as they are."""
+        self.model = type(self.model).from_pretrained(folder, dtype=torch.float32)
 
     @abstractmethod
     def see(self, batch: Batch) -> list[Tensor]:
@@ -126,6 +127,11 @@ def architecture(name: str) -> Architecture:
     return import_module(f"era_vllm.lab.train.{name}").ARCH
 
 
-def no_items(*shape: int) -> Tensor:
-    """Return what stands for a field that an architecture has no use for."""
-    return torch.zeros(0, *shape, dtype=torch.int64)
+def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
+    """Write weights in bfloat16; the folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = {
+        name: weight.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, weight in weights.items()
+    }
+    save_file(kept, file, {"format": "pt"})

@@ -9,11 +9,10 @@ Leaves out the loop (``loop.py``).
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -22,7 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.synth.questions import FAMILIES, TaskFamily
 from era_vllm.lab.synth.tasks import Kind, Task
-from era_vllm.lab.train.arch import Architecture, Learner, no_items
+from era_vllm.lab.train.arch import Architecture, Learner, save_weights
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.labels import THINGS, label, things
@@ -71,18 +70,10 @@ class LlavaLearner(Learner):
         self.heads = TokenHeads(width, 1)
         self.class_heads = nn.Linear(width, THINGS)
 
-    def read(self, folder: Path) -> None:
-        """Take the weights of an exported folder; the heads stay as they are."""
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-
     def see(self, batch: Batch) -> list[Tensor]:
         """Return patches of the last layer but one [v, width], and class tokens [b, width]."""
-        tower = self.model.model.vision_tower
-        hidden = before_last(tower, batch.pixels)
-        tower = getattr(tower, "vision_model", tower)
-        last = tower.encoder.layers[-1]
-        of_class = tower.post_layernorm(last(hidden, attention_mask=None)[:, 0])
-        return [hidden[:, 1:].flatten(0, 1), of_class]
+        seen = self.model.model.vision_tower(batch.pixels, output_hidden_states=True)
+        return [seen.hidden_states[-2][:, 1:].flatten(0, 1), seen.pooler_output]
 
     def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
         """Return the loss of patches and class token, and what patches get right."""
@@ -92,7 +83,6 @@ class LlavaLearner(Learner):
         return {**found, "tower": found["tower"] + _OF_CLASS * of_class, "class": of_class}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the language model's last states where something is to be said."""
         language = self.model.model.language_model
         embeds = language.embed_tokens(batch.ids)
         projected = self.model.model.multi_modal_projector(outputs[0]).to(embeds.dtype)
@@ -122,11 +112,9 @@ class Llava(Architecture):
         return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 
     def learner(self) -> Learner:
-        """Make new weights."""
         return LlavaLearner()
 
     def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        """Return pictures, alone or with a packed row for each task."""
         return pictures(tasks, rows, _PAD)
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -135,11 +123,8 @@ class Llava(Architecture):
         for file in CHECKPOINT.iterdir():
             if file.suffix in {".json", ".jinja"}:
                 shutil.copyfile(file, folder / file.name)
-        weights = {
-            shared_name(name): weight.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, weight in model.state_dict().items()
-        }
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        weights = {shared_name(name): weight for name, weight in model.state_dict().items()}
+        save_weights(weights, folder / "model.safetensors")
 
 
 ARCH: Final = Llava()
@@ -153,15 +138,6 @@ def shared_name(name: str) -> str:
     return name
 
 
-def before_last(tower: Any, pixels: Tensor) -> Tensor:
-    """Return what the last layer but one of a CLIP tower gives, class token first [b, 1 + n, d]."""
-    tower = getattr(tower, "vision_model", tower)
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for layer in tower.encoder.layers[:-1]:
-        hidden = layer(hidden, attention_mask=None)
-    return hidden
-
-
 def pictures(tasks: Sequence[Task], rows: Sequence[Row], pad: int) -> Batch:
     """Return pictures of one size, alone or with a packed row for each."""
     scenes = [task.items[0].scenes[0] for task in tasks]
@@ -170,7 +146,7 @@ def pictures(tasks: Sequence[Task], rows: Sequence[Row], pad: int) -> Batch:
     labels = np.concatenate([label(scene, FORM.side) for scene in scenes], 1)
     return Batch(
         pixels=torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy()),
-        grids=no_items(3),
+        grids=torch.empty(0, 3, dtype=torch.int64),
         labels=torch.from_numpy(labels),
         present=torch.from_numpy(np.stack([things(scene) for scene in scenes])),
         rows=tuple(rows),

@@ -14,7 +14,6 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +48,6 @@ _LONGEST_STEP_S: Final = 60.0  # what is longer was stopped, and does not count 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM)
 _CLIP: Final = 1.0
 _REPORT: Final = 20  # steps a line of the curve
-Correct = Mapping[TaskFamily, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +202,7 @@ class _Training:
         else:
             batch = self.arch.batch(tasks)
         self._set_rate(minutes)
-        with self._precision():
+        with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
             found = self.model.losses(batch.to(settings.device))
         loss = found["loss"]
         loss.backward()
@@ -241,11 +239,6 @@ class _Training:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("share", 1.0)
 
-    def _precision(self) -> Any:
-        if self.settings.bf16:
-            return torch.autocast(self.settings.device, torch.bfloat16)
-        return nullcontext()
-
     def _agreed(self, spent: float) -> tuple[float, bool]:
         """Return rank 0's time, and whether any is to stop: all end after the same step."""
         first = self.ranks.first
@@ -270,11 +263,14 @@ class _Training:
         means = {name: sum(values) / len(values) for name, values in self.sums.items()}
         self.sums.clear()
         if self.ranks.first:
-            progress = self.progress
-            known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
-            append(self.settings.out, {**known, **means})
+            self._append(means)
             shown = " ".join(f"{name} {value:.2f}" for name, value in means.items())
-            bar.set_postfix_str(f"{progress.seen} tasks, {shown}")
+            bar.set_postfix_str(f"{self.progress.seen} tasks, {shown}")
+
+    def _append(self, found: Mapping[str, object]) -> None:
+        progress = self.progress
+        known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
+        append(self.settings.out, {**known, **found})
 
     def _save(self) -> None:
         if self.ranks.first:
@@ -292,9 +288,7 @@ class _Training:
         finally:
             self.average.swap()
         if self.ranks.first:
-            progress = self.progress
-            known = {"minutes": progress.minutes, "step": progress.step, "seen": progress.seen}
-            append(self.settings.out, {**known, "dev": correct})
+            self._append({"dev": correct})
             draw(self.settings.out)
 
 

@@ -170,18 +170,12 @@ class _Maker:
         token = self._words.token_to_id(pad)
         assert token is not None
         self.add(self._form.marks[0])
-        if not self._form.grid:
-            self.extend([token] * (rows * columns))
-            self.add(self._form.marks[1])
-            return
-        start = self.position
-        self.ids += [token] * (rows * columns)
-        self._targets += [NO_TARGET] * (rows * columns)
-        self._owners += [self.owner] * (rows * columns)
-        self._positions += [
-            (start, start + row, start + column) for row in range(rows) for column in range(columns)
-        ]
-        self.position = start + max(rows, columns)
+        start, first = self.position, len(self.ids)
+        self.extend([token] * (rows * columns))
+        if self._form.grid:
+            places = ((row, column) for row in range(rows) for column in range(columns))
+            self._positions[first:] = [(start, start + row, start + at) for row, at in places]
+            self.position = start + max(rows, columns)
         self.add(self._form.marks[1])
 
     def row(self, asked: Sequence[Question], spans: Sequence[tuple[int, int]]) -> Row:

@@ -2,10 +2,12 @@
 
 The modules are transformers' own, called as they are: the tower with each picture a sequence of its
 own, the language model with a mask and positions of packed rows (``packing.py``). A visual token is
-16 x 16 pixels, 2 x 2 patches of 8. Leaves out the loop (``loop.py``) and
-the folder that it is saved in (``export.py``).
+16 x 16 pixels, 2 x 2 patches of 8. The folder that it is saved in is what transformers and vLLM
+load: weights in bfloat16, the tokenizer, the chat template, and processors that leave a picture
+whose sides are multiples of 16 as it is. Leaves out the loop (``loop.py``).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,13 +18,14 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
+from era_vllm.lab.dummy_qwen import processor_files
+from era_vllm.lab.synth.film import Item
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import QUOTAS, SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
-from era_vllm.lab.train.arch import Architecture, Learner, no_items
+from era_vllm.lab.train.arch import Architecture, Learner, save_weights
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
-from era_vllm.lab.train.export import CONTEXT, FRAMES, MEAN, MERGE, PATCH, STD, export
 from era_vllm.lab.train.labels import label
 from era_vllm.lab.train.packing import Form, Row
 from era_vllm.lab.train.recipe import Recipe, Stage
@@ -31,6 +34,21 @@ from era_vllm.lab.train.tower import TokenHeads
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PATCH: Final = 8
+"""Pixels."""
+MERGE: Final = 2
+"""Patches of a token's side."""
+FRAMES: Final = 2
+"""Of a moment; a picture is one twice."""
+MEAN = STD = 0.5
+"""Of pixels from 0 to 1."""
+CONTEXT: Final = 4096
+_AREA: Final = SIDE_STEP * SIDE_STEP
+_PICTURE: Final = (16 * _AREA, 121 * _AREA)
+"""Fewest and most pixels of a picture: it was trained on 16 to 110 tokens."""
+_VIDEO: Final = (2 * 16 * _AREA, 16 * 42 * _AREA)
+"""Of all frames of a video together."""
+_TIED: Final = "lm_head.weight"
 _PLACES: Final = 12  # of the learnt grid of positions
 _TOWER: Final = 128
 _WIDTH: Final = 192
@@ -109,6 +127,14 @@ def patches(frames: Sequence[Any]) -> "np.ndarray":
     return cut.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, 3 * FRAMES * PATCH * PATCH)
 
 
+def item_patches(item: Item) -> tuple[Tensor, Tensor]:
+    """Return a picture's or a video's patches [p, 384] and grid [1, 3], as the tower takes them."""
+    frames, (width, height) = item.frames, item.frames[0].size
+    moments = [patches(frames[at : at + FRAMES]) for at in range(0, len(frames), FRAMES)]
+    grid = torch.tensor([[len(moments), height // PATCH, width // PATCH]])
+    return torch.from_numpy(np.concatenate(moments)), grid
+
+
 class Qwen3VLLearner(Learner):
     """The model and the heads of its tower."""
 
@@ -120,10 +146,6 @@ class Qwen3VLLearner(Learner):
             grid = self.model.model.visual.pos_embed.weight
             grid.copy_(waves(_PLACES, _TOWER))
 
-    def read(self, folder: Path) -> None:
-        """Take the weights of an exported folder; the heads stay as they are."""
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-
     def see(self, batch: Batch) -> list[Tensor]:
         """Return the tower's outputs, [v, width] each: the main one, then DeepStack's."""
         seen = self.model.model.visual(batch.pixels, grid_thw=batch.grids, return_dict=True)
@@ -134,7 +156,6 @@ class Qwen3VLLearner(Learner):
         return self.heads(outputs, batch.labels)
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the language model's last states where something is to be said."""
         language = self.model.model.language_model
         visual = ((batch.ids == words.IMAGE) | (batch.ids == words.VIDEO))[..., None]
         embeds = language.embed_tokens(batch.ids)
@@ -160,44 +181,35 @@ class Qwen3VL(Architecture):
     )
 
     def tokenizer(self) -> "Tokenizer":
-        """Make the tokenizer."""
         return words.tokenizer()
 
     def learner(self) -> Learner:
-        """Make new weights."""
         return Qwen3VLLearner()
 
     def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        """Return pictures, alone or with a packed row for each task."""
-        return _batch(tasks, rows)
+        items = [item for task in tasks for item in task.items]
+        seen = [item_patches(item) for item in items]
+        labels = [label(scene, FORM.side) for item in items for scene in item.scenes]
+        return Batch(
+            pixels=torch.cat([pixels for pixels, _ in seen]),
+            grids=torch.cat([grid for _, grid in seen]),
+            labels=torch.from_numpy(np.concatenate(labels, 1)),
+            present=torch.empty(0, 0, dtype=torch.int64),
+            rows=tuple(rows),
+            **padded(rows, words.PAD),
+        )
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the folder."""
-        export(model, folder)
+        weights = {name: weight for name, weight in model.state_dict().items() if name != _TIED}
+        save_weights(weights, folder / "model.safetensors")
+        words.tokenizer().save(str(folder / "tokenizer.json"))
+        (folder / "chat_template.jinja").write_text(words.CHAT_TEMPLATE, encoding="utf-8")
+        for name, content in _files(model).items():
+            text = json.dumps(content, indent=2) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 ARCH: Final = Qwen3VL()
-
-
-def _batch(tasks: Sequence[Task], rows: Sequence[Row]) -> Batch:
-    pixels: list[np.ndarray] = []
-    grids: list[tuple[int, int, int]] = []
-    labels: list[np.ndarray] = []
-    for task in tasks:
-        for item in task.items:
-            moments = [item.frames[i : i + FRAMES] for i in range(0, len(item.frames), FRAMES)]
-            pixels += [patches(frames) for frames in moments]
-            width, height = item.frames[0].size
-            grids.append((len(moments), height // PATCH, width // PATCH))
-            labels += [label(scene, FORM.side) for scene in item.scenes]
-    return Batch(
-        pixels=torch.from_numpy(np.concatenate(pixels)),
-        grids=torch.tensor(grids),
-        labels=torch.from_numpy(np.concatenate(labels, 1)),
-        present=no_items(0),
-        rows=tuple(rows),
-        **padded(rows, words.PAD),
-    )
 
 
 def waves(side: int, width: int) -> Tensor:
@@ -209,3 +221,37 @@ def waves(side: int, width: int) -> Tensor:
     rows = axis[:, None].expand(side, side, -1)
     columns = axis[None].expand(side, side, -1)
     return 0.1 * torch.cat([rows, columns], -1).reshape(side * side, width)
+
+
+def _files(model: nn.Module) -> Mapping[str, Mapping[str, object]]:
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("_name_or_path", None)
+    video = {"fps": 2, "min_frames": 2, "max_frames": 16, "cap_pixels_per_frame": False}
+    return {
+        "config.json": config,
+        "generation_config.json": {
+            "bos_token_id": words.TURN,
+            "eos_token_id": words.END,
+            "pad_token_id": words.PAD,
+            "top_k": 1,
+        },
+        **processor_files(PATCH, _PICTURE, _VIDEO, video),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "Qwen3VLProcessor",
+            "eos_token": words.SPECIAL[words.END],
+            "pad_token": words.SPECIAL[words.PAD],
+            "unk_token": words.SPECIAL[words.UNKNOWN],
+            "extra_special_tokens": {
+                "vision_start_token": words.SPECIAL[words.VISION_START],
+                "vision_end_token": words.SPECIAL[words.VISION_END],
+                "image_token": words.SPECIAL[words.IMAGE],
+                "video_token": words.SPECIAL[words.VIDEO],
+            },
+            "model_max_length": CONTEXT,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        },
+    }

@@ -45,8 +45,4 @@ class Ranks:
 
     def averaged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return each tensor averaged over ranks."""
-        return (
-            [tensor / self.count for tensor in self.added(tensors)]
-            if self.count > 1
-            else list(tensors)
-        )
+        return [tensor / self.count for tensor in self.added(tensors)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
@@ -22,10 +22,10 @@ from era_vllm.lab import CHECKPOINT, smol
 from era_vllm.lab.synth.assets import SHAPES, WORDS
 from era_vllm.lab.synth.scene import COLORS
 from era_vllm.lab.synth.tasks import Kind, Task
-from era_vllm.lab.train.arch import Architecture, Learner
+from era_vllm.lab.train.arch import Architecture, Learner, save_weights
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.decoder import last_states
-from era_vllm.lab.train.llava import QUOTAS, before_last, pictures
+from era_vllm.lab.train.llava import QUOTAS, pictures
 from era_vllm.lab.train.packing import Form, Row
 from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe, Stage
@@ -154,8 +154,8 @@ class SmolLearner(Learner):
     def see(self, batch: Batch) -> list[Tensor]:
         """Return visual tokens as the decoder reads them, [v, width]."""
         with torch.no_grad():
-            features = before_last(self._given[0], batch.pixels)[:, 1:].flatten(0, 1)
-        return [self.model.projected(features)]
+            seen = self._given[0](batch.pixels, output_hidden_states=True)
+        return [self.model.projected(seen.hidden_states[-2][:, 1:].flatten(0, 1))]
 
     def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
         """Return how far visual tokens are from the words for what they show."""
@@ -172,7 +172,6 @@ class SmolLearner(Learner):
         return {"tower": loss, "cosine": cosine[batch.labels[0] > 0].mean().detach()}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the decoder's last states where something is to be said."""
         language = self._given[1].model
         embeds = language.embed_tokens(batch.ids)
         seen = outputs[0].to(embeds.dtype)
@@ -180,7 +179,6 @@ class SmolLearner(Learner):
         return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
 
     def scored(self, states: Tensor) -> Tensor:
-        """Return scores of the vocabulary."""
         return self._given[1].lm_head(states)
 
 
@@ -209,7 +207,6 @@ class Smol(Architecture):
         return SmolLearner(decoder(), tokenizer())
 
     def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        """Return pictures, alone or with a packed row for each task."""
         return pictures(tasks, rows, 0)
 
     def optimizers(self, model: nn.Module, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
@@ -227,12 +224,7 @@ class Smol(Architecture):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write what ``era-vllm sample-model smol --delta`` merges."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: weight.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, weight in model.state_dict().items()
-        }
-        save_file(weights, folder / smol.DELTA_FILE, {"format": "pt"})
+        save_weights(model.state_dict(), folder / smol.DELTA_FILE)
 
 
 ARCH: Final = Smol()

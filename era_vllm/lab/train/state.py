@@ -1,7 +1,7 @@
 """What training can be gone on with: weights, their average, optimizers, and how far it is.
 
 One file, written beside the last one and then put in its place; the last one is kept. Leaves out
-the folder that a model is exported to (``export.py``).
+the folder that a model is exported to (``arch.py``).
 """
 
 from collections.abc import Sequence
