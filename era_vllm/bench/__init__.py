@@ -1,5 +1,6 @@
 """What needs engines in this process: the benchmarks, and an asker of ``era-vllm eval``.
 
+    options.py       flags, and keys of the JSON, of each
     clock.py         the timing harness: interleaved rounds, every cell once a round, ratios within
     stages.py        time inside a model's modules while it runs
     inputs.py        pictures and prompts that no cache has seen

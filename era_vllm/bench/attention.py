@@ -9,8 +9,9 @@ from typing import Final
 from era_vllm.bench import plots
 from era_vllm.bench.clock import Cell, Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
+from era_vllm.bench.options import AttentionOptions, facts_of
 from era_vllm.bench.report import Goal, Report, engine_table, shown, table, times
-from era_vllm.bench.setup import EngineOptions, Kind, facts_of
+from era_vllm.bench.setup import Kind
 
 GOAL: Final = 1.03
 KINDS: Final[Mapping[str, tuple[Kind, bool]]] = {
@@ -29,11 +30,12 @@ MEASURES: Final = (
 )
 
 
-def run(options: EngineOptions, out: Path, *, mirror: bool) -> Report:
+def run(options: AttentionOptions, out: Path) -> Report:
     """Start the engines, measure, judge and draw."""
     from era_vllm.bench.sides import side_by_side
 
-    order = [(name, 0) for name in KINDS] + [(name, 1) for name in reversed(KINDS) if mirror]
+    mirrored = reversed(KINDS) if options.mirror else ()
+    order = [*((name, 0) for name in KINDS), *((name, 1) for name in mirrored)]
     kinds = {f"{name} {copy}": KINDS[name] for name, copy in order}
     with side_by_side(kinds, options) as engines:
         family = options.asked

@@ -6,8 +6,8 @@ import torch
 
 from era_vllm.bench.clock import Cell, Samples, interleave, seconds
 from era_vllm.bench.memory import peak_bytes
+from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.pruning_step import Size, random_tokens
-from era_vllm.bench.setup import SegmentsOptions
 from era_vllm.bench.wide_tower import signal_cell, tower_cell
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import bar

@@ -10,8 +10,8 @@ import torch
 
 from era_vllm.bench.block_cost import cases, named
 from era_vllm.bench.fidelity import merge_error, of_all_queries, sample_error, shared
+from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.photo_tokens import photo_tokens
-from era_vllm.bench.setup import SegmentsOptions
 from era_vllm.config import EraConfig
 from era_vllm.lab.asking import TransformersAsker, ask
 from era_vllm.lab.blocks import prune_blocks

@@ -12,8 +12,9 @@ from era_vllm.bench import plots
 from era_vllm.bench.clock import Cell, Samples, interleave
 from era_vllm.bench.gap_engines import GapEngine, arguments_of
 from era_vllm.bench.inputs import image_prompt, noise_pictures
+from era_vllm.bench.options import GapOptions
 from era_vllm.bench.report import Goal, Report, shown, table, times
-from era_vllm.bench.setup import GapOptions, device, named
+from era_vllm.bench.setup import device, named
 from era_vllm.bench.sides import dummy_engine
 from era_vllm.lab.dummy import IMAGE_SIZE, IMAGE_TOKENS, MAX_CONTEXT, SIZES, make_dummy
 from era_vllm.lab.screen import progress

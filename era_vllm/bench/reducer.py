@@ -11,9 +11,10 @@ import torch
 from era_vllm.bench import plots
 from era_vllm.bench.clock import Samples, interleave
 from era_vllm.bench.fit import PowerLaw, power_law
+from era_vllm.bench.options import ReducerOptions
 from era_vllm.bench.pruning_step import Size, free_bytes, reducer_cell, tower, tower_cell
 from era_vllm.bench.report import Goal, Report, percent, shown, table
-from era_vllm.bench.setup import FIXED_K, FIXED_N, ReducerOptions, device
+from era_vllm.bench.setup import FIXED_K, FIXED_N, device
 from era_vllm.errors import ConfigError
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import progress

@@ -15,7 +15,8 @@ from vllm import LLM
 import era_vllm
 from era_vllm.bench import bound
 from era_vllm.bench.engines import TimedEngine, engine
-from era_vllm.bench.setup import EngineOptions, Kind, named
+from era_vllm.bench.options import EngineOptions
+from era_vllm.bench.setup import Kind, named
 from era_vllm.lab.dummy import FAMILIES, make_dummy
 from era_vllm.lab.screen import progress
 from era_vllm.vllm_plugin import families

@@ -9,8 +9,8 @@ from era_vllm.bench.block_cost import cases, cost, named, shares
 from era_vllm.bench.clock import Samples
 from era_vllm.bench.fidelity import merge_error, of_all_queries, shared
 from era_vllm.bench.memory import peak_bytes
+from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.photo_tokens import PhotoTokens, photo_tokens
-from era_vllm.bench.setup import SegmentsOptions
 from era_vllm.bench.wide_tower import QWEN3_VL, Layer, TowerShape
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
