@@ -38,6 +38,8 @@ def run(options: AttentionOptions, out: Path) -> Report:
     order = [*((name, 0) for name in KINDS), *((name, 1) for name in mirrored)]
     kinds = {f"{name} {copy}": KINDS[name] for name, copy in order}
     with side_by_side(kinds, options) as engines:
+        for engine in engines.values():
+            engine.watch()
         family = options.asked
         pictures, words = noise_pictures(*family.picture), word_prompts(options.text_tokens)
 
@@ -53,7 +55,7 @@ def run(options: AttentionOptions, out: Path) -> Report:
         cases = {"text": None, **{f"{rate:g}": rate for rate in options.rates}}
         cells = {f"{case} {n}": cell(n, rate) for case, rate in cases.items() for n in KINDS}
         samples = interleave(cells, options.rounds, options.warm_ups)
-        facts = facts_of({name: engines[f"{name} 0"].facts() for name in KINDS}, options)
+        held = {name: engines[f"{name} 0"].facts() for name in KINDS}
     ratios = {
         f"{measure} {case} era / {base}": samples.ratio(f"{case} era", f"{case} {base}", measure)
         for case in cases
@@ -64,7 +66,8 @@ def run(options: AttentionOptions, out: Path) -> Report:
         "prefill": strict_ratios(samples, "text"),
         "decode": strict_ratios(samples, "text", "decode_"),
     }
-    return _report(samples, {**facts, "ratios": ratios, "strict": strict}, list(cases), out)
+    facts = {**facts_of(options), "engines": held, "ratios": ratios, "strict": strict}
+    return _report(samples, facts, list(cases), out)
 
 
 def strict_ratios(samples: Samples, case: str, prefix: str = "") -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from operator import methodcaller
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from era_vllm.bench.setup import FIXED_K, FIXED_N, device, named, pictured
 from era_vllm.config import EraConfig
@@ -235,6 +235,19 @@ class GapOptions(Options):
     rate: float = flag(0.889, "pruning rate (default .889)", type=one_rate, metavar="R")
     eager: bool = switch(None, f"{_EAGER} (default: on a CPU, not on a GPU)")
     era: Mapping[str, object]
+    family: ClassVar[str] = "llava"
+    side: ClassVar[None] = None
+    size, asked = EngineOptions.size, EngineOptions.asked
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of each engine's cache."""
+        return self.kv_mib << 20
+
+    @property
+    def context(self) -> int:
+        """Of the stream, which has a token a step."""
+        return min(self.asked.context, 1024 + 2 * self.pictures)
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
@@ -303,12 +316,10 @@ def _room(arguments: argparse.Namespace, context: int) -> int:
     return max(room, 32 * 2**20)
 
 
-def facts_of(
-    engines: Mapping[str, Mapping[str, object]], options: EngineOptions
-) -> dict[str, object]:
-    """Return model, device and engines for the JSON."""
+def facts_of(options: EngineOptions | GapOptions) -> dict[str, object]:
+    """Return model and device for the JSON."""
     graphs = "eager" if options.eager else "compiled"
     height, width = options.asked.picture
     shown = f", {height} x {width} pixels" if options.asked.unit else ""
     model = f"{named(options.size, options.family)}{shown}, {options.dtype}, {graphs}"
-    return {"model": model, "device": device(), "engines": engines}
+    return {"model": model, "device": device()}

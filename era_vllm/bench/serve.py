@@ -34,11 +34,14 @@ def run(options: ServeOptions, out: Path) -> Report:
     from era_vllm.bench.sides import side_by_side
 
     with side_by_side(KINDS, options) as engines:
+        for engine in engines.values():
+            engine.watch()
         tokens: dict[str, int] = {}
         cells = _cells(engines, options, tokens)
         samples = interleave(cells, options.rounds, options.warm_ups)
         facts = {
-            **facts_of({name: engine.facts() for name, engine in engines.items()}, options),
+            **facts_of(options),
+            "engines": {name: engine.facts() for name, engine in engines.items()},
             "prompt_tokens": tokens,
             "prefill_tflops": {
                 cell: prefill_flops(options.size, count) / 1e12 for cell, count in tokens.items()

@@ -11,8 +11,9 @@ FIXED_K: Final = 64
 """Of the pruning step while N grows."""
 FIXED_N: Final = 2304
 """Of the pruning step while K grows."""
-Kind = Literal["pruned", "stock", "bound"]
-"""One that prunes, each image at the rate of its prompt; vLLM as it is; ``bound.py``."""
+Kind = Literal["pruned", "stock", "bound", "unbounded"]
+"""One that prunes, each image at the rate of its prompt; vLLM as it is; ``bound.py``; one that
+prunes, scheduled as vLLM would (``gap_engines.py``)."""
 
 
 def pictured(family: str, side: int | None) -> DummyFamily:

@@ -1,6 +1,6 @@
 """Engines of one dummy model side by side in this process.
 
-Leaves out what they are asked (``serve.py``, ``attention.py``).
+Leaves out what they are asked (``serve.py``, ``attention.py``, ``gap.py``).
 """
 
 import tempfile
@@ -15,7 +15,8 @@ from vllm import LLM
 import era_vllm
 from era_vllm.bench import bound
 from era_vllm.bench.engines import TimedEngine, engine
-from era_vllm.bench.options import EngineOptions
+from era_vllm.bench.gap_engines import UNBOUNDED, register_unbounded
+from era_vllm.bench.options import EngineOptions, GapOptions
 from era_vllm.bench.setup import Kind, named
 from era_vllm.lab.dummy import FAMILIES, make_dummy
 from era_vllm.lab.screen import progress
@@ -24,19 +25,23 @@ from era_vllm.vllm_plugin import families
 
 @contextmanager
 def side_by_side(
-    kinds: Mapping[str, tuple[Kind, bool]], options: EngineOptions
+    kinds: Mapping[str, tuple[Kind, bool]],
+    options: EngineOptions | GapOptions,
+    more: Mapping[str, object] | None = None,
 ) -> Iterator[dict[str, TimedEngine]]:
-    """Start engines with the same KV cache memory, watched; stop them however it ends.
+    """Start engines with the same KV cache memory; stop them however it ends.
 
     Args:
         kinds: Name -> kind, and whether its model's heads are as wide as those of the first one,
             which prunes.
         options: Of the benchmark.
+        more: Arguments of ``LLM`` of its own.
     """
     size, asked = options.size, options.asked
     count = "four" if len(kinds) == 4 else len(kinds)
     progress(f"starting {count} engines: {named(size, options.family)}")
     engines: dict[str, TimedEngine] = {}
+    limits = {"limit_mm_per_prompt": {kind: int(kind == "image") for kind in asked.modalities}}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         narrow, wide = Path(folder) / "narrow", Path(folder) / "wide"
         make_dummy(narrow, size, options.family, asked.tokens)
@@ -47,10 +52,9 @@ def side_by_side(
                 options.eager,
                 options.kv_bytes,
                 options.context,
-                {"limit_mm_per_prompt": {kind: int(kind == "image") for kind in asked.modalities}},
+                {**limits, **(more or {})},
             )
             engines[name] = TimedEngine(stack.enter_context(started))
-            engines[name].watch()
             if not wide.exists():
                 wider = replace(size, head_size=engines[name].head_size)
                 make_dummy(wide, wider, options.family, asked.tokens)
@@ -87,8 +91,12 @@ def arguments_of(
     """Return what ``LLM`` is given for a checkpoint folder."""
     if kind == "stock":
         return {"model": str(folder)}
-    if kind == "pruned":
-        return era_vllm.engine_args(str(folder), **(era or {}))
+    if kind != "bound":
+        own = era_vllm.engine_args(str(folder), **(era or {}))
+        if kind == "pruned":
+            return own
+        register_unbounded()
+        return {**own, "hf_overrides": {"architectures": [UNBOUNDED]}}
     architecture = FAMILIES[family].architecture
     positions = "compact" if families.FAMILIES[architecture].axes == 1 else "original"
     architecture = bound.register(architecture)
