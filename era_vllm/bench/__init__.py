@@ -4,7 +4,7 @@
     clock.py         the timing harness: interleaved rounds, every cell once a round, ratios within
     stages.py        time inside a model's modules while it runs
     inputs.py        pictures and prompts that no cache has seen
-    reducer.py       ``bench reducer``: the pruning step (``pruning_step.py``), growth (``fit.py``)
+    reducer.py       ``bench reducer``: the pruning step (``pruning_step.py``), and its growth
     engines.py       an engine started, ended, asked, timed; ``bound.py``: one without a reducer
     sides.py         several of them side by side: ``attention.py``, ``serve.py``
     first_token.py   the last part of ``era-vllm demo``

@@ -5,12 +5,11 @@ taken within a round and their median is reported. Leaves out what a cell does.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch.utils.benchmark import timer
 
 from era_vllm.lab.screen import bar
 
@@ -101,13 +100,6 @@ def interleave(cells: Mapping[str, Cell], rounds: int, warm_ups: int = 1) -> Sam
 
 def seconds(call: Callable[[], object]) -> float:
     """Time one call, a GPU's work included."""
-    _synchronize()
-    started = time.perf_counter()
+    started = timer()  # waits for a GPU
     call()
-    _synchronize()
-    return time.perf_counter() - started
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return timer() - started

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.bench.clock import Samples
-from era_vllm.bench.fit import PowerLaw
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from era_vllm.bench.reducer import PowerLaw
     from era_vllm.lab.scores import Estimate, Score
 
 STAGES: Final = {
@@ -63,7 +63,7 @@ def growth(
     title: str,
     shares: Mapping[str, Mapping[str, float]],
     limit: float,
-    curves: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float], PowerLaw | None]]],
+    curves: "Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float], PowerLaw | None]]]",
 ) -> None:
     """Draw shares of a whole beside times over sizes with their fits.
 
