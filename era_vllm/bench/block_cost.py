@@ -1,11 +1,14 @@
 """Time and memory of an engine's reducer on one large picture, by the bound of its blocks."""
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from era_vllm.bench.clock import Cell, Samples, interleave, seconds
-from era_vllm.bench.memory import peak_bytes
 from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.pruning_step import Size, random_tokens
 from era_vllm.bench.wide_tower import signal_cell, tower_cell
@@ -97,3 +100,35 @@ def shares(samples: Samples, options: SegmentsOptions) -> dict[str, float]:
         key = f"{policy} {'whole' if most >= n else most}"
         found[key] = pruned + (read if reads else 0.0)
     return found
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Run a call; return the most memory that it held; None where the system does not tell.
+
+    Returns:
+        On a GPU what torch's allocator handed out; else the growth of the process's resident
+        memory (Linux), to a page, allocator's caches trimmed before.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        before = _status("VmRSS")
+    except OSError:
+        call()
+        return None
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from era_vllm.bench.clock import seconds
 from era_vllm.steps.received_attention import received_attention
@@ -31,33 +31,25 @@ QWEN3_VL: Final = TowerShape()
 """Source: vision_config of Qwen3-VL-2B to 8B."""
 
 
-class Layer(nn.Module):
-    """One of its layers."""
-
-    def __init__(self, shape: TowerShape) -> None:
-        super().__init__()
-        self._heads, width = shape.heads, shape.width
-        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, shape.mlp), nn.GELU("tanh"), nn.Linear(shape.mlp, width)
+def tower(shape: TowerShape, layers: int) -> SiglipEncoder:
+    """Return some of its layers: SigLIP's, which have the same parts."""
+    return SiglipEncoder(
+        SiglipVisionConfig(
+            hidden_size=shape.width,
+            num_attention_heads=shape.heads,
+            intermediate_size=shape.mlp,
+            num_hidden_layers=layers,
+            attn_implementation="sdpa",
         )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [n, width]."""
-        qkv = self.qkv(self.before(x)).unflatten(-1, (3, self._heads, -1)).permute(1, 2, 0, 3)
-        query, key, value = qkv[:, None]
-        mixed = scaled_dot_product_attention(query, key, value)[0]
-        x = x + self.out(mixed.transpose(0, 1).flatten(1))
-        return x + self.mlp(self.between(x))
+    ).eval()
 
 
 def tower_cell(
     patches: int, timed: int, dtype: torch.dtype, device: str, shape: TowerShape = QWEN3_VL
 ) -> Callable[[], Mapping[str, float]]:
     """Return a pass of ``timed`` layers; ``tower`` is their time times all layers / timed."""
-    layers = nn.Sequential(*(Layer(shape) for _ in range(timed))).to(device, dtype).eval()
-    x = torch.randn(patches, shape.width, device=device).to(dtype)
+    layers = tower(shape, timed).to(device, dtype)
+    x = torch.randn(1, patches, shape.width, device=device).to(dtype)
 
     @torch.inference_mode()
     def one() -> dict[str, float]:
