@@ -1,10 +1,7 @@
 """``era-vllm bench reducer``: the pruning step alone, against the tower it follows."""
 
-import math
-import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -12,9 +9,10 @@ from typing import Final
 import torch
 
 from era_vllm.bench import plots
-from era_vllm.bench.clock import Samples, interleave
+from era_vllm.bench.clock import PowerLaw, Samples, interleave, power_law
 from era_vllm.bench.options import ReducerOptions
-from era_vllm.bench.pruning_step import Size, free_bytes, reducer_cell, tower, tower_cell
+from era_vllm.bench.provenance import free_memory
+from era_vllm.bench.pruning_step import Size, reducer_cell, tower, tower_cell
 from era_vllm.bench.report import Goal, Report, percent, shown, table
 from era_vllm.bench.setup import FIXED_K, FIXED_N, device
 from era_vllm.errors import ConfigError
@@ -26,48 +24,14 @@ GOAL: Final = 0.05
 _GOAL_SIZES: Final = ("576->64", "5 x 576->32", "16 x 1024->102")
 
 
-@dataclass(frozen=True, slots=True)
-class PowerLaw:
-    """y = factor x ** exponent."""
-
-    factor: float
-    exponent: float
-    r_squared: float
-    """Share of the variance of log y that the law explains; 1 where y does not vary."""
-
-    def __call__(self, x: float) -> float:
-        """Return y."""
-        return self.factor * x**self.exponent
-
-    def __str__(self) -> str:
-        return f"{self.exponent:.2f} (R2 {self.r_squared:.3f})"
-
-
-def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
-    """Fit a line to log y over log x by least squares.
-
-    Raises:
-        ValueError: fewer than two different x, or a value that has no logarithm.
-    """
-    if len(set(x)) < 2 or len(x) != len(y) or min(*x, *y) <= 0:
-        raise ValueError(
-            f"power law: got x {list(x)} and y {list(y)}; needed as many y as x, all positive, and "
-            "two different x at least"
-        )
-    logs = [[math.log(value) for value in values] for values in (x, y)]
-    exponent, intercept = statistics.linear_regression(*logs)
-    r_squared = statistics.correlation(*logs) ** 2 if len(set(y)) > 1 else 1.0
-    return PowerLaw(math.exp(intercept), exponent, r_squared)
-
-
 def run(options: ReducerOptions, out: Path) -> Report:
     """Measure, and draw."""
     for policy in options.policies:
         make_policy(defaults(policy))
     shape, place = SIZES[options.shape], device()
     dtype = getattr(torch, options.dtype)
-    free = free_bytes(place)
-    free = sys.maxsize if free is None else free
+    free = torch.cuda.mem_get_info()[0] if place == "cuda" else free_memory()
+    free = sys.maxsize if free is None else free  # the system does not tell
     wanted = [Size(*size) for size in options.sizes]
     fitting = [size for size in wanted if size.bytes_needed <= free]
     notes = [

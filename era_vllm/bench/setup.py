@@ -1,11 +1,17 @@
 """What the benchmarks know before vLLM is imported, which reads its environment then."""
 
 import os
-from typing import Final, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+import era_vllm
 from era_vllm.bench.provenance import core_count
 from era_vllm.lab.dummy import FAMILIES, DummyFamily, LlamaSize
-from era_vllm.lab.screen import IN_PROCESS
+from era_vllm.lab.screen import IN_PROCESS, muted, progress
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 FIXED_K: Final = 64
 """Of the pruning step while N grows."""
@@ -29,6 +35,27 @@ def set_environment(*, eager: bool) -> None:
         own["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in own.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def started(
+    what: str, model: str, settings: Mapping[str, object], **arguments: Any
+) -> "Iterator[LLM]":  # noqa: ANN401
+    """Import vLLM and start an engine, eager, which takes any number of pictures and videos.
+
+    Args:
+        what: Is said of it to who waits.
+        settings: Of ``EraConfig``.
+        arguments: Of ``engines.engine``.
+    """
+    set_environment(eager=True)
+    progress(f"starting an engine{what}")
+    with muted():
+        from era_vllm.bench.engines import engine
+
+    own = era_vllm.engine_args(model, **settings)
+    with engine({"limit_mm_per_prompt": {}, **own}, **arguments) as llm:
+        yield llm
 
 
 def device() -> str:

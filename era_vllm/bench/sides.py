@@ -1,16 +1,16 @@
 """Engines of one dummy model side by side in this process.
 
-Leaves out what they are asked (``serve.py``, ``attention.py``, ``gap.py``).
+Leaves out what they are asked (``serve.py``, ``attention.py``, ``gap.py``,
+``first_token.py``).
 """
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from vllm import LLM
 
 import era_vllm
 from era_vllm.bench import bound
@@ -34,26 +34,32 @@ def side_by_side(
     Args:
         kinds: Name -> kind, and whether its model's heads are as wide as those of the first one,
             which prunes.
-        options: Of the benchmark.
         more: Arguments of ``LLM`` of its own.
     """
     size, asked = options.size, options.asked
-    count = "four" if len(kinds) == 4 else len(kinds)
-    progress(f"starting {count} engines: {named(size, options.family)}")
+    count = {1: "an engine", 4: "four engines"}.get(len(kinds), f"{len(kinds)} engines")
+    progress(f"starting {count}: {named(size, options.family)}")
     engines: dict[str, TimedEngine] = {}
-    limits = {"limit_mm_per_prompt": {kind: int(kind == "image") for kind in asked.modalities}}
+    usual = {
+        "max_num_seqs": 2,
+        "limit_mm_per_prompt": {kind: int(kind == "image") for kind in asked.modalities},
+        "load_format": "dummy",
+        "dtype": options.dtype,
+        "enforce_eager": options.eager,
+        "disable_log_stats": False,
+    }
+    if torch.cuda.is_available():  # several share it
+        usual["gpu_memory_utilization"] = 0.05
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         narrow, wide = Path(folder) / "narrow", Path(folder) / "wide"
         make_dummy(narrow, size, options.family, asked.tokens)
         for name, (kind, widened) in kinds.items():
-            started = dummy_engine(
-                arguments_of(kind, wide if widened else narrow, options.era, options.family),
-                options.dtype,
-                options.eager,
-                options.kv_bytes,
-                options.context,
-                {**limits, **(more or {})},
-            )
+            arguments = {
+                **usual,
+                **_arguments_of(kind, wide if widened else narrow, options),
+                **(more or {}),
+            }
+            started = engine(arguments, context=options.context, kv_bytes=options.kv_bytes)
             engines[name] = TimedEngine(stack.enter_context(started))
             if not wide.exists():
                 wider = replace(size, head_size=engines[name].head_size)
@@ -61,43 +67,19 @@ def side_by_side(
         yield engines
 
 
-def dummy_engine(
-    arguments: Mapping[str, object],
-    dtype: str,
-    eager: bool,
-    kv_bytes: int,
-    context: int,
-    more: Mapping[str, object] | None = None,
-) -> AbstractContextManager[LLM]:
-    """Start an engine without weights; several may share a GPU."""
-    share = {"gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
-    return engine(
-        {"max_num_seqs": 2, **arguments, **share, **(more or {})},
-        context=context,
-        kv_bytes=kv_bytes,
-        load_format="dummy",
-        dtype=dtype,
-        enforce_eager=eager,
-        disable_log_stats=False,
-    )
-
-
-def arguments_of(
-    kind: Kind,
-    folder: Path,
-    era: Mapping[str, object] | None = None,
-    family: str = "llava",
+def _arguments_of(
+    kind: Kind, folder: Path, options: EngineOptions | GapOptions
 ) -> Mapping[str, object]:
     """Return what ``LLM`` is given for a checkpoint folder."""
     if kind == "stock":
         return {"model": str(folder)}
     if kind != "bound":
-        own = era_vllm.engine_args(str(folder), **(era or {}))
+        own = era_vllm.engine_args(str(folder), **options.era)
         if kind == "pruned":
             return own
         register_unbounded()
         return {**own, "hf_overrides": {"architectures": [UNBOUNDED]}}
-    architecture = FAMILIES[family].architecture
+    architecture = FAMILIES[options.family].architecture
     positions = "compact" if families.FAMILIES[architecture].axes == 1 else "original"
     architecture = bound.register(architecture)
     arguments = era_vllm.engine_args(str(folder), policy="uniform", positions=positions)

@@ -5,12 +5,20 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from era_vllm.bench.block_cost import cases, cost, named, peak_bytes, shares
+from era_vllm.bench.block_cost import (
+    QWEN3_VL,
+    TowerShape,
+    cases,
+    cost,
+    named,
+    peak_bytes,
+    shares,
+    tower,
+)
 from era_vllm.bench.block_fidelity import merge_error, of_all_queries, shared
 from era_vllm.bench.clock import Samples
 from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.photo_tokens import PhotoTokens, photo_tokens
-from era_vllm.bench.wide_tower import QWEN3_VL, TowerShape, tower
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
