@@ -5,7 +5,6 @@ Leaves out the benchmarks and their options (``bench/``).
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from era_vllm.bench.options import (
 )
 from era_vllm.bench.setup import set_environment
 from era_vllm.cli.options import add_era_options, era_settings
-from era_vllm.cli.preflight import check_folder
+from era_vllm.cli.preflight import check_out
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.screen import muted, progress
 
@@ -203,8 +202,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Measure, print the page, write the figures."""
     del rest
-    if find_spec("matplotlib") is None:
-        raise UnsupportedError("bench: matplotlib is missing; pip install 'era-vllm[lab]'")
     engines = arguments.bench not in _WITHOUT_ENGINES
     if engines and find_spec("vllm") is None:
         from era_vllm.vllm_plugin.version import INSTALL
@@ -212,8 +209,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise UnsupportedError(f"bench: vLLM is not installed; needed 0.32.x: {INSTALL}")
     started = time.monotonic()
     out = Path(arguments.out)
-    trouble = f"--out: got {arguments.out!r}, which cannot be written to"
-    check_folder(out, trouble, "needed a folder, or the name of a new one")
+    file = out / f"bench-{arguments.bench}.json"
+    check_out(out, (file.name, file.with_suffix(".png").name))
     era = era_settings(arguments) if engines else {}
     options = resolved(_KINDS[arguments.bench][2], arguments, era)
     try:
@@ -226,12 +223,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nera-vllm bench: stopped; nothing written", file=sys.stderr)
         return 130
-    from era_vllm.bench.provenance import provenance
+    from era_vllm.bench.provenance import command, provenance
 
-    command = shlex.join(["era-vllm", *sys.argv[1:]])
-    document = report.as_dict(provenance(), command, asdict(options))
+    document = report.as_dict(provenance(), command(), asdict(options))
     document["seconds"] = round(time.monotonic() - started)
-    file = out / f"bench-{arguments.bench}.json"
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"{document['hardware']}, torch {document['versions']['torch']}")
     print(report.text())
