@@ -6,9 +6,9 @@
     inputs.py        pictures and prompts that no cache has seen
     reducer.py       ``bench reducer``: the pruning step (``pruning_step.py``), and its growth
     engines.py       an engine started, ended, asked, timed; ``bound.py``: one without a reducer
-    sides.py         several of them side by side: ``attention.py``, ``serve.py``
+    sides.py         of a dummy model, side by side: ``attention.py``, ``serve.py``, ``gap.py``
     first_token.py   the last part of ``era-vllm demo``
     report.py        goals, tables, JSON (``provenance.py``: its head); ``plots.py``: its picture
 
-Only ``engines.py``, ``bound.py`` and ``sides.py`` import vllm.
+``engines.py``, ``taken.py``, ``bound.py``, ``gap_engines.py`` and their users need vllm.
 """
