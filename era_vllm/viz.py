@@ -15,9 +15,9 @@ alone, so that it works wherever the package does.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -172,8 +172,7 @@ def seen(
 
     Args:
         pixels: Normalised pixel values; bytes, which the tower norms itself, are shown as they are.
-        mean: The processor's ``image_mean``.
-        std: The processor's ``image_std``.
+        mean, std: The processor's ``image_mean`` and ``image_std``.
     """
     values = pixels.cpu()
     if values.dtype != torch.uint8:
@@ -189,15 +188,14 @@ def _darkened(
     grid: tuple[int, int],
 ) -> Image.Image:
     grey = ImageOps.grayscale(given).point(lambda value: round(value * _DARKENED))
-    tints = Image.new("RGB", (grid[1], grid[0]))
-    for token, anchor in enumerate(assignment):
-        row, column = divmod(token, grid[1])
-        tints.putpixel((column, row), colours[anchor] if anchor >= 0 else (0, 0, 0))
-    flat = tints.resize(given.size, Image.Resampling.NEAREST)
-    dropped = Image.new("L", (grid[1], grid[0]))
-    dropped.putdata([0 if anchor >= 0 else 255 for anchor in assignment])
-    mixed = Image.blend(grey.convert("RGB"), flat, _TINT)
-    mixed.paste((0, 0, 0), mask=dropped.resize(given.size, Image.Resampling.NEAREST))
+    anchors = np.reshape(assignment, grid)
+
+    def enlarged(cells: np.ndarray) -> Image.Image:
+        small = Image.fromarray(cells.astype(np.uint8))
+        return small.resize(given.size, Image.Resampling.NEAREST)
+
+    mixed = Image.blend(grey.convert("RGB"), enlarged(np.array(colours)[anchors]), _TINT)
+    mixed.paste((0, 0, 0), mask=enlarged((anchors < 0) * 255))
     return mixed
 
 
@@ -234,12 +232,8 @@ def _draw_colour_bar(pen: ImageDraw.ImageDraw, top: float, width: int, upper: in
 
 
 def _colour(position: float) -> Colour:
-    steps = list(pairwise(_COLOURS))
-    scaled = min(max(position, 0.0), 1.0) * len(steps)
-    index = min(int(scaled), len(steps) - 1)
-    low, high = steps[index]
-    part = scaled - index
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
+    at = np.linspace(0, 1, len(_COLOURS))
+    red, green, blue = (round(np.interp(position, at, one)) for one in zip(*_COLOURS, strict=True))
     return red, green, blue
 
 

@@ -9,8 +9,9 @@ from typing import Final
 from era_vllm.bench import plots
 from era_vllm.bench.clock import Cell, Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
+from era_vllm.bench.options import AttentionOptions, facts_of
 from era_vllm.bench.report import Goal, Report, engine_table, shown, table, times
-from era_vllm.bench.setup import EngineOptions, Kind, facts_of
+from era_vllm.bench.setup import Kind
 
 GOAL: Final = 1.03
 KINDS: Final[Mapping[str, tuple[Kind, bool]]] = {
@@ -29,13 +30,16 @@ MEASURES: Final = (
 )
 
 
-def run(options: EngineOptions, out: Path, *, mirror: bool) -> Report:
+def run(options: AttentionOptions, out: Path) -> Report:
     """Start the engines, measure, judge and draw."""
     from era_vllm.bench.sides import side_by_side
 
-    order = [(name, 0) for name in KINDS] + [(name, 1) for name in reversed(KINDS) if mirror]
+    mirrored = reversed(KINDS) if options.mirror else ()
+    order = [*((name, 0) for name in KINDS), *((name, 1) for name in mirrored)]
     kinds = {f"{name} {copy}": KINDS[name] for name, copy in order}
     with side_by_side(kinds, options) as engines:
+        for engine in engines.values():
+            engine.watch()
         family = options.asked
         pictures, words = noise_pictures(*family.picture), word_prompts(options.text_tokens)
 
@@ -51,7 +55,7 @@ def run(options: EngineOptions, out: Path, *, mirror: bool) -> Report:
         cases = {"text": None, **{f"{rate:g}": rate for rate in options.rates}}
         cells = {f"{case} {n}": cell(n, rate) for case, rate in cases.items() for n in KINDS}
         samples = interleave(cells, options.rounds, options.warm_ups)
-        facts = facts_of({name: engines[f"{name} 0"].facts() for name in KINDS}, options)
+        held = {name: engines[f"{name} 0"].facts() for name in KINDS}
     ratios = {
         f"{measure} {case} era / {base}": samples.ratio(f"{case} era", f"{case} {base}", measure)
         for case in cases
@@ -62,7 +66,8 @@ def run(options: EngineOptions, out: Path, *, mirror: bool) -> Report:
         "prefill": strict_ratios(samples, "text"),
         "decode": strict_ratios(samples, "text", "decode_"),
     }
-    return _report(samples, {**facts, "ratios": ratios, "strict": strict}, list(cases), out)
+    facts = {**facts_of(options), "engines": held, "ratios": ratios, "strict": strict}
+    return _report(samples, facts, list(cases), out)
 
 
 def strict_ratios(samples: Samples, case: str, prefix: str = "") -> dict[str, float]:

@@ -1,19 +1,31 @@
-"""Time and memory of an engine's reducer on one large picture, by the bound of its blocks."""
+"""Time and memory of an engine's reducer on one large picture, by the bound of its blocks.
 
+Beside it some layers of a tower that sees the picture whole, as Qwen3-VL's does, and its attention:
+random weights; 2 x 2 patches are a token. Patch embedding, positions and merger are left out, so
+the tower is a little faster than a real one.
+"""
+
+import ctypes
+import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 import torch
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from era_vllm.bench.clock import Cell, Samples, interleave, seconds
-from era_vllm.bench.memory import peak_bytes
+from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.pruning_step import Size, random_tokens
-from era_vllm.bench.setup import SegmentsOptions
-from era_vllm.bench.wide_tower import signal_cell, tower_cell
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import bar
 from era_vllm.layout import cut, one_grid
 from era_vllm.plan import plan
 from era_vllm.policies import defaults, make_policy
+from era_vllm.steps.received_attention import received_attention
 from era_vllm.types import OF_ENCODER, Signal
 from era_vllm.vllm_plugin.encoder_pass import Encoded
 from era_vllm.vllm_plugin.fields import Planned
@@ -97,3 +109,92 @@ def shares(samples: Samples, options: SegmentsOptions) -> dict[str, float]:
         key = f"{policy} {'whole' if most >= n else most}"
         found[key] = pruned + (read if reads else 0.0)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class TowerShape:
+    """Sizes of a tower."""
+
+    width: int = 1152
+    heads: int = 16
+    mlp: int = 4304
+    layers: int = 27
+
+
+QWEN3_VL: Final = TowerShape()
+"""Source: vision_config of Qwen3-VL-2B to 8B."""
+
+
+def tower(shape: TowerShape, layers: int) -> SiglipEncoder:
+    """Return some of its layers: SigLIP's, which have the same parts."""
+    return SiglipEncoder(
+        SiglipVisionConfig(
+            hidden_size=shape.width,
+            num_attention_heads=shape.heads,
+            intermediate_size=shape.mlp,
+            num_hidden_layers=layers,
+            attn_implementation="sdpa",
+        )
+    ).eval()
+
+
+def tower_cell(
+    patches: int, timed: int, dtype: torch.dtype, device: str, shape: TowerShape = QWEN3_VL
+) -> Callable[[], Mapping[str, float]]:
+    """Return a pass of ``timed`` layers; ``tower`` is their time times all layers / timed."""
+    layers = tower(shape, timed).to(device, dtype)
+    x = torch.randn(1, patches, shape.width, device=device).to(dtype)
+
+    @torch.inference_mode()
+    def one() -> dict[str, float]:
+        taken = seconds(lambda: layers(x))
+        return {"timed_layers": taken, "tower": taken * shape.layers / timed}
+
+    return one
+
+
+def signal_cell(
+    patches: int, dtype: torch.dtype, device: str, shape: TowerShape = QWEN3_VL
+) -> Callable[[], Mapping[str, float]]:
+    """Return a reading of the attention out of one layer."""
+    size = (1, patches, shape.heads, shape.width // shape.heads)
+    query, key = (torch.randn(size, device=device).to(dtype) for _ in range(2))
+
+    @torch.inference_mode()
+    def one() -> dict[str, float]:
+        scale = size[-1] ** -0.5
+        return {"signal": seconds(lambda: received_attention(query, key, scale))}
+
+    return one
+
+
+def peak_bytes(call: Callable[[], object]) -> int | None:
+    """Run a call; return the most memory that it held; None where the system does not tell.
+
+    Returns:
+        On a GPU what torch's allocator handed out; else the growth of the process's resident
+        memory (Linux), to a page, allocator's caches trimmed before.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        before = _status("VmRSS")
+    except OSError:
+        call()
+        return None
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))

@@ -1,16 +1,17 @@
 """Interleaved rounds: each cell is run once a round, so what slows the machine slows all sides.
 
 A cell is a function that does one pass and says what it measured, in seconds by name. Ratios are
-taken within a round and their median is reported. Leaves out what a cell does.
+taken within a round and their median is reported; a power law says how times grow. Leaves out what
+a cell does.
 """
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch.utils.benchmark import timer
 
 from era_vllm.lab.screen import bar
 
@@ -101,13 +102,40 @@ def interleave(cells: Mapping[str, Cell], rounds: int, warm_ups: int = 1) -> Sam
 
 def seconds(call: Callable[[], object]) -> float:
     """Time one call, a GPU's work included."""
-    _synchronize()
-    started = time.perf_counter()
+    started = timer()  # waits for a GPU
     call()
-    _synchronize()
-    return time.perf_counter() - started
+    return timer() - started
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+@dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """y = factor x ** exponent."""
+
+    factor: float
+    exponent: float
+    r_squared: float
+    """Share of the variance of log y that the law explains; 1 where y does not vary."""
+
+    def __call__(self, x: float) -> float:
+        """Return y."""
+        return self.factor * x**self.exponent
+
+    def __str__(self) -> str:
+        return f"{self.exponent:.2f} (R2 {self.r_squared:.3f})"
+
+
+def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    """Fit a line to log y over log x by least squares.
+
+    Raises:
+        ValueError: fewer than two different x, or a value that has no logarithm.
+    """
+    if len(set(x)) < 2 or len(x) != len(y) or min(*x, *y) <= 0:
+        raise ValueError(
+            f"power law: got x {list(x)} and y {list(y)}; needed as many y as x, all positive, and "
+            "two different x at least"
+        )
+    logs = [[math.log(value) for value in values] for values in (x, y)]
+    exponent, intercept = statistics.linear_regression(*logs)
+    r_squared = statistics.correlation(*logs) ** 2 if len(set(y)) > 1 else 1.0
+    return PowerLaw(math.exp(intercept), exponent, r_squared)

@@ -9,7 +9,6 @@ benchmark, against stock vLLM and a bound, is ``era-vllm bench serve``.
 
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Final
 
 from era_vllm.bench.clock import Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures
+from era_vllm.bench.options import EngineOptions
 from era_vllm.bench.provenance import fast_dtype, hardware
-from era_vllm.bench.setup import named, pictured, set_environment
-from era_vllm.lab.dummy import SIZES, make_dummy
+from era_vllm.bench.setup import named, set_environment
 from era_vllm.lab.screen import muted, progress
 
 RATES: Final = (0.0, 0.778, 0.889, 0.944)
@@ -65,31 +64,41 @@ def table(timings: Sequence[Mapping]) -> str:
 def main(out: Path, shape: str = "0.9b") -> int:
     """Time every rate, print a table and write the figures."""
     set_environment(eager=True)
-    size, (family, side), dtype = SIZES[shape], SHAPES[shape], fast_dtype()
-    asked = pictured(family, side)
+    family, side = SHAPES[shape]
+    options = EngineOptions(
+        rounds=ROUNDS,
+        warm_ups=1,
+        shape=shape,
+        dtype=fast_dtype(),
+        family=family,
+        side=side,
+        rates=list(RATES),
+        text_tokens=0,
+        decode_tokens=0,
+        kv_bytes=512 << 20,
+        eager=True,
+        context=1024,
+        era={},
+    )
+    asked, tokens = options.asked, dict.fromkeys(RATES, 0)
     height, width = asked.picture
-    progress(f"starting an engine: {named(size, family)}")
+    pictures = noise_pictures(height, width)
+    progress("importing vLLM")
     with muted():
-        from era_vllm.bench.engines import TimedEngine
-        from era_vllm.bench.sides import arguments_of, dummy_engine
-    with tempfile.TemporaryDirectory() as folder:
-        make_dummy(Path(folder), size, family, asked.tokens)
-        arguments = arguments_of("pruned", Path(folder), family=family)
-        with dummy_engine(arguments, dtype, True, kv_bytes=512 << 20, context=1024) as llm:
-            engine, tokens = TimedEngine(llm), dict.fromkeys(RATES, 0)
-            pictures = noise_pictures(height, width)
+        from era_vllm.bench.sides import side_by_side
+    with side_by_side({"era": ("pruned", False)}, options) as engines:
 
-            def ask(rate: float) -> Mapping[str, float]:
-                prompt = image_prompt(next(pictures), rate, mark=asked.mark)
-                taken = engine.ask(prompt, decode_tokens=0)
-                tokens[rate] = engine.prompt_tokens
-                return taken
+        def ask(rate: float) -> Mapping[str, float]:
+            prompt = image_prompt(next(pictures), rate, mark=asked.mark)
+            taken = engines["era"].ask(prompt, options.decode_tokens)
+            tokens[rate] = engines["era"].prompt_tokens
+            return taken
 
-            samples = interleave({f"{rate:g}": partial(ask, rate) for rate in RATES}, ROUNDS)
+        samples = interleave({f"{rate:g}": partial(ask, rate) for rate in RATES}, options.rounds)
     timings = timings_of(samples, tokens)
     report = {
-        "model": named(size, family),
-        "dtype": dtype,
+        "model": named(options.size, family),
+        "dtype": options.dtype,
         "image": f"{width} x {height} noise, a new one each time",
         "batch": 1,
         "measured": "time of LLM.generate with max_tokens=1, eager",
@@ -97,7 +106,7 @@ def main(out: Path, shape: str = "0.9b") -> int:
         "rounds": ROUNDS,
         "timings": timings,
     }
-    print(f"\n{report['model']}, {dtype}, {hardware()}")
+    print(f"\n{report['model']}, {options.dtype}, {hardware()}")
     print(f"{report['measured']}; medians of {ROUNDS} interleaved rounds\n")
     print(table(timings) + "\n")
     out.write_text(json.dumps(report), encoding="utf-8")

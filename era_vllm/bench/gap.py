@@ -1,8 +1,6 @@
 """``era-vllm bench gap``: the longest pause of a running stream while pictures arrive."""
 
-import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,49 +8,35 @@ from typing import Final
 
 from era_vllm.bench import plots
 from era_vllm.bench.clock import Cell, Samples, interleave
-from era_vllm.bench.gap_engines import GapEngine, arguments_of
+from era_vllm.bench.gap_engines import GapEngine
 from era_vllm.bench.inputs import image_prompt, noise_pictures
+from era_vllm.bench.options import GapOptions, facts_of
 from era_vllm.bench.report import Goal, Report, shown, table, times
-from era_vllm.bench.setup import GapOptions, device, named
-from era_vllm.bench.sides import dummy_engine
-from era_vllm.lab.dummy import IMAGE_SIZE, IMAGE_TOKENS, MAX_CONTEXT, SIZES, make_dummy
-from era_vllm.lab.screen import progress
+from era_vllm.bench.setup import Kind
+from era_vllm.bench.sides import side_by_side
 
-ENGINES: Final = ("stock", "era", "era, not bounded")
+KINDS: Final[Mapping[str, tuple[Kind, bool]]] = {
+    "stock": ("stock", False),
+    "era": ("pruned", False),
+    "era, not bounded": ("unbounded", False),
+}
 GOAL: Final = 1.0
 
 
 def run(options: GapOptions, out: Path) -> Report:
     """Start the engines, measure, judge and draw."""
-    size = SIZES[options.shape]
-    context = min(MAX_CONTEXT, 1024 + 2 * options.pictures)  # the stream has a token a step
-    progress(f"starting {len(ENGINES)} engines: {named(size)}")
-    engines: dict[str, GapEngine] = {}
     encoded: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        make_dummy(Path(folder), size)
-        for kind in ENGINES:
-            given = arguments_of(Path(folder), kind, options.era)
-            step = {
-                "max_num_batched_tokens": options.step_tokens,
-                "max_num_seqs": options.pictures + 1,
-            }
-            llm = dummy_engine(
-                {**given, **step},
-                options.dtype,
-                options.eager,
-                options.kv_mib * 2**20,
-                context,
-            )
-            engines[kind] = GapEngine(stack.enter_context(llm))
-        cells = _cells(engines, options, encoded)
-        samples = interleave(cells, options.rounds, options.warm_ups)
-    graphs = "eager" if options.eager else "compiled"
+    step = {
+        "max_num_batched_tokens": options.step_tokens,
+        "max_num_seqs": options.pictures + 1,
+    }
+    with side_by_side(KINDS, options, step) as started:
+        engines = {kind: GapEngine(engine) for kind, engine in started.items()}
+        samples = interleave(_cells(engines, options, encoded), options.rounds, options.warm_ups)
     facts: dict[str, object] = {
-        "model": f"{named(size)}, {options.dtype}, {graphs}",
-        "device": device(),
+        **facts_of(options),
         "most_pictures_between_two_tokens": encoded,
-        "pictures_within_the_budget": max(1, options.step_tokens // IMAGE_TOKENS),
+        "pictures_within_the_budget": max(1, options.step_tokens // options.asked.tokens),
     }
     return _report(samples, facts, options, out)
 
@@ -60,7 +44,7 @@ def run(options: GapOptions, out: Path) -> Report:
 def _cells(
     engines: Mapping[str, GapEngine], options: GapOptions, encoded: dict[str, int]
 ) -> dict[str, Cell]:
-    pictures = noise_pictures(IMAGE_SIZE)
+    pictures = noise_pictures(*options.asked.picture)
 
     def one(kind: str, number: int) -> Mapping[str, float]:
         rate = None if kind == "stock" else options.rate
@@ -101,6 +85,6 @@ def _report(samples: Samples, facts: dict[str, object], options: GapOptions, out
         notes=(
             f"{facts['model']}; {options.pictures} pictures at once, rate {options.rate:g}",
             f"vLLM's budget of a step, {options.step_tokens} rows, is "
-            f"{facts['pictures_within_the_budget']} pictures of {IMAGE_TOKENS}",
+            f"{facts['pictures_within_the_budget']} pictures of {options.asked.tokens}",
         ),
     )

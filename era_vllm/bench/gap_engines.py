@@ -5,18 +5,18 @@ compared (``gap.py``).
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 
-import era_vllm
+from era_vllm.bench.engines import TimedEngine
+from era_vllm.bench.stages import StageClock
 from era_vllm.compat import models_config_map
 from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.names import PREFIX
@@ -47,14 +47,13 @@ class Gap:
 class GapEngine:
     """A live engine, hooked so that a stream's pauses can be told apart."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-        (self.model,) = self.llm.apply_model(lambda model: model)
+    def __init__(self, engine: TimedEngine) -> None:
+        self._engine = engine.llm.llm_engine
         self._names = map(str, count())
-        self._pictures, self._tower_s, self._began = 0, 0.0, 0.0
-        tower: nn.Module = self.model.vision_tower
-        tower.register_forward_pre_hook(self._enter, prepend=True)
-        tower.register_forward_hook(self._leave)
+        self._pictures, self._stages = 0, StageClock()
+        tower: nn.Module = engine.model.vision_tower
+        tower.register_forward_pre_hook(self._count)
+        self._stages.watch("tower", tower)
 
     def gap(self, prompts: Sequence[object], quiet: int = 8) -> Gap:
         """Decode a stream, let the pictures come at once, and wait until each has its first token.
@@ -65,7 +64,7 @@ class GapEngine:
             prompts: One picture each, new to every cache.
             quiet: Tokens of the stream before they come.
         """
-        engine = self.llm.llm_engine
+        engine = self._engine
         stream = next(self._names)
         text = {"prompt": "USER: tell me a long story ASSISTANT:"}
         engine.add_request(stream, text, _answer(None))
@@ -92,33 +91,19 @@ class GapEngine:
 
         Returns: seconds, of them in the tower, pictures encoded, requests that ended
         """
-        self._pictures, self._tower_s = 0, 0.0
+        self._pictures = 0
         done: set[str] = set()
         started = time.perf_counter()
         while True:
-            outputs = self.llm.llm_engine.step()
+            outputs = self._engine.step()
             done |= {output.request_id for output in outputs if output.finished}
             if any(output.request_id == stream for output in outputs):
-                return time.perf_counter() - started, self._tower_s, self._pictures, done
+                taken = time.perf_counter() - started
+                tower = sum(self._stages.take().get("tower", ()))
+                return taken, tower, self._pictures, done
 
-    def _enter(self, tower: nn.Module, pixels: tuple[torch.Tensor, ...]) -> None:
-        del tower
+    def _count(self, _: nn.Module, pixels: tuple[torch.Tensor, ...]) -> None:
         self._pictures += len(pixels[0])
-        self._began = _now()
-
-    def _leave(self, *_: object) -> None:
-        self._tower_s += _now() - self._began
-
-
-def arguments_of(folder: Path, kind: str, settings: Mapping[str, object]) -> dict[str, object]:
-    """Return ``LLM``'s arguments for "stock", "era" or "era, not bounded"."""
-    if kind == "stock":
-        return {"model": str(folder)}
-    own = era_vllm.engine_args(str(folder), **settings)
-    if kind == "era":
-        return own
-    register_unbounded()
-    return {**own, "hf_overrides": {"architectures": [UNBOUNDED]}}
 
 
 def register_unbounded() -> None:
@@ -135,9 +120,3 @@ def _with_stock_scheduler(vllm_config: VllmConfig) -> None:
 def _answer(tokens: int | None) -> SamplingParams:
     """Return parameters for so many tokens; None = until the context is full."""
     return SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from era_vllm.lab.oracle import Oracle
@@ -36,7 +36,9 @@ def photo_tokens(oracle: Oracle, photo: Image.Image, side: int) -> PhotoTokens:
     vision = oracle.model.config.vision_config
     of_tile, pixels = vision.image_size // vision.patch_size, vision.image_size
     tiles = math.ceil(side / of_tile)
-    square = _square(photo, tiles * pixels)
+    size = (tiles * pixels, tiles * pixels)
+    square = ImageOps.fit(photo.convert("RGB"), size, Image.Resampling.BICUBIC)
+    starts = range(0, tiles * pixels, pixels)
     read: dict[str, list[Tensor]] = {"q_proj": [], "k_proj": []}
     attention = _tapped(oracle)
     handles = [
@@ -47,8 +49,8 @@ def photo_tokens(oracle: Oracle, photo: Image.Image, side: int) -> PhotoTokens:
     ]
     try:
         rows = [
-            oracle.tokens([square.crop(_box(row, column, pixels)) for column in range(tiles)])
-            for row in range(tiles)
+            oracle.tokens([square.crop((x, y, x + pixels, y + pixels)) for x in starts])
+            for y in starts
         ]
     finally:
         for handle in handles:
@@ -75,15 +77,3 @@ def _tapped(oracle: Oracle) -> torch.nn.Module:
     tower, config = oracle.model.model.vision_tower, oracle.model.config
     layers = getattr(tower, "vision_model", tower).encoder.layers
     return layers[config.vision_feature_layer].self_attn
-
-
-def _square(photo: Image.Image, side: int) -> Image.Image:
-    least = min(photo.size)
-    left, upper = ((length - least) // 2 for length in photo.size)
-    middle = photo.convert("RGB").crop((left, upper, left + least, upper + least))
-    return middle.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _box(row: int, column: int, pixels: int) -> tuple[int, int, int, int]:
-    left, upper = column * pixels, row * pixels
-    return left, upper, left + pixels, upper + pixels

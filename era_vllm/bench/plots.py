@@ -1,11 +1,10 @@
-"""One picture a benchmark, drawn by matplotlib (the ``lab`` extra)."""
+"""One picture (PNG) a benchmark, its title over everything; by matplotlib (the ``lab`` extra)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from era_vllm.bench.clock import Samples
-from era_vllm.bench.fit import PowerLaw
+from era_vllm.bench.clock import PowerLaw, Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +34,6 @@ def bars(
     """Draw medians as stacked bars.
 
     Args:
-        path: PNG.
-        title: Over everything.
-        samples: What was measured.
         panels: Title -> cells, a bar each, and measures, its parts from the left.
     """
     heights = [1 + len(cells) for cells, _ in panels.values()]
@@ -68,8 +64,6 @@ def growth(
     """Draw shares of a whole beside times over sizes with their fits.
 
     Args:
-        path: PNG.
-        title: Over everything.
         shares: Policy -> size -> share of the tower's time.
         limit: The share that is the goal.
         curves: Axis's name ("n", "k") -> policy -> sizes, seconds, fitted law.
@@ -104,8 +98,6 @@ def segments(
     """Draw values over the tokens of a block, and right answers against those of whole pictures.
 
     Args:
-        path: PNG.
-        title: Over everything.
         panels: What is measured -> line -> blocks' tokens, values.
         answers: Case -> right answers, and how many more than whole.
     """

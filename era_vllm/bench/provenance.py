@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +25,11 @@ def provenance() -> dict[str, object]:
         "versions": versions,
         "hardware": hardware(),
     }
+
+
+def command() -> str:
+    """Return the words that this process was started with."""
+    return shlex.join(["era-vllm", *sys.argv[1:]])
 
 
 def hardware() -> str:

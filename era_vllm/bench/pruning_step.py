@@ -16,7 +16,6 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from era_vllm.bench.clock import seconds
-from era_vllm.bench.provenance import free_memory
 from era_vllm.contracts import PruningPolicy
 from era_vllm.lab.dummy import CLIP_L, IMAGE_SIZE, IMAGE_TOKENS
 from era_vllm.pipeline import prune
@@ -129,8 +128,3 @@ def tower_cell(
         return {"tower": seconds(lambda: model(pixel_values=pixels))}
 
     return one
-
-
-def free_bytes(device: str) -> int | None:
-    """Return the memory that is left; None where the system does not tell."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()

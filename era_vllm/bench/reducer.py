@@ -9,11 +9,12 @@ from typing import Final
 import torch
 
 from era_vllm.bench import plots
-from era_vllm.bench.clock import Samples, interleave
-from era_vllm.bench.fit import PowerLaw, power_law
-from era_vllm.bench.pruning_step import Size, free_bytes, reducer_cell, tower, tower_cell
+from era_vllm.bench.clock import PowerLaw, Samples, interleave, power_law
+from era_vllm.bench.options import ReducerOptions
+from era_vllm.bench.provenance import free_memory
+from era_vllm.bench.pruning_step import Size, reducer_cell, tower, tower_cell
 from era_vllm.bench.report import Goal, Report, percent, shown, table
-from era_vllm.bench.setup import FIXED_K, FIXED_N, ReducerOptions, device
+from era_vllm.bench.setup import FIXED_K, FIXED_N, device
 from era_vllm.errors import ConfigError
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import progress
@@ -29,8 +30,8 @@ def run(options: ReducerOptions, out: Path) -> Report:
         make_policy(defaults(policy))
     shape, place = SIZES[options.shape], device()
     dtype = getattr(torch, options.dtype)
-    free = free_bytes(place)
-    free = sys.maxsize if free is None else free
+    free = torch.cuda.mem_get_info()[0] if place == "cuda" else free_memory()
+    free = sys.maxsize if free is None else free  # the system does not tell
     wanted = [Size(*size) for size in options.sizes]
     fitting = [size for size in wanted if size.bytes_needed <= free]
     notes = [

@@ -8,12 +8,12 @@ from typing import Final
 import torch
 
 from era_vllm.bench import plots
-from era_vllm.bench.block_cost import cases, cost, named, shares
+from era_vllm.bench.block_cost import QWEN3_VL, cases, cost, named, shares
 from era_vllm.bench.block_fidelity import answers, on_photos
 from era_vllm.bench.clock import Samples
+from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.report import Goal, Report, percent, shown, table
-from era_vllm.bench.setup import SegmentsOptions, device
-from era_vllm.bench.wide_tower import QWEN3_VL
+from era_vllm.bench.setup import device
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle

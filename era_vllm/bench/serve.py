@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 from era_vllm.bench import plots
 from era_vllm.bench.clock import Cell, Samples, interleave
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
+from era_vllm.bench.options import EngineOptions, ServeOptions, facts_of
 from era_vllm.bench.report import Goal, Report, engine_table, percent, shown, table, times
-from era_vllm.bench.setup import EngineOptions, Kind, facts_of, prefill_flops
+from era_vllm.bench.setup import Kind, prefill_flops
 from era_vllm.lab.screen import progress
 
 if TYPE_CHECKING:
@@ -27,24 +28,27 @@ REDUCER_GOAL: Final = 0.05
 _GOAL_RATE: Final = 0.889
 
 
-def run(options: EngineOptions, out: Path, *, profiled: bool) -> Report:
+def run(options: ServeOptions, out: Path) -> Report:
     """Start the engines, measure, judge and draw."""
     from era_vllm.bench.engines import profile
     from era_vllm.bench.sides import side_by_side
 
     with side_by_side(KINDS, options) as engines:
+        for engine in engines.values():
+            engine.watch()
         tokens: dict[str, int] = {}
         cells = _cells(engines, options, tokens)
         samples = interleave(cells, options.rounds, options.warm_ups)
         facts = {
-            **facts_of({name: engine.facts() for name, engine in engines.items()}, options),
+            **facts_of(options),
+            "engines": {name: engine.facts() for name, engine in engines.items()},
             "prompt_tokens": tokens,
             "prefill_tflops": {
                 cell: prefill_flops(options.size, count) / 1e12 for cell, count in tokens.items()
             },
             "ratios": _ratios(samples, options.rates),
         }
-        if profiled:
+        if options.profile:
             progress("profiling")
             facts["profile"] = profile(cells[f"era {options.rates[-1]:g}"])
     return _report(samples, facts, options, out)

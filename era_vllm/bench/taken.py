@@ -40,14 +40,11 @@ class Taken:
     def _reach(self, change: str) -> int:
         def listen(model: nn.Module) -> int:
             era: Any = model.era
-            getattr(model.reducer.listeners, change)(self._keep)
+            getattr(model.reducer.listeners, change)(self.items.extend)
             return era.scout if era.scout_injection else 0
 
         (injected,) = self._llm.apply_model(listen)
         return injected
-
-    def _keep(self, items: Sequence[PrunedItem]) -> None:
-        self.items.extend(items)
 
     def segments(self) -> list[Segment]:
         """Return what stands in the runs of all items."""

@@ -40,7 +40,6 @@ _BLOCK: Final = 32
 """Tokens of an engine's block: questions share the whole blocks of a picture, and of a CPU's 128
 few are whole (SmolLM2 at .5: 2.4 times the time)."""
 _KEY: Final = "OPENAI_API_KEY"
-_LLAVA: Final = "LlavaForConditionalGeneration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +90,7 @@ def source(
     Raises:
         ConfigError: no such model or server, rates that it does not serve, flags that are said
             elsewhere.
+        UnsupportedError: plain transformers does not prune this family.
     """
     from era_vllm.lab.asking import SHOWN, ServerAsker
 
@@ -161,28 +161,30 @@ def code(source: Source, variants: "Sequence[Variant]") -> dict[str, object]:
     return {"code": [*sorted({build(one.policy) for one in variants}), lab.hexdigest()[:12]]}
 
 
-def check_reference(option: str, arguments: argparse.Namespace) -> None:
+def check_reference(option: str, model: str) -> None:
     """Refuse what plain transformers cannot prune here.
 
     Raises:
-        ConfigError: a server in place of a folder.
         UnsupportedError: another family than LLaVA-1.5.
     """
-    from era_vllm.cli.loading import architectures, model_config
+    from era_vllm.cli.loading import LLAVA, architectures, model_config
 
-    if arguments.url:
-        raise ConfigError(f"{option}: is for a model's folder; leave it out with --url")
-    model = str(Path(arguments.model or DEFAULT_MODEL).resolve())
-    _check_reference(option, architectures(model_config(model)))
-
-
-def _check_reference(option: str, names: Sequence[str]) -> None:
-    if names != [_LLAVA]:
+    if (names := architectures(model_config(model))) != [LLAVA]:
         raise UnsupportedError(
-            f"{option}: got {', '.join(names)}, allowed: {_LLAVA}, the one whose tower and pruning "
+            f"{option}: got {', '.join(names)}, allowed: {LLAVA}, the one whose tower and pruning "
             "are here without vLLM"
             f"{'; choose engine or http' if option.startswith('--asker') else '; leave it out'}"
         )
+
+
+def variant_of(policy: str, options: "tuple[tuple[str, object], ...]" = ()) -> "Variant":
+    """Return a policy with options; one that reads questions is given them."""
+    from era_vllm.lab.evaluation import Variant
+    from era_vllm.policies import defaults
+
+    if defaults(policy).question_aware and "question_aware" not in dict(options):
+        options = (*options, ("question_aware", True))
+    return Variant(policy, options)
 
 
 def reference(model: str) -> "Oracle":
@@ -191,6 +193,8 @@ def reference(model: str) -> "Oracle":
 
 
 def _server_flags(given: str) -> list[str]:
+    from era_vllm_server.settings import ServerSettings
+
     try:
         flags = shlex.split(given)
     except ValueError as error:
@@ -204,18 +208,13 @@ def _server_flags(given: str) -> list[str]:
             f"--server: {secret[0].partition('=')[0]}: its value would stand in the report; set "
             "VLLM_API_KEY or HF_TOKEN in the environment"
         )
-    if found := sorted(_variables() & os.environ.keys()):
+    of_settings = {f"ERA_{name.upper()}" for name in ServerSettings.model_fields}
+    if found := sorted((era_variables() | of_settings) & os.environ.keys()):
         raise ConfigError(
             f"{found[0]}: is set in the environment, and the servers would read it; unset it "
             "(flags of this command say how they prune)"
         )
     return flags
-
-
-def _variables() -> set[str]:
-    from era_vllm_server.settings import ServerSettings
-
-    return era_variables() | {f"ERA_{name.upper()}" for name in ServerSettings.model_fields}
 
 
 def _of_folder(
@@ -225,12 +224,7 @@ def _of_folder(
     max_tokens: int,
     connect: "Callable[..., ServerAsker]",
 ) -> Source:
-    """Return what is started from a model's folder.
-
-    Raises:
-        ConfigError: no folder of a model that is served.
-        UnsupportedError: plain transformers does not prune this family.
-    """
+    """Return what is started from a model's folder."""
     from era_vllm.bench.provenance import fast_dtype
     from era_vllm.cli.loading import architectures, model_config
     from era_vllm.config import LEVELS
@@ -245,7 +239,7 @@ def _of_folder(
     if family is None:
         raise ConfigError(f"MODEL: got {', '.join(names)}, allowed: {', '.join(sorted(FAMILIES))}")
     if asker == "transformers":
-        _check_reference("--asker transformers", names)
+        check_reference("--asker transformers", str(folder))
     dtype = arguments.dtype or fast_dtype()
     head: dict[str, object] = {"model": str(folder), "files": files_of(folder), "dtype": dtype}
     head |= {"asker": asker} | ({"server": shlex.join(flags)} if asker == "http" else {})
@@ -269,11 +263,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _of_server(url: str, rates: Sequence[float], connect: "Callable[..., ServerAsker]") -> Source:
-    """Return a server that is up, by what it says it is.
-
-    Raises:
-        ConfigError: nothing of ours answers there, or it serves other rates.
-    """
+    """Return a server that is up, by what it says it is."""
     key = (os.environ.get(_KEY) or "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"${_KEY}: has characters that no key has; set it anew")
@@ -343,19 +333,13 @@ def _first() -> "Subject":
 
 @contextmanager
 def _engine(model: str, dtype: str, variant: "Variant", most: int) -> "Iterator[Asker]":
-    import era_vllm
-    from era_vllm.bench.setup import set_environment
-    from era_vllm.lab.screen import muted, progress
+    from era_vllm.bench.setup import started
 
-    set_environment(eager=True)
-    progress(f"starting an engine of {variant.name}")
-    with muted():
-        from era_vllm.bench.engines import EngineAsker, engine
+    more = {"max_num_batched_tokens": 4096, "block_size": _BLOCK, "dtype": dtype}
+    more |= {"context": 1024, "kv_bytes": _KV_BYTES}
+    with started(f" of {variant.name}", model, variant.settings, **more) as llm:
+        from era_vllm.bench.engines import EngineAsker
 
-    arguments = era_vllm.engine_args(model, **variant.settings)
-    more = {"max_num_batched_tokens": 4096, "limit_mm_per_prompt": {}, "dtype": dtype}
-    more |= {"block_size": _BLOCK}
-    with engine(arguments, context=1024, kv_bytes=_KV_BYTES, **more) as llm:
         yield EngineAsker(llm, most)
 
 

@@ -1,31 +1,33 @@
 """``era-vllm bench``: what pruning costs and saves, measured; figures as JSON and a picture.
 
-Leaves out the benchmarks (``bench/``) and their options (``bench_options.py``).
+Leaves out the benchmarks and their options (``bench/``).
 """
 
 import argparse
 import json
-import shlex
 import sys
 import time
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from era_vllm.bench.setup import ReducerOptions, SegmentsOptions, set_environment
-from era_vllm.cli.bench_options import (
-    add_common_options,
-    add_engine_options,
-    add_gap_options,
-    add_reducer_options,
-    add_segments_options,
-    add_switch,
-    engine_options,
-    gap_options,
+from era_vllm.bench.options import (
+    AttentionOptions,
+    EngineOptions,
+    GapOptions,
+    Options,
+    ReducerOptions,
+    SegmentsOptions,
+    ServeOptions,
+    add_flags,
+    resolved,
 )
-from era_vllm.cli.options import add_era_options
-from era_vllm.cli.preflight import check_folder
+from era_vllm.bench.setup import set_environment
+from era_vllm.cli.options import add_era_options, era_settings
+from era_vllm.cli.preflight import check_out
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.screen import muted, progress
 
@@ -154,11 +156,36 @@ OUT/bench-gap.json and .png.
 """
 
 
+_WITHOUT_ENGINES: Final = ("reducer", "segments")
+_KINDS: Final[Mapping[str, tuple[str, str, type[Options], dict[str, object]]]] = {
+    "reducer": (REDUCER, "the pruning step alone", ReducerOptions, {"rounds": 5}),
+    "segments": (SEGMENTS, "a large picture in blocks", SegmentsOptions, {"rounds": 3}),
+    "attention": (
+        ATTENTION,
+        "the widened attention layer",
+        AttentionOptions,
+        {"rounds": 8, "rates": "0.5,0.889"},
+    ),
+    "serve": (
+        SERVE,
+        "requests to engines side by side",
+        ServeOptions,
+        {"rounds": 7, "rates": "0.5,0.778,0.889,0.944"},
+    ),
+    "gap": (
+        GAP,
+        "what a stream waits for while pictures arrive",
+        GapOptions,
+        {"rounds": 1, "warm_ups": 0},  # every engine answers two pictures first
+    ),
+}
+"""A module of ``bench/`` each (``run``): description, what it does, options, defaults."""
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the benchmarks and their options."""
     kinds = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
-
-    def add(name: str, description: str, summary: str, rounds: int) -> argparse.ArgumentParser:
+    for name, (description, summary, options, usual) in _KINDS.items():
         kind = kinds.add_parser(
             name,
             help=summary,
@@ -166,84 +193,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        add_common_options(kind, rounds)
-        return kind
-
-    add_reducer_options(add("reducer", REDUCER, "the pruning step alone", 5))
-    add_segments_options(add("segments", SEGMENTS, "a large picture in blocks", 3))
-    kind = add("attention", ATTENTION, "the widened attention layer", 8)
-    add_engine_options(kind, rates=(0.5, 0.889), eager=True)
-    text = "start each engine twice, in mirrored order (default: %(default)s)"
-    add_switch(kind, "--mirror", True, text)
-    add_era_options(kind, without=("calibration",))
-    kind = add("serve", SERVE, "requests to engines side by side", 7)
-    add_engine_options(kind, rates=(0.5, 0.778, 0.889, 0.944))
-    text = "one more pruned request under torch.profiler (default: %(default)s)"
-    add_switch(kind, "--profile", True, text)
-    add_era_options(kind, without=("calibration",))
-    kind = add("gap", GAP, "what a stream waits for while pictures arrive", 1)
-    add_gap_options(kind)
-    add_era_options(kind, without=("calibration",))
+        add_flags(kind, options)
+        kind.set_defaults(**usual)
+        if name not in _WITHOUT_ENGINES:
+            add_era_options(kind, without=("calibration",))
 
 
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Measure, print the page, write the figures."""
     del rest
-    if find_spec("matplotlib") is None:
-        raise UnsupportedError("bench: matplotlib is missing; pip install 'era-vllm[lab]'")
-    if arguments.bench not in ("reducer", "segments") and find_spec("vllm") is None:
+    engines = arguments.bench not in _WITHOUT_ENGINES
+    if engines and find_spec("vllm") is None:
         from era_vllm.vllm_plugin.version import INSTALL
 
         raise UnsupportedError(f"bench: vLLM is not installed; needed 0.32.x: {INSTALL}")
     started = time.monotonic()
     out = Path(arguments.out)
-    trouble = f"--out: got {arguments.out!r}, which cannot be written to"
-    check_folder(out, trouble, "needed a folder, or the name of a new one")
+    file = out / f"bench-{arguments.bench}.json"
+    check_out(out, (file.name, file.with_suffix(".png").name))
+    era = era_settings(arguments) if engines else {}
+    options = resolved(_KINDS[arguments.bench][2], arguments, era)
     try:
-        settings, report = _measure(arguments, out)
+        if isinstance(options, EngineOptions | GapOptions):
+            set_environment(eager=options.eager)
+            progress("importing vLLM")
+            with muted():
+                import vllm  # noqa: F401
+        report: Report = import_module(f"era_vllm.bench.{arguments.bench}").run(options, out)
     except KeyboardInterrupt:
         print("\nera-vllm bench: stopped; nothing written", file=sys.stderr)
         return 130
-    from era_vllm.bench.provenance import provenance
+    from era_vllm.bench.provenance import command, provenance
 
-    command = shlex.join(["era-vllm", *sys.argv[1:]])
-    document = report.as_dict(provenance(), command, settings)
+    document = report.as_dict(provenance(), command(), asdict(options))
     document["seconds"] = round(time.monotonic() - started)
-    file = out / f"bench-{arguments.bench}.json"
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"{document['hardware']}, torch {document['versions']['torch']}")
     print(report.text())
     progress(f"all figures: {file}, drawn: {file.with_suffix('.png')}; {document['seconds']} s")
     return 0
-
-
-def _measure(arguments: argparse.Namespace, out: Path) -> "tuple[dict[str, object], Report]":
-    """Return the options as they were used, and what was found."""
-    if arguments.bench == "reducer":
-        from era_vllm.bench import reducer
-
-        own = {field.name: getattr(arguments, field.name) for field in fields(ReducerOptions)}
-        return own, reducer.run(ReducerOptions(**own), out)
-    if arguments.bench == "segments":
-        from era_vllm.bench import segments
-
-        own = {field.name: getattr(arguments, field.name) for field in fields(SegmentsOptions)}
-        return own, segments.run(SegmentsOptions(**own), out)
-    options = (gap_options if arguments.bench == "gap" else engine_options)(arguments)
-    set_environment(eager=options.eager)
-    progress("importing vLLM")
-    with muted():
-        import vllm  # noqa: F401
-    if arguments.bench == "gap":
-        from era_vllm.bench import gap
-
-        return asdict(options), gap.run(options, out)
-    if arguments.bench == "attention":
-        from era_vllm.bench import attention
-
-        report = attention.run(options, out, mirror=arguments.mirror)
-        return {**asdict(options), "mirror": arguments.mirror}, report
-    from era_vllm.bench import serve
-
-    report = serve.run(options, out, profiled=arguments.profile)
-    return {**asdict(options), "profile": arguments.profile}, report

@@ -4,8 +4,6 @@ Leaves out the fit (``lab/calibrate.py``) and what reads the file (``calibration
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,15 +11,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from era_vllm.calibration import SECTIONS
 from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
-from era_vllm.cli.preflight import check_folder
+from era_vllm.cli.preflight import check_out
 from era_vllm.config import EraConfig
-from era_vllm.errors import ConfigError, UnsupportedError
+from era_vllm.errors import ConfigError
 from era_vllm.policies import make_policy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from era_vllm.bench.taken import Taken
     from era_vllm.config import Gamma
+    from era_vllm.lab.asking import Subject
     from era_vllm.lab.calibrate import Case, Check
     from era_vllm.lab.oracle import LanguageOracle
 
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     config = _config(arguments)
     path = arguments.out / f"{NAME}.json"
     check_out(arguments.out, (path.name, f"{NAME}.png"))
-    from era_vllm.bench.provenance import provenance
+    from era_vllm.bench.provenance import command, provenance
     from era_vllm.calibration import model_identity, write
     from era_vllm.lab.calibrate import (
         MASS_PASSES,
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             sections["gamma"] = config, values
         checked = check(oracle, held_out, settings, **common)
     about = {
-        "command": shlex.join(["era-vllm", *sys.argv[1:]]),
+        "command": command(),
         "commit": provenance()["commit"],
         "rates": list(arguments.rates),
         "pictures": len(cases),
@@ -135,23 +135,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     print(table(found, names, checked, len(held_out)))
     print(f"\n{path} and .png; {verdict(checked, path)}")
     return 0
-
-
-def check_out(out: Path, names: Sequence[str]) -> None:
-    """Refuse a folder that cannot be written to, and a machine that cannot draw, before the work.
-
-    Raises:
-        ConfigError: the folder, or what stands in a file's place.
-        UnsupportedError: matplotlib is not installed.
-    """
-    from importlib.util import find_spec
-
-    check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
-    for name in names:
-        if (out / name).exists() and not (out / name).is_file():
-            raise ConfigError(f"--out: {str(out / name)!r} is no file; name another folder")
-    if find_spec("matplotlib") is None:
-        raise UnsupportedError("needs the package matplotlib: pip install matplotlib (or [lab])")
 
 
 def _config(arguments: argparse.Namespace) -> EraConfig:
@@ -190,7 +173,7 @@ def _cases(
         UnsupportedError: a family that is not served, or that transformers does not have.
     """
     from era_vllm.cli.loading import open_language_oracle, open_oracle
-    from era_vllm.cli.taking import left_out, prunes_alone, subjects, taking
+    from era_vllm.cli.taking import prunes_alone, subjects, taken_of
     from era_vllm.lab.screen import bar
 
     model = arguments.model
@@ -201,18 +184,13 @@ def _cases(
     if not prunes_alone(model):
         asked_about = subjects(model, *given, films=True)
         _check_count(len(asked_about))
-        with (
-            taking(model, _settings(arguments)) as taken,
-            bar(len(asked_about), "pruning", "picture") as shown,
-        ):
+
+        def read(taken: "Taken", number: int, subject: "Subject") -> "list[Case]":
             from era_vllm.bench.taken import engine_cases
 
-            for number, subject in enumerate(asked_about):
-                try:
-                    found.append(list(engine_cases(taken, arguments.rates, number, subject)))
-                except ConfigError as error:
-                    left_out(subject, error)
-                shown.update()
+            return list(engine_cases(taken, arguments.rates, number, subject))
+
+        found += taken_of(model, _settings(arguments), asked_about, "pruning", read)
         _check_count(len(found))
         return open_language_oracle(model), found
     from era_vllm.lab.calibrate import cases_of
@@ -228,11 +206,7 @@ def _cases(
 
 
 def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str]]]":
-    """Yield pictures with questions.
-
-    Raises:
-        ConfigError: too few pictures, or a question with a picture's mark in it.
-    """
+    """Yield pictures with questions."""
     from era_vllm.cli.own_pictures import open_pictures
 
     given = open_pictures(arguments.pictures, arguments.prompts, arguments.count, arguments.seed)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from era_vllm.lab.asking import Answer
     from era_vllm.lab.samples import Sample
+    from era_vllm.lab.servers import Server
 
 DESCRIPTION = """Ask two servers about a dozen pictures: all image tokens against a ninth of them.
 
@@ -94,23 +95,15 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _answers() -> dict[str, object]:
     from era_vllm.lab.asking import ServerAsker, ask
     from era_vllm.lab.samples import load_samples
-    from era_vllm.lab.servers import Server, wait_for
+    from era_vllm.lab.servers import wait_for
 
     _say(f"two servers with the sample model, pruning rates {RATES[0]:g} and {RATES[1]:g}")
     samples = load_samples()
-    command = [*MODULE, "era_vllm.cli.main", "serve", *_SERVER_FLAGS]
     with ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                Server(
-                    f"the server at rate {rate:g}",
-                    [*command, "--era-pruning-rate", str(rate)],
-                    _SERVER_ENVIRONMENT,
-                    OUT / f"server_{rate:g}.log",
-                )
-            )
-            for rate in RATES
-        ]
+        servers: list[Server] = []
+        for rate in RATES:
+            server = _server(f"at rate {rate:g}", f"{rate:g}", "--era-pruning-rate", rate)
+            servers.append(stack.enter_context(server))
         _draw_kept(OUT / "kept.png")  # while they start
         wait_for(servers)
         answers: list[list[list[Answer]]] = []
@@ -121,20 +114,25 @@ def _answers() -> dict[str, object]:
     return {"rates": RATES, "questions": _asked(samples, answers)}
 
 
+def _server(name: str, log: str, *words: object) -> "Server":
+    from era_vllm.lab.servers import Server
+
+    command = [*MODULE, "era_vllm.cli.main", "serve", *map(str, words), *_SERVER_FLAGS]
+    return Server(f"the server {name}", command, _SERVER_ENVIRONMENT, OUT / f"server_{log}.log")
+
+
 def _tasks() -> dict[str, object]:
     """Ask one server of the small Qwen3-VL everything at both rates."""
     from era_vllm.bench.provenance import fast_dtype
     from era_vllm.lab import CHECKPOINT_QWEN3_VL
     from era_vllm.lab.asking import ServerAsker, ask
     from era_vllm.lab.samples import load_task_samples
-    from era_vllm.lab.servers import Server, wait_for
+    from era_vllm.lab.servers import wait_for
 
     _say("one server of a small Qwen3-VL; each request says its own rate")
     samples = load_task_samples()
-    command = [*MODULE, "era_vllm.cli.main", "serve", str(CHECKPOINT_QWEN3_VL), *_SERVER_FLAGS]
-    command += ["--dtype", fast_dtype()]  # vLLM starts with the largest video that there may be
-    log = OUT / "server_qwen3_vl.log"
-    with Server("the server of Qwen3-VL", command, _SERVER_ENVIRONMENT, log) as server:
+    dtype = fast_dtype()  # vLLM starts with the largest video that there may be
+    with _server("of Qwen3-VL", "qwen3_vl", CHECKPOINT_QWEN3_VL, "--dtype", dtype) as server:
         wait_for([server])
         with ServerAsker(server.url) as asker:
             answers = [ask(asker, samples, rate) for rate in TASK_RATES]
@@ -212,13 +210,7 @@ def _speed(shape: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
         command = [*MODULE, "era_vllm.bench.first_token", str(out), shape]
-        with subprocess.Popen(command) as process:
-            try:
-                code = process.wait()
-            except BaseException:
-                process.terminate()
-                raise
-        if code != 0:
+        if (code := subprocess.run(command).returncode) != 0:
             raise UnsupportedError(
                 f"the speed part ended with exit code {code}; its error is above. It needs about "
                 f"{_MEMORY_GB[shape]} GB of memory; era-vllm demo --fast leaves it out"

@@ -5,14 +5,12 @@ Leaves out the entropy (``lab/ecl.py``).
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from era_vllm.cli.calibrate import check_out
 from era_vllm.cli.options import DEFAULT_MODEL
+from era_vllm.cli.preflight import check_least, check_out
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from era_vllm.bench.taken import Taken
+    from era_vllm.lab.asking import Subject
     from era_vllm.lab.oracle import Segment
 
 _QUESTION: Final = "What is shown?"
@@ -51,11 +51,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     del rest
     out: Path = arguments.out
     check_out(out, ("ecl.json", "ecl.png"))
-    if arguments.count < 1:
-        raise ConfigError(f"--count: got {arguments.count}, allowed: 1 or more")
+    check_least(arguments, count=1)
     import torch
 
-    from era_vllm.bench.provenance import provenance
+    from era_vllm.bench.provenance import command, provenance
     from era_vllm.lab.ecl import SHARP, collapse
 
     rows = list(_rows(arguments))
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     agree = sum(collapse(row) == found for row in rows)
     figures = {
         **provenance(),
-        "command": shlex.join(["era-vllm", *sys.argv[1:]]),
+        "command": command(),
         "pictures": len(rows),
         "ecl": found,
         "agree": agree,
@@ -86,7 +85,7 @@ def _rows(arguments: argparse.Namespace) -> "Iterator[Float[Tensor, l]]":
     """Yield each picture's entropies, with a progress bar."""
     from era_vllm.cli.loading import open_language_oracle, open_oracle
     from era_vllm.cli.own_pictures import open_pictures
-    from era_vllm.cli.taking import left_out, prunes_alone, subjects, taking
+    from era_vllm.cli.taking import prunes_alone, subjects, taken_of
     from era_vllm.lab.asking import chat_prompt
     from era_vllm.lab.ecl import layer_entropies
     from era_vllm.lab.oracle import segments_of
@@ -105,17 +104,16 @@ def _rows(arguments: argparse.Namespace) -> "Iterator[Float[Tensor, l]]":
                 yield layer_entropies(own, ids, segments)
                 shown.update()
         return
-    prompts: list[tuple[Sequence[int], Sequence[Segment]]] = []
     encoded = subjects(model, pictures, None, *given, films=False)
-    with taking(model, {}) as taken, bar(len(encoded), "encoding", "picture") as shown:
-        for subject in encoded:
-            parts = [*(one.part() for one in subject.media), {"type": "text", "text": _QUESTION}]
-            taken.forget()
-            try:
-                prompts.append(taken.of([{"role": "user", "content": parts}], 0.0))
-            except ConfigError as error:
-                left_out(subject, error)
-            shown.update()
+
+    def read(
+        taken: "Taken", _: int, subject: "Subject"
+    ) -> "tuple[Sequence[int], Sequence[Segment]]":
+        parts = [*(one.part() for one in subject.media), {"type": "text", "text": _QUESTION}]
+        taken.forget()
+        return taken.of([{"role": "user", "content": parts}], 0.0)
+
+    prompts = list(taken_of(model, {}, encoded, "encoding", read))
     if not prompts:
         raise ConfigError("PICTURES: none is left; the reasons are above")
     oracle = open_language_oracle(model)

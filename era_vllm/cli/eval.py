@@ -8,19 +8,17 @@ import argparse
 import hashlib
 import json
 import re
-import shlex
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.cli import askers
-from era_vllm.cli.options import DEFAULT_MODEL
-from era_vllm.cli.preflight import check_folder
+from era_vllm.cli.options import DEFAULT_MODEL, named_value
+from era_vllm.cli.preflight import check_least, check_out
 from era_vllm.config import DEFAULT_POLICY
 from era_vllm.errors import ConfigError, unknown_name
-from era_vllm.policies import defaults, make_policy, policy_names
+from era_vllm.policies import make_policy, policy_names
 
 if TYPE_CHECKING:
     from era_vllm.lab.evaluation import Variant
@@ -88,8 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Ask, write the page and print its table."""
     del rest
-    if arguments.count < 2:
-        raise ConfigError(f"--count: got {arguments.count}, allowed: 2 or more")
+    check_least(arguments, count=2)
     if not 0 <= arguments.mass <= arguments.count:
         raise ConfigError(
             f"--mass: got {arguments.mass}, allowed: 0 to {arguments.count} (--count says)"
@@ -99,25 +96,24 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             "--policies, --variant: a server that is up has its own; leave them out with --url"
         )
     variants, rates = _variants(arguments), sorted(set(arguments.rates))
-    from era_vllm.bench.provenance import provenance
+    from era_vllm.bench.provenance import command, provenance
     from era_vllm.lab import eval_report
     from era_vllm.lab.asking import MAX_TOKENS
     from era_vllm.lab.evaluation import Variant, cells
     from era_vllm.lab.mass import draw
 
     source = askers.source(arguments, rates, MAX_TOKENS, arguments.asker)
+    if arguments.mass and arguments.url:
+        raise ConfigError("--mass: is for a model's folder; leave it out with --url")
     if arguments.mass:
-        askers.check_reference("--mass", arguments)
+        askers.check_reference("--mass", str(Path(arguments.model or DEFAULT_MODEL).resolve()))
     if source.policy:
         variants = [Variant(source.policy)]
     common = ("picture", "several", "film") if "video" in source.modalities else ("standard",)
     kinds, origin = arguments.tasks or common, provenance()
     subjects, wanted = _tasks(kinds, arguments), cells(variants, rates)
     out: Path = arguments.out
-    check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
-    for name in _PAGES:
-        if (out / name).exists() and not (out / name).is_file():
-            raise ConfigError(f"--out: {str(out / name)!r} is no file; name another folder")
+    check_out(out, _PAGES)
     photos = arguments.backgrounds
     head = {**source.head, "tasks": dict.fromkeys(kinds, arguments.count), "seed": arguments.seed}
     head |= {"split": arguments.split}
@@ -127,8 +123,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     head |= {"families": sorted(arguments.families)} if arguments.families else {}
     rows = askers.answered("eval", out, head, subjects, wanted, source.asker_of)
     scored = eval_report.scored(subjects, rows)
-    command = shlex.join(["era-vllm", *sys.argv[1:]])
-    head |= {**origin, "model": source.title, "command": command}
+    head |= {**origin, "model": source.title, "command": command()}
     figures = {**head, "rows": [row.as_dict() for row in scored]}
     masses: list[Mass] = []
     if arguments.mass:
@@ -171,17 +166,15 @@ def _variants(arguments: argparse.Namespace) -> "list[Variant]":
     """
     from era_vllm.calibration import calibrated
     from era_vllm.config import EraConfig
-    from era_vllm.lab.evaluation import Variant
 
     model = arguments.model or DEFAULT_MODEL
     settings = [(), *(_settings(text) for text in arguments.variant)]
     variants: dict[EraConfig, Variant] = {}
     for policy, each in product(arguments.policies or [DEFAULT_POLICY], settings):
-        if defaults(policy).question_aware and "question_aware" not in dict(each):
-            each = (*each, ("question_aware", True))
-        config = EraConfig.parse(calibrated(model, {"policy": policy, **dict(each)}))
+        variant = askers.variant_of(policy, each)
+        config = EraConfig.parse(calibrated(model, variant.settings))
         make_policy(config)  # refuses an unknown name
-        variants.setdefault(config, Variant(policy, each))
+        variants.setdefault(config, variant)
     return list(variants.values())
 
 
@@ -195,17 +188,11 @@ def _calibrations(variants: "Sequence[Variant]") -> dict[str, object]:
 def _settings(text: str) -> tuple[tuple[str, object], ...]:
     found: list[tuple[str, object]] = []
     for word in re.split(r",(?=\s*[a-z_]+=)", text):
-        name, sign, value = (part.strip() for part in word.partition("="))
-        if not sign or not name:
+        if (setting := named_value(word)) is None:
             raise ConfigError(f"--variant: got {text!r}, needed NAME=VALUE,..., e.g. bias=false")
-        if name in _NOT_VARIED:
+        if (name := setting[0]) in _NOT_VARIED:
             raise ConfigError(f"--variant: got {name}; {_NOT_VARIED[name]}")
-        for read in (json.loads, float, str):
-            try:
-                found.append((name, read(value)))
-                break
-            except ValueError:
-                continue
+        found.append(setting)
     return tuple(found)
 
 

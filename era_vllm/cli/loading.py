@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 from PIL import Image
 
 from era_vllm.bench.provenance import free_memory
-from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME
 from era_vllm.errors import ConfigError, UnsupportedError
 from era_vllm.pictures import RefusedError, shown
 from era_vllm.vllm_plugin.families import era_architecture
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
     from era_vllm.lab.oracle import LanguageOracle, Oracle
 
+LLAVA: Final = "LlavaForConditionalGeneration"
+"""The family whose tower runs, and is pruned, in plain transformers."""
 _OVERHEAD_BYTES: Final = 2 << 30  # activations, KV cache, the libraries themselves
 
 
@@ -85,11 +86,11 @@ def open_oracle(
     """
     import torch
 
-    if architectures(model_config(model)) != ["LlavaForConditionalGeneration"]:
+    if architectures(model_config(model)) != [LLAVA]:
         raise UnsupportedError(
             f"model {model!r}: got {', '.join(architectures(model_config(model)))}, allowed here: "
-            "LlavaForConditionalGeneration, whose tower runs in plain transformers; of other "
-            "families a server draws what is kept (POST /v1/era/inspect)"
+            f"{LLAVA}, whose tower runs in plain transformers; of other families a server draws "
+            "what is kept (POST /v1/era/inspect)"
         )
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -120,7 +121,7 @@ def open_language_oracle(model: str) -> "LanguageOracle":
 
     names = architectures(model_config(model))
     era_architecture(names)
-    if names == ["LlavaForConditionalGeneration"]:
+    if names == [LLAVA]:
         return open_oracle(model)
     set_verbosity_error()
     disable_progress_bar()
@@ -173,7 +174,6 @@ def lacking_memory(
     """Say what is missing in main memory for copies of a model; empty if nothing is.
 
     Args:
-        model: Checkpoint folder or name.
         dtype: What the weights are loaded as.
         copies: How many there will be at once.
         language: Whether the language model's layers are loaded too.
@@ -200,8 +200,3 @@ def lacking_memory(
         f"about {needed / 1e9:.0f} GB are needed (the model as {str(dtype).removeprefix('torch.')} "
         f"{times}in main memory), {free / 1e9:.0f} GB are free"
     )
-
-
-def display_name(model: str) -> str:
-    """Return how a model is named in texts."""
-    return f"{DEFAULT_NAME} (ships with era_vllm)" if model == DEFAULT_MODEL else model

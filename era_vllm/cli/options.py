@@ -6,6 +6,7 @@ A server takes them from ``ERA_<FIELD>`` variables too; the flag wins.
 import argparse
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -28,109 +29,92 @@ def _json(text: str) -> object:
         raise argparse.ArgumentTypeError(f"got {text!r}, needed JSON ({error})") from error
 
 
-_FLAGS: Final[dict[str, tuple[Callable[[str], object], str, str]]] = {
+_READ_AS: Final = {"R": float, **dict.fromkeys("NLK", int), "JSON": _json}
+"""What stands for a value in the help -> how its text is read; any other: as it is."""
+_FLAGS: Final = {
     "pruning_rate": (
-        float,
         "R",
         "fraction of visual tokens removed, [0, maximum] (default .778: 576 -> 128 tokens)",
     ),
-    "min_pruning_rate": (float, "R", "lowest rate served, [0, maximum] (default 0)"),
+    "min_pruning_rate": ("R", "lowest rate served, [0, maximum] (default 0)"),
     "max_pruning_rate": (
-        float,
         "R",
         "highest rate served, [0, 1) (default .95); 0 = stock vLLM, bit for bit",
     ),
     "levels": (
-        _json,
         "JSON",
         "names that a request may use for rates; off (0) and strong must be among them "
         f"(default {json.dumps(dict(LEVELS))})",
     ),
-    "min_anchors": (int, "N", "tokens always kept of a picture, tile, frame or block (default 1)"),
+    "min_anchors": ("N", "tokens always kept of a picture, tile, frame or block (default 1)"),
     "max_segment": (
-        int,
         "N",
         "tokens that are pruned together at most; a larger picture is cut into near-square blocks "
         "(default 4096)",
     ),
     "frames_per_segment": (
-        int,
         "N",
         "frames of a video that are pruned together where no text stands between them (default 1)",
     ),
     "policy": (
-        str,
         "NAME",
         f"how tokens are chosen: {', '.join(policy_names())} (default {DEFAULT_POLICY}), or a "
         "class of your own as package.module:Class",
     ),
     "preset": (
-        str,
         "NAME",
         f"settings by name, which others win over: {', '.join(PRESETS)} (docs/accuracy.md)",
     ),
     "attention_layer": (
-        int,
         "L",
         "encoder layer whose attention is read (default: where the features come from)",
     ),
     "attention_queries": (
-        str,
         "all|cls",
         "queries that the attention of policy era is averaged over (default all)",
     ),
     "positions": (
-        str,
         "original|compact",
         "whether anchors and text keep their unpruned positions (default original)",
     ),
     "separators": (
-        str,
         "rows|tile_rows|none",
         "newlines of a tiled picture that stay: of each row, of each row of tiles, none (default "
         "rows)",
     ),
-    "bias_store": (str, "NAME", "where a slot's bias is kept (default key_columns)"),
+    "bias_store": ("NAME", "where a slot's bias is kept (default key_columns)"),
     "bias_columns": (
-        int,
         "N",
         "columns of the store (default 1 for float32 caches, 2 for bf16 and fp8)",
     ),
     "gamma": (
-        _json,
         "JSON",
         "exponent of the mass: a number, [one a layer] or [[one a KV head] a layer] (default 1)",
     ),
     "scout": (
-        int,
         "K",
         "layers of the language model that are run on each picture alone, by whose states tokens "
         "are compared (default 0: by the projector's output)",
     ),
     "scout_prefix": (
-        _json,
         "JSON",
         "token ids before the picture there (default: what the chat template writes)",
     ),
     "scout_suffix": (
-        _json,
         "JSON",
         "token ids behind a question there (default: what the chat template writes)",
     ),
     "question_reduction": (
-        str,
         "largest|mean",
         "relevance to a question from that to each of its words (default largest)",
     ),
     "calibration": (
-        str,
         "FILE",
         "gamma (and mass_scale, where it is in it) of a file that era-vllm calibrate wrote for "
         "this model and policy",
     ),
 }
-"""Field (or ``calibration``, ``preset``) -> how its text is read, what stands for it in the help,
-meaning."""
+"""Field (or ``calibration``, ``preset``) -> what stands for it in the help, meaning."""
 _SWITCHES: Final = {
     "merge": "average pruned tokens into anchors",
     "bias": "add the log-bias to attention scores",
@@ -153,10 +137,11 @@ def add_era_options(parser: argparse.ArgumentParser, *, without: Collection[str]
     """
     parser.set_defaults(**{f"era_{name}": None for name in without})
     group = parser.add_argument_group("pruning")
-    for name, (read, metavar, text) in _FLAGS.items():
+    for name, (metavar, text) in _FLAGS.items():
         if name in without:
             continue
         flag = "--era-" + name.replace("_", "-")
+        read = _READ_AS.get(metavar, str)
         group.add_argument(flag, dest=f"era_{name}", type=read, metavar=metavar, help=text)
     group.add_argument(
         "--era-option",
@@ -210,7 +195,7 @@ def era_variables() -> frozenset[str]:
 
 def _readers() -> dict[str, Callable[[str], object]]:
     """Field of ``EraConfig`` -> what reads its variable."""
-    of_flags = {name: read for name, (read, _, _) in _FLAGS.items()}
+    of_flags = {name: _READ_AS.get(metavar, str) for name, (metavar, _) in _FLAGS.items()}
     return {**of_flags, **dict.fromkeys(_SWITCHES, _json), "policy_options": _json}
 
 
@@ -236,10 +221,15 @@ def _switch(name: str) -> tuple[str, str, str]:
 
 
 def _option(text: str) -> tuple[str, object]:
-    name, sign, value = text.partition("=")
-    if not sign or not name:
+    if (found := named_value(text)) is None:
         raise ConfigError(f"--era-option: got {text!r}, needed NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    return found
+
+
+def named_value(text: str) -> tuple[str, object] | None:
+    """Read NAME=VALUE: JSON, a number like .5, or else a word; None if it is none."""
+    name, sign, value = (part.strip() for part in text.partition("="))
+    for read in (json.loads, float, str):
+        with suppress(ValueError):
+            return (name, read(value)) if sign and name else None
+    return None

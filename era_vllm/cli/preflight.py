@@ -1,17 +1,20 @@
-"""What is tried before anything is loaded: a server's address, and folders that are written to.
+"""What is tried before anything is loaded: numbers, a server's address, folders written to.
 
 vLLM meets a port that is taken, or a full disk, when the model is there or half compiled, in a
 traceback. The plain `vllm serve` line that is printed goes without.
 """
 
+import argparse
 import os
 import socket
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from era_vllm.errors import ConfigError
+from era_vllm.errors import ConfigError, UnsupportedError
 
 _NEEDED_BYTES: Final = 8 << 20
 """Written for a try: what vLLM compiles for a small model."""
@@ -85,3 +88,33 @@ def check_folder(folder: Path, trouble: str, next_step: str, size: int = 0) -> N
             tried.write(bytes(size))
     except OSError as error:
         raise ConfigError(f"{trouble} ({error.strerror}); {next_step}") from error
+
+
+def check_out(out: Path, names: Sequence[str] = ()) -> None:
+    """Refuse a folder that cannot be written to, and a machine that cannot draw, before the work.
+
+    Args:
+        names: Files that will be written there.
+
+    Raises:
+        ConfigError: the folder, or what stands in a file's place.
+        UnsupportedError: matplotlib is not installed, and one is a PNG.
+    """
+    check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
+    for name in names:
+        if (out / name).exists() and not (out / name).is_file():
+            raise ConfigError(f"--out: {str(out / name)!r} is no file; name another folder")
+    if any(name.endswith(".png") for name in names) and find_spec("matplotlib") is None:
+        raise UnsupportedError("needs the package matplotlib: pip install matplotlib (or [lab])")
+
+
+def check_least(arguments: argparse.Namespace, **least: float) -> None:
+    """Refuse flags whose numbers are too small.
+
+    Raises:
+        ConfigError: with the least that is allowed.
+    """
+    for name, lowest in least.items():
+        if (given := getattr(arguments, name)) is not None and given < lowest:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag}: got {given:g}, allowed: {lowest:g} or more")

@@ -7,7 +7,6 @@ Leaves out the pictures (``own_pictures.py``), who answers (``askers.py``), the 
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Final
 
 from era_vllm.cli import askers
 from era_vllm.cli.own_pictures import fingerprint, read
-from era_vllm.cli.preflight import check_folder
+from era_vllm.cli.preflight import check_least, check_out
 from era_vllm.config import DEFAULT_POLICY
 from era_vllm.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from era_vllm.lab.asking import ServerAsker
-    from era_vllm.lab.evaluation import Row, Variant
+    from era_vllm.lab.evaluation import Row
     from era_vllm.lab.recommend_report import Case
     from era_vllm.lab.recommendation import Level, Shown
 
@@ -73,11 +72,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Ask, write the page, and say what is recommended."""
     del rest
-    _sort_words(arguments)
+    if arguments.url and arguments.model and arguments.prompts is None:  # there is no MODEL then
+        arguments.prompts, arguments.pictures = arguments.pictures, Path(arguments.model)
+        arguments.model = None
     _check(arguments)
-    from era_vllm.bench.provenance import provenance
+    from era_vllm.bench.provenance import command, provenance
     from era_vllm.lab import recommendation as figures
-    from era_vllm.lab.evaluation import cells
+    from era_vllm.lab.evaluation import Variant, cells
 
     rates, most = sorted(set(arguments.rates or ()) - {0.0}), arguments.max_tokens
     source = askers.source(arguments, [0.0, *rates], most, server=_SERVER, passes_over=True)
@@ -86,8 +87,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise ConfigError("--rates: got none above 0, and the server has no level; name some")
     asked, out = (arguments.pictures, arguments.prompts, arguments.kind), arguments.out
     subjects = read(*asked, arguments.count)
-    check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
-    origin, variant = provenance(), _variant(source.policy, arguments.policy or DEFAULT_POLICY)
+    check_out(out, _PAGES)
+    origin, own = provenance(), askers.variant_of(arguments.policy or DEFAULT_POLICY)
+    variant = Variant(source.policy) if source.policy else own
     head = {**source.head, "max_tokens": most, "asked": fingerprint(subjects)}
     head |= {"policy": variant.policy, "commit": origin["commit"], "versions": origin["versions"]}
     head |= askers.code(source, [variant])
@@ -107,7 +109,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         cases = _cases(arguments, left, rows, best, asker)  # type: ignore[arg-type]
     questions = sum(len(subject.questions) for subject in left) / len(left)
     about = {**origin, "model": source.title, "pictures": len(left), "target": arguments.target}
-    about |= {"questions": f"{questions:g}", "command": shlex.join(["era-vllm", *sys.argv[1:]])}
+    about |= {"questions": f"{questions:g}", "command": command()}
     about["refused"] = sorted({one.name for one in subjects} - {one.name for one in left})
     _write(arguments, about, head, [whole, *pruned], best, cases)
     return 0
@@ -152,51 +154,22 @@ def _write(
     print(f"{page} shows what changed; {figures}")
 
 
-def _sort_words(arguments: argparse.Namespace) -> None:
-    """With --url there is no MODEL, so that the first word is the folder of pictures.
-
-    Mutates: arguments.
-    """
-    if arguments.url and arguments.model and arguments.prompts is None:
-        arguments.prompts, arguments.pictures = arguments.pictures, Path(arguments.model)
-        arguments.model = None
-
-
 def _check(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.target <= 1:
         raise ConfigError(f"--target: got {arguments.target:g}, allowed: above 0, at most 1")
-    for name, least in (("count", 2), ("max_tokens", 1), ("worst", 0)):
-        if (given := getattr(arguments, name)) < least:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag}: got {given}, allowed: {least} or more")
+    check_least(arguments, count=2, max_tokens=1, worst=0)
     if arguments.url and arguments.policy:
         raise ConfigError("--policy: a server that is up has its own; leave it out with --url")
     if arguments.policy:
         from era_vllm.policies import defaults, make_policy
 
         make_policy(defaults(arguments.policy))
-    for name in _PAGES:
-        if (arguments.out / name).is_dir():
-            raise ConfigError(
-                f"--out: {str(arguments.out / name)!r} is no file; name another folder"
-            )
 
 
 def _flags(policy: str) -> list[str]:
-    """Return what makes a server prune as one did that was started for it (``_variant``)."""
-    asks = _variant(None, policy).options
+    """Return what makes a server prune as one did that was started for it (``variant_of``)."""
+    asks = askers.variant_of(policy).options
     return ["--era-policy", policy, *(["--era-question-aware"] if asks else [])]
-
-
-def _variant(served: str | None, wanted: str) -> "Variant":
-    """Return how a server that is up prunes, or one that is started is to."""
-    from era_vllm.lab.evaluation import Variant
-    from era_vllm.policies import defaults
-
-    if served is not None:
-        return Variant(served)
-    asks = defaults(wanted).question_aware
-    return Variant(wanted, (("question_aware", True),) if asks else ())
 
 
 def _cases(

@@ -5,10 +5,9 @@ this process does, and ends. Shared by ``calibrate`` and ``ecl``; leaves out bot
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from tqdm import tqdm
 
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
     from era_vllm.lab.asking import Subject
     from era_vllm.lab.synth.tasks import Kind
 
+T = TypeVar("T")
 _CONTEXT: Final = 8192
 """Of the engine's at most; a prompt with its pictures unpruned has to fit."""
-_ALONE: Final = ["LlavaForConditionalGeneration"]
 
 
 def prunes_alone(model: str) -> bool:
@@ -33,12 +32,11 @@ def prunes_alone(model: str) -> bool:
     """
     import torch
 
-    from era_vllm.cli.loading import architectures, lacking_memory, model_config
+    from era_vllm.cli.loading import LLAVA, architectures, lacking_memory, model_config
 
-    alone = architectures(model_config(model)) == _ALONE
     if lacking := lacking_memory(model, torch.float32):
         raise ConfigError(f"MODEL {model!r}: {lacking}; run it where there is more")
-    return alone
+    return architectures(model_config(model)) == [LLAVA]
 
 
 def subjects(
@@ -68,31 +66,36 @@ def subjects(
     return tasks
 
 
-@contextmanager
-def taking(model: str, settings: Mapping[str, object]) -> "Iterator[Taken]":
-    """Start an engine, float32, and listen to what it prunes."""
-    import era_vllm
-    from era_vllm.bench.setup import set_environment
-    from era_vllm.cli.loading import auto_config
-    from era_vllm.lab.screen import muted, progress
+def taken_of(
+    model: str,
+    settings: Mapping[str, object],
+    asked: "Sequence[Subject]",
+    title: str,
+    read: "Callable[[Taken, int, Subject], T]",
+) -> Iterator[T]:
+    """Start an engine, float32, and yield what is read of it about each subject, with its number.
 
-    set_environment(eager=True)
-    progress("starting an engine, which prunes")
-    with muted():
-        from era_vllm.bench.engines import engine
-        from era_vllm.bench.taken import Taken
-    more = {"dtype": "float32", "limit_mm_per_prompt": {}, "enable_prefix_caching": False}
+    With a progress bar; subjects that it does not take are named on standard error, and left out.
+    """
+    from era_vllm.bench.setup import started
+    from era_vllm.cli.loading import auto_config
+    from era_vllm.lab.screen import bar
+
     text = auto_config(model).get_text_config()
     context = min(_CONTEXT, text.max_position_embeddings)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 8 * text.num_hidden_layers * text.num_key_value_heads * width
     kv_bytes = (64 << 20) + 2 * context * token_bytes  # twice: a head is widened for its bias
-    arguments = era_vllm.engine_args(model, **settings)
-    with engine(arguments, context=context, kv_bytes=kv_bytes, **more) as llm, Taken(llm) as taken:
-        yield taken
+    more = {"dtype": "float32", "enable_prefix_caching": False}
+    more |= {"context": context, "kv_bytes": kv_bytes}
+    with started(", which prunes", model, settings, **more) as llm:
+        from era_vllm.bench.taken import Taken
 
-
-def left_out(subject: "Subject", error: ConfigError) -> None:
-    """Say which picture is left out, and why."""
-    name = getattr(subject, "name", "a picture")
-    tqdm.write(f"era-vllm: left out: {name}: {error}", sys.stderr)
+        with Taken(llm) as taken, bar(len(asked), title, "picture") as shown:
+            for number, subject in enumerate(asked):
+                try:
+                    yield read(taken, number, subject)
+                except ConfigError as error:
+                    name = getattr(subject, "name", "a picture")
+                    tqdm.write(f"era-vllm: left out: {name}: {error}", sys.stderr)
+                shown.update()

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Final
 
-from era_vllm.cli.preflight import check_folder
+from era_vllm.cli.preflight import check_least, check_out
 from era_vllm.errors import ConfigError
 from era_vllm.lab.train import ARCHS
 
@@ -64,32 +64,18 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Train until the time is over."""
     del rest
     _check(arguments)
-    check_folder(
-        arguments.out,
-        f"--out: the folder {str(arguments.out)!r} cannot be written to",
-        "name another",
-    )
+    check_out(arguments.out)
     from era_vllm.lab.train.loop import Settings, train
 
-    names = (
-        "arch", "out", "minutes", "steps", "seed", "ranks", "threads", "lr", "cooldown", "resume",
-        "weights", "from_text", "save_every", "dev_every", "device", "bf16",
-    )  # fmt: skip
-    train(Settings(**{name: getattr(arguments, name) for name in names}))
+    given = {name: of for name, of in vars(arguments).items() if hasattr(Settings, name)}
+    train(Settings(**given))
     print(f"model: {arguments.out / 'export'}; go on with --resume")
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    least = {
-        "minutes": 0.0, "ranks": 1, "threads": 1, "cooldown": 0.0, "save_every": 0.1,
-        "dev_every": 0.1, "steps": 1,
-    }  # fmt: skip
-    for name, lowest in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < lowest:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag}: got {value:g}, allowed: {lowest:g} or more")
+    check_least(arguments, minutes=0, ranks=1, threads=1, cooldown=0, steps=1)
+    check_least(arguments, save_every=0.1, dev_every=0.1)
     if not 0 < arguments.lr <= 0.1:
         raise ConfigError(f"--lr: got {arguments.lr:g}, allowed: above 0, at most 0.1")
     if arguments.resume and arguments.weights:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.calibration import calibrated
-from era_vllm.cli.options import DEFAULT_MODEL, add_era_options, era_settings
+from era_vllm.cli.options import DEFAULT_MODEL, DEFAULT_NAME, add_era_options, era_settings
 from era_vllm.config import EraConfig
 from era_vllm.lab.screen import IN_PROCESS, muted, progress
 from era_vllm.policies import make_policy
@@ -135,13 +135,14 @@ def _planned(
     model: str, settings: dict[str, object], more: dict[str, object]
 ) -> "tuple[dict[str, object], list[Finding], Layout | None]":
     from era_vllm.cli.doctor import findings
-    from era_vllm.cli.loading import architectures, display_name, model_config
+    from era_vllm.cli.loading import architectures, model_config
     from era_vllm.vllm_plugin.launch import plan
 
     family = ", ".join(architectures(model_config(model)))
     launch = plan(model, settings)
     os.environ.update(launch.environment)
-    named = findings.Finding("Model", "model", display_name(model))
+    name = f"{DEFAULT_NAME} (ships with era_vllm)" if model == DEFAULT_MODEL else model
+    named = findings.Finding("Model", "model", name)
     if not launch.engine:
         text = f"{family}, served by stock vLLM: the highest rate served is 0"
         return {}, [named, findings.Finding("Model", "architecture", text)], None

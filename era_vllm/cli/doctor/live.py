@@ -36,11 +36,7 @@ def live_check(
 ) -> Iterator[Finding]:
     """Ask a real engine and plain transformers about one picture.
 
-    Args:
-        model: Checkpoint folder or name.
-        arguments: What ``vllm.LLM`` is given.
-        config: The same settings, parsed.
-        layout: Sizes of the pruned model.
+    Args:    arguments: what ``vllm.LLM`` is given.   config: the same settings, parsed.
     """
     copies = 2 if current_platform.is_cpu() else 1  # the engine's is on the GPU
     try:
@@ -122,12 +118,7 @@ def live_answer(
 
 
 def verdict(result: Check, kept: int) -> Iterator[Finding]:
-    """Tell what a comparison found.
-
-    Args:
-        result: The comparison.
-        kept: K.
-    """
+    """Tell what a comparison found."""
     said = {
         True: f"the same {kept} as plain transformers chooses from features of its own",
         False: "not all those that plain transformers chooses: near-ties decided by a last bit",

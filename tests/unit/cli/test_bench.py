@@ -9,16 +9,9 @@ import pytest
 
 from era_vllm.bench.attention import strict_ratios
 from era_vllm.bench.clock import Samples
+from era_vllm.bench.options import AttentionOptions, add_flags, numbers, resolved, sizes
 from era_vllm.bench.serve import judged
-from era_vllm.cli.bench_options import (
-    add_common_options,
-    add_engine_options,
-    engine_options,
-    numbers,
-    sizes,
-)
 from era_vllm.cli.main import main
-from era_vllm.cli.options import add_era_options
 
 pytest.importorskip("matplotlib", reason="needs matplotlib (the lab extra)")
 
@@ -48,6 +41,7 @@ def test_help_teaches(what: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["serve", "--rates", ".5,.5"], "different numbers"),
         (["attention", "--shape", "13b"], "invalid choice"),
         (["gap", "--pictures", "0"], "an integer >= 1"),
+        (["gap", "--rate", ".1,.2"], "got '.1,.2', allowed: one number in [0, 1)"),
         ([], "WHAT"),
     ],
 )
@@ -64,7 +58,7 @@ def test_bad_options_are_refused_by_the_parser(
     ("flags", "said"),
     [
         (["reducer", "--policies", "era,dppp"], "did you mean 'dpp'?"),
-        (["gap", "--rate", ".97"], "raise --era-max-pruning-rate"),
+        (["gap", "--rate", ".97"], "--rate: got 0.97, allowed: [0, 0.95] (raise --era-max"),
         (["serve", "--rates", ".97"], "raise --era-max-pruning-rate"),
         (["attention", "--text-tokens", "5000"], "allowed: up to 4096"),
         (["serve", "--side", "672"], "its pictures have one size"),
@@ -97,18 +91,21 @@ def test_lists_are_parsed() -> None:
 
 def test_engines_get_room_for_the_longest_request() -> None:
     parser = argparse.ArgumentParser()
-    add_era_options(parser)
-    add_common_options(parser, rounds=3)
-    add_engine_options(parser, rates=(0.5,), eager=True)
-    options = engine_options(parser.parse_args(["--text-tokens", "1000"]))
-    assert options.context == 1024
-    assert engine_options(parser.parse_args([])).context == 768  # 587 and 16 tokens
-    large = engine_options(parser.parse_args(["--family", "qwen3-vl", "--side", "2048"]))
+    add_flags(parser, AttentionOptions)
+    parser.set_defaults(rounds=3, rates=[0.5])
+
+    def options(*words: str) -> AttentionOptions:
+        found = resolved(AttentionOptions, parser.parse_args(words), {})
+        assert isinstance(found, AttentionOptions)
+        return found
+
+    assert options("--text-tokens", "1000").context == 1024
+    assert options().context == 768  # 587 and 16 tokens
+    large = options("--family", "qwen3-vl", "--side", "2048")
     assert large.asked.tokens == 4096 and large.context == 4352
-    wider = parser.parse_args(["--dtype", "float32"])
-    assert engine_options(wider).kv_bytes == 2 * engine_options(parser.parse_args([])).kv_bytes
-    assert engine_options(parser.parse_args(["--kv-mib", "7"])).kv_bytes == 7 * 2**20
-    assert not engine_options(parser.parse_args(["--no-eager"])).eager
+    assert options("--dtype", "float32").kv_bytes == 2 * options().kv_bytes
+    assert options("--kv-mib", "7").kv_bytes == 7 * 2**20
+    assert options().eager and not options("--no-eager").eager
 
 
 def test_goals_of_serve_compare_the_right_way_round() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from era_vllm.cli import demo
+from era_vllm.cli import demo, preflight
 from era_vllm.cli.main import main
 from era_vllm.cli.options import add_era_options, era_settings, refuse_unknown_era_flags
 from era_vllm.config import EraConfig
@@ -103,3 +103,17 @@ def test_a_misspelt_rate_is_refused_and_other_arguments_are_not(key: str) -> Non
         effective_rates({key: 0.5}, {"image": 1}, config)
     others = {"era": 0.5, "video_pruning_rate": 0.1, "do_resize": False, "rate": 2, "num_crops": 4}
     assert effective_rates(others, {"image": 1}, config) == {"image": [0.5]}
+
+
+@pytest.mark.parametrize("words", [["eval", "--count", "2", "--tasks", "standard"], ["ecl"]])
+def test_what_draws_is_refused_at_once_where_nothing_can(
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert main([*words, "--out", str(tmp_path)]) == 2
+    assert "needs the package matplotlib: pip install matplotlib" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

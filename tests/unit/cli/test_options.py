@@ -68,6 +68,11 @@ def test_variables_say_what_flags_say() -> None:
     assert EraConfig.parse(_settings([], variables)).as_dict() == VALUES
 
 
+def test_an_option_is_json_a_number_or_a_word() -> None:
+    for text, value in (("0.2", 0.2), (".2", 0.2), ("true", True), ("mean", "mean")):
+        assert _settings(["--era-option", f"ridge={text}"])["policy_options"] == {"ridge": value}
+
+
 def test_the_flag_wins_and_variables_are_read_only_where_asked() -> None:
     variables = {"ERA_PRUNING_RATE": "0.5", "ERA_MERGE": "false", "ERA_VENV": "x"}
     assert _settings(["--era-pruning-rate", "0.6", "--era-merge"], variables) == {

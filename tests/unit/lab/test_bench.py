@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from era_vllm.bench import plots
-from era_vllm.bench.clock import Samples, interleave, p90
+from era_vllm.bench.clock import Samples, interleave, p90, power_law
 from era_vllm.bench.first_token import table as demo_table
 from era_vllm.bench.first_token import timings_of
-from era_vllm.bench.fit import power_law
 from era_vllm.bench.inputs import image_prompt, noise_pictures, word_prompts
 from era_vllm.bench.pruning_step import Size, random_tokens, reducer_cell
 from era_vllm.bench.report import Goal, Report, percent, shown, table, times

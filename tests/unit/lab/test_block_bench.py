@@ -5,13 +5,20 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from era_vllm.bench.block_cost import cases, cost, named, shares
+from era_vllm.bench.block_cost import (
+    QWEN3_VL,
+    TowerShape,
+    cases,
+    cost,
+    named,
+    peak_bytes,
+    shares,
+    tower,
+)
+from era_vllm.bench.block_fidelity import merge_error, of_all_queries, shared
 from era_vllm.bench.clock import Samples
-from era_vllm.bench.fidelity import merge_error, of_all_queries, shared
-from era_vllm.bench.memory import peak_bytes
+from era_vllm.bench.options import SegmentsOptions
 from era_vllm.bench.photo_tokens import PhotoTokens, photo_tokens
-from era_vllm.bench.setup import SegmentsOptions
-from era_vllm.bench.wide_tower import QWEN3_VL, Layer, TowerShape
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
@@ -125,12 +132,14 @@ def test_cost_times_every_case_beside_the_tower() -> None:
 
 def test_a_towers_layer_attends_from_every_patch_to_every_patch() -> None:
     torch.manual_seed(0)
-    layer = Layer(TowerShape(width=16, heads=2, mlp=32)).eval()
+    layer = tower(TowerShape(width=16, heads=2, mlp=32), layers=1)
     x = torch.randn(9, 16)
     moved = x.clone()
     moved[8] = torch.randn(16)
     with torch.inference_mode():
-        before, after = layer(x), layer(moved)
-        turned = layer(x.flip(0)).flip(0)
+        before, after, turned = (
+            layer(given[None]).last_hidden_state[0] for given in (x, moved, x.flip(0))
+        )
+    turned = turned.flip(0)
     assert ((before - after).abs().amax(1) > 1e-6).all()
     torch.testing.assert_close(turned, before)
