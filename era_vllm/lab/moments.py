@@ -145,7 +145,9 @@ def reduced(
 ) -> list[Segment]:
     """Prune so many moments at a time; return what stands in each one's run, with its maps.
 
-    Args:    rows: of ``TaskOracle.moment_rows``.   width: of the main output.
+    Args:
+        rows: Of ``TaskOracle.moment_rows``.
+        width: Of the main output.
     """
     config, found = EraConfig(policy="dpp", max_pruning_rate=0.99), list[Segment]()
     for part in rows.split(way.joined):
