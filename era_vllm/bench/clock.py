@@ -137,5 +137,5 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
         )
     logs = [[math.log(value) for value in values] for values in (x, y)]
     exponent, intercept = statistics.linear_regression(*logs)
-    r_squared = statistics.correlation(*logs) ** 2 if len(set(y)) > 1 else 1.0
+    r_squared = statistics.correlation(*logs) ** 2 if len(set(logs[1])) > 1 else 1.0
     return PowerLaw(math.exp(intercept), exponent, r_squared)

@@ -98,9 +98,8 @@ class GapEngine:
             outputs = self._engine.step()
             done |= {output.request_id for output in outputs if output.finished}
             if any(output.request_id == stream for output in outputs):
-                taken = time.perf_counter() - started
-                tower = sum(self._stages.take().get("tower", ()))
-                return taken, tower, self._pictures, done
+                tower = sum(self._stages.take().get("tower", ()))  # a GPU is waited for here
+                return time.perf_counter() - started, tower, self._pictures, done
 
     def _count(self, _: nn.Module, pixels: tuple[torch.Tensor, ...]) -> None:
         self._pictures += len(pixels[0])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from era_vllm.lab.oracle import Oracle
@@ -36,8 +36,10 @@ def photo_tokens(oracle: Oracle, photo: Image.Image, side: int) -> PhotoTokens:
     vision = oracle.model.config.vision_config
     of_tile, pixels = vision.image_size // vision.patch_size, vision.image_size
     tiles = math.ceil(side / of_tile)
-    size = (tiles * pixels, tiles * pixels)
-    square = ImageOps.fit(photo.convert("RGB"), size, Image.Resampling.BICUBIC)
+    short = min(photo.size)
+    left, top = ((length - short) // 2 for length in photo.size)
+    middle = photo.convert("RGB").crop((left, top, left + short, top + short))
+    square = middle.resize((tiles * pixels, tiles * pixels), Image.Resampling.BICUBIC)
     starts = range(0, tiles * pixels, pixels)
     read: dict[str, list[Tensor]] = {"q_proj": [], "k_proj": []}
     attention = _tapped(oracle)

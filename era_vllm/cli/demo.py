@@ -210,7 +210,13 @@ def _speed(shape: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
         command = [*MODULE, "era_vllm.bench.first_token", str(out), shape]
-        if (code := subprocess.run(command).returncode) != 0:
+        with subprocess.Popen(command) as process:
+            try:
+                code = process.wait()
+            except BaseException:
+                process.terminate()
+                raise
+        if code != 0:
             raise UnsupportedError(
                 f"the speed part ended with exit code {code}; its error is above. It needs about "
                 f"{_MEMORY_GB[shape]} GB of memory; era-vllm demo --fast leaves it out"

@@ -5,6 +5,7 @@ A server takes them from ``ERA_<FIELD>`` variables too; the flag wins.
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -226,10 +227,16 @@ def _option(text: str) -> tuple[str, object]:
     return found
 
 
+def _decimal(text: str) -> float:
+    if not re.fullmatch(r"[+-]?(\d{1,300}\.?\d*|\.\d+)([eE][+-]?\d{1,2})?", text):
+        raise ValueError(text)
+    return float(text)
+
+
 def named_value(text: str) -> tuple[str, object] | None:
-    """Read NAME=VALUE: JSON, a number like .5, or else a word; None if it is none."""
+    """Read NAME=VALUE: JSON, a number like .5, or else a word (nan too); None if it is none."""
     name, sign, value = (part.strip() for part in text.partition("="))
-    for read in (json.loads, float, str):
+    for read in (json.loads, _decimal, str):
         with suppress(ValueError):
             return (name, read(value)) if sign and name else None
     return None

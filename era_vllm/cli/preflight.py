@@ -100,12 +100,12 @@ def check_out(out: Path, names: Sequence[str] = ()) -> None:
         ConfigError: the folder, or what stands in a file's place.
         UnsupportedError: matplotlib is not installed, and one is a PNG.
     """
+    if any(name.endswith(".png") for name in names) and find_spec("matplotlib") is None:
+        raise UnsupportedError("needs the package matplotlib: pip install matplotlib (or [lab])")
     check_folder(out, f"--out: the folder {str(out)!r} cannot be written to", "name another")
     for name in names:
         if (out / name).exists() and not (out / name).is_file():
             raise ConfigError(f"--out: {str(out / name)!r} is no file; name another folder")
-    if any(name.endswith(".png") for name in names) and find_spec("matplotlib") is None:
-        raise UnsupportedError("needs the package matplotlib: pip install matplotlib (or [lab])")
 
 
 def check_least(arguments: argparse.Namespace, **least: float) -> None:
@@ -117,4 +117,5 @@ def check_least(arguments: argparse.Namespace, **least: float) -> None:
     for name, lowest in least.items():
         if (given := getattr(arguments, name)) is not None and given < lowest:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag}: got {given:g}, allowed: {lowest:g} or more")
+            shown = f"{given:g}" if isinstance(given, float) else given
+            raise ConfigError(f"--{flag}: got {shown}, allowed: {lowest:g} or more")

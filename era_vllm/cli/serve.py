@@ -51,9 +51,9 @@ PARSER: Final = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add our own flags; all others are vLLM's."""
-    text = "this text, or vLLM's"
-    parser.add_argument("-h", "--help", nargs="?", const="", metavar="WORD", help=text)
-    parser.set_defaults(parser=parser)
+    parser.add_argument(
+        "-h", "--help", nargs="?", action=_Help, metavar="WORD", help="this text, or vLLM's"
+    )
     add_era_options(parser)
     add_server_options(parser)
     parser.add_argument(
@@ -61,11 +61,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Help(argparse.Action):
+    """Print our own flags at once; leave a word to look for to vLLM's parser."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:
+            parser.print_help()
+            parser.exit()
+        namespace.help = values
+
+
 def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Serve until stopped, or print the command."""
-    if arguments.help == "":
-        arguments.parser.print_help()
-        arguments.parser.exit()
     check_vllm_version()
     from vllm.envs import VLLM_CACHE_ROOT
 

@@ -5,6 +5,7 @@ Leaves out the loop (``lab/train/loop.py``).
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
@@ -67,8 +68,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     check_out(arguments.out)
     from era_vllm.lab.train.loop import Settings, train
 
-    given = {name: of for name, of in vars(arguments).items() if hasattr(Settings, name)}
-    train(Settings(**given))
+    own = {one.name for one in fields(Settings)}
+    train(Settings(**{name: of for name, of in vars(arguments).items() if name in own}))
     print(f"model: {arguments.out / 'export'}; go on with --resume")
     return 0
 

@@ -36,6 +36,12 @@ def test_help_shows_an_example_or_what_is_written(
     assert "out/demo.json" in text or f"  era-vllm {command} " in text
 
 
+def test_help_comes_before_what_is_wrong_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--help", "--era-pruning-rate", "x"])
+    assert ended.value.code == 0 and "--era-pruning-rate" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words", ["--version", "--help", *(f"{name} --help" for name in COMMANDS), "bench serve --help"]
 )

@@ -114,6 +114,6 @@ def test_what_draws_is_refused_at_once_where_nothing_can(
 ) -> None:
     pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
-    assert main([*words, "--out", str(tmp_path)]) == 2
+    assert main([*words, "--out", str(tmp_path / "new")]) == 2
     assert "needs the package matplotlib: pip install matplotlib" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,13 @@ def test_variables_say_what_flags_say() -> None:
 
 
 def test_an_option_is_json_a_number_or_a_word() -> None:
-    for text, value in (("0.2", 0.2), (".2", 0.2), ("true", True), ("mean", "mean")):
+    for text, value in (
+        ("0.2", 0.2),
+        (".2", 0.2),
+        ("true", True),
+        ("mean", "mean"),
+        ("nan", "nan"),
+    ):
         assert _settings(["--era-option", f"ridge={text}"])["policy_options"] == {"ridge": value}
 
 
