@@ -76,7 +76,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         arguments.prompts, arguments.pictures = arguments.pictures, Path(arguments.model)
         arguments.model = None
     _check(arguments)
-    check_out(out := arguments.out, _PAGES)
     from era_vllm.bench.provenance import command, provenance
     from era_vllm.lab import recommendation as figures
     from era_vllm.lab.evaluation import Variant, cells
@@ -86,7 +85,9 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     rates = rates or sorted(set(source.levels.values()) - {0.0})
     if not rates:
         raise ConfigError("--rates: got none above 0, and the server has no level; name some")
-    subjects = read(arguments.pictures, arguments.prompts, arguments.kind, arguments.count)
+    asked, out = (arguments.pictures, arguments.prompts, arguments.kind), arguments.out
+    subjects = read(*asked, arguments.count)
+    check_out(out, _PAGES)
     origin, own = provenance(), askers.variant_of(arguments.policy or DEFAULT_POLICY)
     variant = Variant(source.policy) if source.policy else own
     head = {**source.head, "max_tokens": most, "asked": fingerprint(subjects)}
