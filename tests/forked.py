@@ -3,7 +3,7 @@
 Usage: forked.py SCRIPT ARGUMENTS, or forked.py -c CODE ARGUMENTS
 
 Each process of a server that is spawned imports vLLM anew, for ten seconds of a core; forked ones
-have what their parent has. That a server works as it starts by itself is shown by those of
+have what their parent has. That a server works as it starts by itself is shown by the first of
 `tests/server/conftest.py` and by all of `tests/server/test_kills.py`.
 """
 

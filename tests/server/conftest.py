@@ -55,7 +55,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
     assert words[at : at + 2] == ["vllm", "serve"]
     variables = dict(word.split("=", 1) for word in words[:at])
     launcher = "import sys; from era_vllm_server.app import run; run(sys.argv[1:])"
-    plain = [sys.executable, "-c", launcher, *words[at + 2 :]]
+    plain = [*FORKED, "-c", launcher, *words[at + 2 :]]
     commands = {"serve": (command, {}), "printed": (plain, variables)}
     with started(tmp_path_factory.mktemp("servers"), commands) as (first, second):
         yield first, second
