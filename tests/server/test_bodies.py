@@ -241,6 +241,8 @@ TOO_MUCH = {
     "65536 characters of choices     ": {
         "tools": [{"function": {"parameters": {"patternProperties": {"x" * 70_000: {}}}}}]
     },
+    "65536 characters of choices, bad words": {"bad_words": ["a " * 35_000]},
+    "8388608 digits": many("input", b"9" * 600, 14_000),
     "128 items in bad_words": {"bad_words": ["a"] * 129},
     "1024 items in choice": b'{"structured_outputs":' + many("choice", b'"a"', 1025) + b"}",
 }

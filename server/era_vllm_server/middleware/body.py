@@ -28,6 +28,8 @@ MAX_BYTES_OF: Final = {b"[{": 2**17, b",": 2**19, b'"': 2**20, b"\\": 2**20}
 """Of the body's bytes, in its texts too: what is parsed at all takes a fifth of a second."""
 MAX_DIGITS: Final = 640
 """Of a whole number; Python's own bound is 4300, and its time their square."""
+MAX_ALL_DIGITS: Final = 2**23
+"""Of all numbers together; of base64 a sixth is digits, 5 million of the largest body."""
 MAX_CHARACTERS: Final = 2**22
 """Of all texts that are no picture's, names among them."""
 MAX_OBJECTS: Final = 2**13
@@ -50,9 +52,9 @@ compiles them for a second, 256 Ki for 10 s, whether or not the client has left.
 _COMPILED: Final = frozenset(
     {"choice", "const", "enum", "pattern", "regex", "grammar", "json", "structural_tag"}
     | {"begin", "end", "guided_choice", "guided_regex", "guided_grammar", "guided_json"}
-    | {"schema", "parameters"}
+    | {"schema", "parameters", "bad_words"}
 )
-"""Members of which all is compiled, names of objects within too,"""
+"""Members of which all is compiled (bad words: made tokens on the loop), names within too,"""
 _PROSE: Final = frozenset({"description", "title", "examples", "default", "$comment"})
 """but for these."""
 _COUNT: Final = re.compile(r"(\))?\{(\d{1,9})?(?:,(\d{1,9})?)?\}")
@@ -113,6 +115,8 @@ class Body:
         for kinds, most in MAX_BYTES_OF.items():
             if sum(body.count(kind) for kind in kinds) > most:
                 return _too_much(f"{most} of {kinds.decode()}")
+        if len(body) > MAX_ALL_DIGITS + len(body.translate(None, b"0123456789")):
+            return _too_much(f"{MAX_ALL_DIGITS} digits")
         try:
             fields = json.loads(body)
             path = get_route_path(asgi).rstrip("/")
@@ -192,7 +196,7 @@ def excess_of(path: str, body: object) -> str | None:
         if objects > MAX_OBJECTS:
             return f"{MAX_OBJECTS} objects"
         if compiled > MAX_COMPILED:
-            return f"{MAX_COMPILED} characters of choices, names, constants and patterns"
+            return f"{MAX_COMPILED} characters of choices, bad words, constants, names and patterns"
         if items > MAX_ITEMS:
             return f"{MAX_ITEMS} items"
         if characters > max_characters:
