@@ -9,6 +9,7 @@ from vllm import envs
 from vllm.exceptions import GenerationError
 
 from era_vllm_server.fields import BATCH
+from era_vllm_server.middleware import body as bounds
 from era_vllm_server.middleware.body import Body
 from era_vllm_server.middleware.limits import BodyLimits
 from era_vllm_server.responses import in_chat, in_messages, in_responses, with_era
@@ -281,6 +282,16 @@ def test_the_time_of_a_check_is_that_of_its_bytes():
     body = b'{"a":"' + (b"A" * 4090 + rb"\n") * 5000 + b'"}'
     (status, said), _ = send(body, TAKES)  # 20 MB; took minutes where it was searched
     assert (status, "characters" in said) == (400, True)
+
+
+def test_no_more_of_patterns_is_searched_than_may_be_there(monkeypatch):
+    searched = []
+    monkeypatch.setattr(bounds, "_repeats_much", lambda text: searched.append(len(text)))
+    long = {"structured_outputs": [{"regex": "a" * 60_000}] * 99}
+    names = {"patternProperties": {f"{at}{'x' * 2**19}": {} for at in range(20)}}
+    for body in ({"regex": "a" * 2**22}, long, names):
+        assert send(body, TAKES)[0][0] == 400
+    assert 0 < sum(searched) <= bounds.MAX_COMPILED
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def excess_of(path: str, body: object) -> str | None:
             if len(value) > MAX_MEMBERS:
                 return f"{MAX_MEMBERS} members in {name or 'it'}"
             schema = name == "patternProperties" and within is not None
-            if any(map(_repeats_much, value if schema else ())):
+            if characters <= max_characters and any(map(_repeats_much, value if schema else ())):
                 return f"{MAX_REPETITIONS} repetitions in a pattern"
         elif set(map(type, value)) <= {int}:
             continue
@@ -187,10 +187,11 @@ def excess_of(path: str, body: object) -> str | None:
             if isinstance(item, dict | list):
                 left.append((at, item, depth + 1, follows))
             elif isinstance(item, str):
-                if at in ("pattern", "regex") and within is not None and _repeats_much(item):
-                    return f"{MAX_REPETITIONS} repetitions in a pattern"
                 characters += 0 if at in _MEDIA else len(item)
                 compiled += len(item) if follows else 0
+                pattern = follows and at in ("pattern", "regex")
+                if pattern and compiled <= MAX_COMPILED and _repeats_much(item):
+                    return f"{MAX_REPETITIONS} repetitions in a pattern"
                 if not item.isascii():
                     item.encode()
         if objects > MAX_OBJECTS:
