@@ -244,6 +244,7 @@ TOO_MUCH = {
     },
     "65536 characters of choices, bad words": {"bad_words": ["a " * 35_000]},
     "8388608 digits": many("input", b"9" * 600, 14_000),
+    "4096 items in content": b'{"messages":[' + many("content", b"0", 5000) + b"]}",
     "128 items in bad_words": {"bad_words": ["a"] * 129},
     "1024 items in choice": b'{"structured_outputs":' + many("choice", b'"a"', 1025) + b"}",
 }

@@ -49,6 +49,8 @@ MAX_REPETITIONS: Final = 1000
 MAX_COMPILED: Final = 2**16
 """Characters of what an answer must follow (choices, names, constants, patterns): the engine
 compiles them for a second, 256 Ki for 10 s, whether or not the client has left."""
+_NO_NUMBERS: Final = frozenset({"content", "messages"})
+"""Lists that hold no token ids: each number in them is tried as every kind of part."""
 _COMPILED: Final = frozenset(
     {"choice", "const", "enum", "pattern", "regex", "grammar", "json", "structural_tag"}
     | {"begin", "end", "guided_choice", "guided_regex", "guided_grammar", "guided_json"}
@@ -173,7 +175,7 @@ def excess_of(path: str, body: object) -> str | None:
             schema = name == "patternProperties" and within is not None
             if characters <= max_characters and any(map(_repeats_much, value if schema else ())):
                 return f"{MAX_REPETITIONS} repetitions in a pattern"
-        elif set(map(type, value)) <= {int}:
+        elif name not in _NO_NUMBERS and set(map(type, value)) <= {int}:
             continue
         else:
             items += len(value)
