@@ -1,19 +1,160 @@
-"""Runs a program whose vLLM forks its processes, where the CPU's vLLM would spawn them.
+"""Programs whose vLLM is there already: servers forked from one process that has imported it.
 
-Usage: forked.py SCRIPT ARGUMENTS, or forked.py -c CODE ARGUMENTS
+A server's processes each import vLLM for half a minute of a core where they are spawned, as the
+CPU's vLLM does. ``FORKED`` begins the command of a program whose own processes are forked:
 
-Each process of a server that is spawned imports vLLM anew, for ten seconds of a core; forked ones
-have what their parent has. That a server works as it starts by itself is shown by the first of
-`tests/server/conftest.py` and by all of `tests/server/test_kills.py`.
+    forked.py SCRIPT ARGUMENTS, or forked.py -c CODE ARGUMENTS
+
+and ``start_server`` starts such a command as a fork too. That a server works as it starts by
+itself is shown by the first of `tests/server/conftest.py` and by all of
+`tests/server/test_kills.py`.
 """
 
+import importlib
 import multiprocessing
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+from era_vllm.lab.servers import Server, free_port
 
 FORKED = (sys.executable, str(Path(__file__)))
 """What such a command begins with."""
+SERVES = (
+    "era_vllm_server.app",
+    "era_vllm.cli.main",
+    "era_vllm.cli.serve",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.model_executor.models.llava",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+)
+"""What servers import."""
+
+
+def start_server(
+    name: str, command: Sequence[str], variables: Mapping[str, str], log: Path
+) -> Server:
+    """Start a server, forked where its command says so; returns it before it answers."""
+    if tuple(command[:2]) == FORKED:
+        return Forked(name, command, variables, log)
+    return Server(name, command, variables, log)
+
+
+def run(command: Sequence[str], log: Path) -> str:
+    """Run a command that begins with ``FORKED``; return what it printed."""
+    child = parent().start(command[2:], {}, str(log))
+    assert child.wait(100) == 0, log.read_text()
+    return log.read_text()
+
+
+class Forked(Server):
+    """A server that is a fork."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], variables: Mapping[str, str], log: Path
+    ) -> None:
+        self.name, self.log, self.port, self._alive = name, log, free_port(), -1
+        words = [*command[2:], "--host", "127.0.0.1", "--port", str(self.port)]
+        self._process = parent().start(words, dict(variables), str(log))
+
+
+@cache
+def parent() -> "Parent":
+    """Return the one of this process, which takes half a minute to be there."""
+    return Parent()
+
+
+class Parent:
+    """The process that servers are forked from; as it loses this one, it ends them."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = multiprocessing.Pipe()
+        kept = {name: os.environ[name] for name in os.environ if not name.startswith("VLLM_")}
+        kept |= {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}  # read as torch is imported
+        command = [*FORKED, "--serve", str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command,
+            env=kept,
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def start(self, *job: object) -> "Child":
+        """Fork a program: words, variables beside those of now, log."""
+        return Child(self, self.ask("start", *job))
+
+    def ask(self, *what: object) -> int | None:
+        """Send something and wait for what comes of it."""
+        self.pipe.send(what)
+        return self.pipe.recv()
+
+
+class Child:
+    """A fork, asked like a ``subprocess.Popen``."""
+
+    def __init__(self, parent: Parent, pid: int) -> None:
+        self.parent, self.pid, self.returncode = parent, pid, None
+
+    def poll(self) -> int | None:
+        """Return its exit code, None while it runs."""
+        if self.returncode is None:
+            self.returncode = self.parent.ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end.
+
+        Raises:
+            TimeoutExpired: it still runs.
+        """
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked server", timeout)
+            time.sleep(0.05)
+        return code
+
+
+def _serve(pipe: Connection) -> list[str]:
+    """Fork what is asked for until nobody asks any more; a fork returns its words."""
+    children: set[int] = set()
+    with suppress(EOFError):
+        while True:
+            what, *job = pipe.recv()
+            if what == "poll":
+                found, status = os.waitpid(job[0], os.WNOHANG)
+                pipe.send(os.waitstatus_to_exitcode(status) if found else None)
+                continue
+            words, variables, log = job
+            if pid := os.fork():
+                children.add(pid)
+                pipe.send(pid)
+                continue
+            os.setsid()
+            pipe.close()
+            sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for number in (1, 2):
+                os.dup2(sink, number)
+            os.environ.update(variables)
+            return words
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child, how)
+        time.sleep(2)
+    os._exit(0)
 
 
 def main() -> None:
@@ -24,6 +165,10 @@ def main() -> None:
     if current_platform.is_cpu():
         system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
     _, program, *words = sys.argv
+    if program == "--serve":
+        for module in SERVES:
+            importlib.import_module(module)
+        program, *words = _serve(Connection(int(words[0])))
     if program == "-c":
         sys.path[0], code = "", words.pop(0)
         sys.argv = ["-c", *words]

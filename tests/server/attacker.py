@@ -13,7 +13,7 @@ from PIL import Image
 
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server
-from tests.forked import FORKED
+from tests.forked import FORKED, start_server
 
 KEYS = ("key-of-one-client", "key-of-another")
 METRICS_KEY = "key-of-prometheus"
@@ -72,7 +72,7 @@ class Target:
 def start_ours(stack: ExitStack, folder: Path, *flags: str, name: str = "ours") -> Server:
     """Start ``era-vllm serve``; returns it before it answers."""
     command = [*FORKED, ERA_VLLM, "serve", str(CHECKPOINT), *ENGINE, *flags]
-    return stack.enter_context(Server(name, command, VARIABLES, folder / f"{name}.log"))
+    return stack.enter_context(start_server(name, command, VARIABLES, folder / f"{name}.log"))
 
 
 def client(server: Server, key: str | None = None) -> httpx.Client:

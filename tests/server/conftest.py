@@ -6,7 +6,6 @@
 import importlib
 import os
 import shlex
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from era_vllm.lab.servers import Server, wait_for
-from tests.forked import FORKED
+from tests.forked import FORKED, run, start_server
 
 with warnings.catch_warnings():  # torch and vLLM use what they deprecate
     warnings.simplefilter("ignore")
@@ -26,6 +25,7 @@ LIMITS = ["--enforce-eager", "--max-model-len", "1024", "--kv-cache-memory-bytes
 LIMITS += ["--era-policy", "era"]
 """Flags of nearly every server here: what it may take, and the policy that reads attention."""
 VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+VARIABLES["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles its log-probability helper for 18 s
 ERA_VLLM = str(Path(sys.executable).with_name("era-vllm"))
 SERVE = (*FORKED, ERA_VLLM)
 """The same whose processes are forked, and which starts in half the time."""
@@ -43,26 +43,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
     """``era-vllm serve`` with its defaults, and the plain command that it prints.
 
-    Both start at once. The plain command's arguments run through vLLM's launcher from Python,
-    since the ``vllm`` script of the CPU wheel dies at its own start.
+    The plain command's arguments run through vLLM's launcher from Python, since the ``vllm``
+    script of the CPU wheel dies at its own start.
     """
-    command = [ERA_VLLM, "serve", *LIMITS]
-    printed = subprocess.run(
-        [*command, "--print-command"], check=True, capture_output=True, text=True, env=clean()
-    ).stdout
-    words = shlex.split(printed.strip().splitlines()[-1])
-    at = words.index("vllm")
-    assert words[at : at + 2] == ["vllm", "serve"]
-    variables = dict(word.split("=", 1) for word in words[:at])
-    launcher = "import sys; from era_vllm_server.app import run; run(sys.argv[1:])"
-    plain = [*FORKED, "-c", launcher, *words[at + 2 :]]
-    commands = {"serve": (command, {}), "printed": (plain, variables)}
-    with started(tmp_path_factory.mktemp("servers"), commands) as (first, second):
-        yield first, second
+    folder = tmp_path_factory.mktemp("servers")
+    with starting(folder, {"serve": ([ERA_VLLM, "serve", *LIMITS], {})}) as (first,):
+        printed = run([*SERVE, "serve", *LIMITS, "--print-command"], folder / "command")
+        (line,) = (line for line in printed.splitlines() if " vllm serve " in line)
+        words = shlex.split(line)
+        at = words.index("vllm")
+        assert words[at : at + 2] == ["vllm", "serve"]
+        variables = dict(word.split("=", 1) for word in words[:at])
+        launcher = "import sys; from era_vllm_server.app import run; run(sys.argv[1:])"
+        plain = [*FORKED, "-c", launcher, *words[at + 2 :]]
+        with started(folder, {"printed": (plain, variables)}) as (second,):
+            wait_for([first])
+            yield first, second
 
 
 @contextmanager
-def started(
+def starting(
     folder: Path, commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]]
 ) -> Iterator[list[Server]]:
     """Start servers at once and stop them at the end.
@@ -74,12 +74,20 @@ def started(
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for name in os.environ.keys() - clean().keys():
             patch.delenv(name)
-        servers = [
+        yield [
             stack.enter_context(
-                Server(name, command, {**VARIABLES, **variables}, folder / f"{name}.log")
+                start_server(name, command, {**VARIABLES, **variables}, folder / f"{name}.log")
             )
             for name, (command, variables) in commands.items()
         ]
+
+
+@contextmanager
+def started(
+    folder: Path, commands: Mapping[str, tuple[Sequence[str], Mapping[str, str]]]
+) -> Iterator[list[Server]]:
+    """The same, once all of them answer."""
+    with starting(folder, commands) as servers:
         wait_for(servers)
         yield servers
 

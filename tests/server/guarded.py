@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.servers import Server, wait_for
-from tests.forked import FORKED
+from era_vllm.lab.servers import wait_for
+from tests.forked import FORKED, start_server
 from tests.server.attacker import (
     DEADLINE_S,
     ENGINE,
@@ -60,7 +60,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         ours = start_ours(stack, folder, *flags)
         command = [*FORKED, "-c", STOCK, str(CHECKPOINT), *ENGINE, "--api-key", KEYS[0]]
         variables = {**VARIABLES, "VLLM_PLUGINS": "none"}
-        stock = stack.enter_context(Server("stock", command, variables, folder / "stock.log"))
+        stock = stack.enter_context(start_server("stock", command, variables, folder / "stock.log"))
         wait_for([ours, stock])
         clients = [stack.enter_context(client(server, KEYS[0])) for server in (ours, stock)]
         yield Pair(*clients, ours)

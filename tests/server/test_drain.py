@@ -78,7 +78,7 @@ def test_no_accepted_request_is_lost(servers: dict[int, Server], count: int) -> 
         early = [pool.submit(ask, server.url, number % 2 == 0) for number in range(ACCEPTED)]
         _until_running(server)
         started = time.monotonic()
-        os.kill(server._process.pid, signal.SIGTERM)
+        os.kill(server.pid, signal.SIGTERM)
         time.sleep(0.3)
         probes = {
             path: httpx.get(server.url + path, trust_env=False).status_code
@@ -87,7 +87,7 @@ def test_no_accepted_request_is_lost(servers: dict[int, Server], count: int) -> 
         late = Counter(ask(server.url, stream=False) for _ in range(NEWCOMERS))
         told = httpx.get(f"{server.url}/metrics", trust_env=False, headers=HEADERS).text
         results = Counter(each.result() for each in early)
-        code = server._process.wait(DRAIN_S)
+        code = server.wait(DRAIN_S)
         took = time.monotonic() - started
     print(f"{count} API servers: {dict(results)}, then {dict(late)}, {took:.1f} s")
     assert set(results) <= {"whole", "503"}  # one that came behind the SIGTERM
