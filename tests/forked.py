@@ -28,6 +28,7 @@ from era_vllm.lab.servers import Server, free_port
 
 FORKED = (sys.executable, str(Path(__file__)))
 """What such a command begins with."""
+RUN_S = 600.0
 SERVES = (
     "era_vllm_server.app",
     "era_vllm.cli.main",
@@ -50,11 +51,12 @@ def start_server(
     return Server(name, command, variables, log)
 
 
-def run(command: Sequence[str], log: Path) -> str:
-    """Run a command that begins with ``FORKED``; return what it printed."""
-    child = parent().start(command[2:], {}, str(log))
-    assert child.wait(100) == 0, log.read_text()
-    return log.read_text()
+def run(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> str:
+    """Run a command that begins with ``FORKED``; return what it printed, or fail with it."""
+    code = parent().start(command[2:], dict(variables or {}), str(log)).wait(RUN_S)
+    said = log.read_text(errors="replace")
+    assert code == 0, said[-6000:]
+    return said
 
 
 class Forked(Server):

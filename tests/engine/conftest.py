@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -43,7 +44,7 @@ from era_vllm.pixels import pixel_hash  # noqa: E402
 from era_vllm.plan import plan  # noqa: E402
 from era_vllm.types import PrunedTokens, Signal, VisualTokens  # noqa: E402
 from tests import situations  # noqa: E402
-from tests.forked import FORKED  # noqa: E402
+from tests.forked import FORKED, run  # noqa: E402
 
 with warnings.catch_warnings():  # torch and vLLM use what they deprecate
     warnings.simplefilter("ignore")
@@ -536,6 +537,11 @@ def exact(
 
 def python(*arguments: str, **variables: str) -> None:
     """Run a script of this folder, or ``-c`` and code; fail with what it printed."""
+    if arguments[0] != "-c" and variables.get("TORCH_COMPILE_DISABLE") == "1":  # as forks are
+        words = (*FORKED, str(FOLDER / arguments[0]), *arguments[1:])
+        with tempfile.TemporaryDirectory() as folder:
+            run(words, Path(folder) / "log", {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **variables})
+        return
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TORCH_"))}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **variables}
     begin = (sys.executable,) if arguments[0] == "-c" else FORKED

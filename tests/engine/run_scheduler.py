@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
 from vllm import LLM, SamplingParams
 
