@@ -9,6 +9,8 @@ TIMED  = trap 'printf "make $@: %d min %02d s\n" $$((SECONDS / 60)) $$((SECONDS 
 QUICK := tests/unit tests/contracts
 # Whose engines live in the tests' processes, 7 GB in each: they end before servers start.
 ENGINES := tests/engine
+# A folder that is named is looked at by pytest's first process too, which would import vLLM.
+BUT_ENGINES := $(patsubst %/,--ignore=%,$(filter-out $(ENGINES)/,$(wildcard tests/*/)))
 # Two processes, a file in one of them, in order: that with the longest tests comes first, as it is
 # called (JOBS=1 where there is less memory than 16 GB).
 JOBS   ?= 2
@@ -39,12 +41,12 @@ check:  ## ruff, pyright, import-linter and the tests that start no engine (two 
 
 test:  ## check, then the other tests that a CPU runs in time (25 minutes, 16 GB; JOBS=1: 9 GB)
 	@$(TIMED) $(MAKE) --no-print-directory check ; \
-	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and not slow" ; \
+	$(PYTEST) $(SHARED) tests $(BUT_ENGINES) -m "$(APART) and not slow" ; \
 	$(PYTEST) $(SERVED) tests $(QUICK:%=--ignore=%) --ignore=$(ENGINES) -m "$(APART) and not slow"
 
 test-all:  ## test, then the slow tests
 	@$(TIMED) $(MAKE) --no-print-directory test ; \
-	$(PYTEST) $(SHARED) $(ENGINES) -m "$(APART) and slow" ; \
+	$(PYTEST) $(SHARED) tests $(BUT_ENGINES) -m "$(APART) and slow" ; \
 	$(PYTEST) $(SERVED) tests --ignore=$(ENGINES) -m "$(APART) and slow"
 
 test-gpu: env  ## the tests that need an NVIDIA GPU and a CUDA vLLM
