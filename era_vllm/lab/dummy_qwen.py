@@ -86,7 +86,7 @@ def config_files(
         "out_hidden_size": text["hidden_size"],
         "deepstack_visual_indexes": feature_layers(tower_layers, text["num_hidden_layers"]),
     }
-    config = {
+    config: dict[str, object] = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
         "text_config": {**text, **more},
