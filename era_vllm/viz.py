@@ -86,9 +86,9 @@ def _pair(one: Kept, title: str, top: float) -> Image.Image:
     sheet.paste(_given(one, cell), (_MARGIN, _HEAD))
     sheet.paste(_panel(one, cell, top), (2 * _MARGIN + columns * cell, _HEAD))
     pen.text((_MARGIN, 14), title, _INK, _font(24))
-    count, kept = len(one.assignment), len(one.anchors)
-    pen.text((_MARGIN, _HEAD - 30), f"the model is given {count} tokens", _FAINT, _font(17))
-    caption = f"it keeps {kept}: the bright cells; dark ones are merged into them"
+    caption = f"the model is given {len(one.assignment)} tokens"
+    pen.text((_MARGIN, _HEAD - 30), caption, _FAINT, _font(17))
+    caption = f"it keeps {len(one.anchors)}: the bright cells; dark ones are merged into them"
     pen.text((2 * _MARGIN + columns * cell, _HEAD - 30), caption, _FAINT, _font(17))
     _draw_colour_bar(pen, top, width, _HEAD + rows * cell)
     return sheet
@@ -119,21 +119,19 @@ def _sheet(segments: Sequence[Kept], title: str, top: float) -> Image.Image:
 
 
 def _given(one: Kept, cell: int) -> Image.Image:
-    rows, columns = one.grid
-    size = (columns * cell, rows * cell)
+    size = one.grid[1] * cell, one.grid[0] * cell
     return one.image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def _panel(one: Kept, cell: int, top: float) -> Image.Image:
     """Return the segment with its pruned tokens darkened and its anchors framed."""
-    columns = one.grid[1]
     colours = [_colour(bias / top) for bias in one.log_bias]
     given = _given(one, cell)
-    panel = _darkened(given, one.assignment, colours, one.grid)
+    panel = _darkened(given, one, colours)
     pen = ImageDraw.Draw(panel)
-    _draw_borders(pen, one.assignment, one.grid, cell)
+    _draw_borders(pen, one, cell)
     for anchor, colour in zip(one.anchors, colours, strict=True):
-        row, column = divmod(anchor, columns)
+        row, column = divmod(anchor, one.grid[1])
         box = (column * cell, row * cell, column * cell + cell, row * cell + cell)
         panel.paste(given.crop(box), box[:2])
         frame = max(1 if cell < 12 else 2, cell // 10)
@@ -181,14 +179,9 @@ def seen(
     return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy(), "RGB")
 
 
-def _darkened(
-    given: Image.Image,
-    assignment: Sequence[int],
-    colours: Sequence[Colour],
-    grid: tuple[int, int],
-) -> Image.Image:
+def _darkened(given: Image.Image, one: Kept, colours: Sequence[Colour]) -> Image.Image:
     grey = ImageOps.grayscale(given).point(lambda value: round(value * _DARKENED))
-    anchors = np.reshape(assignment, grid)
+    anchors = np.reshape(one.assignment, one.grid)
 
     def enlarged(cells: np.ndarray) -> Image.Image:
         small = Image.fromarray(cells.astype(np.uint8))
@@ -199,10 +192,8 @@ def _darkened(
     return mixed
 
 
-def _draw_borders(
-    pen: ImageDraw.ImageDraw, assignment: Sequence[int], grid: tuple[int, int], cell: int
-) -> None:
-    rows, columns = grid
+def _draw_borders(pen: ImageDraw.ImageDraw, one: Kept, cell: int) -> None:
+    (rows, columns), assignment = one.grid, one.assignment
     thickness = 2 if cell > 48 else 1
     for token, anchor in enumerate(assignment):
         row, column = divmod(token, columns)

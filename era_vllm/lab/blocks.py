@@ -61,16 +61,11 @@ def _together(
 ) -> PrunedTokens:
     pictures, first = tokens.segments, 0
     assignment = torch.full((pictures, tokens.n), -1, device=tokens.embeds.device)
-    anchors, embeds, bias = [], [], []
-    riders: list[Tensor] = []
+    anchors: list[Tensor] = []
     for pruned, places in parts:
         count = pruned.anchors.shape[1]
         of_picture = places.repeat(pictures, 1)
         anchors.append(of_picture.gather(1, pruned.anchors).view(pictures, -1))
-        embeds.append(pruned.embeds.reshape(pictures, -1, pruned.embeds.shape[-1]))
-        bias.append(pruned.log_bias.view(pictures, -1))
-        if pruned.riders is not None:
-            riders.append(pruned.riders.reshape(pictures, -1, pruned.riders.shape[-1]))
         starts = first + count * torch.arange(len(places), device=places.device).repeat(pictures)
         rows = torch.where(pruned.assignment < 0, -1, pruned.assignment + starts[:, None])
         assignment[:, places.flatten()] = rows.view(pictures, -1)
@@ -79,13 +74,16 @@ def _together(
     rank = torch.cat([order.argsort(1), torch.full_like(order[:, :1], -1)], 1)
 
     def in_order(rows: Sequence[Tensor]) -> Tensor:
-        return torch.cat([*rows], 1).gather(1, order[..., None].expand(-1, -1, rows[0].shape[-1]))
+        whole = torch.cat([one.reshape(pictures, -1, one.shape[-1]) for one in rows], 1)
+        return whole.gather(1, order[..., None].expand(-1, -1, whole.shape[-1]))
 
+    every = [pruned for pruned, _ in parts]
+    riders = [pruned.riders for pruned in every if pruned.riders is not None]
     return PrunedTokens(
-        in_order(embeds),
-        torch.cat(bias, 1).gather(1, order),
+        in_order([pruned.embeds for pruned in every]),
+        in_order([pruned.log_bias[..., None] for pruned in every])[..., 0],
         found,
         rank.gather(1, assignment % rank.shape[1]),
-        sum((pruned.degenerate for pruned, _ in parts), torch.zeros_like(parts[0][0].degenerate)),
+        torch.stack([pruned.degenerate for pruned in every]).sum(0),
         in_order(riders) if riders else None,
     )

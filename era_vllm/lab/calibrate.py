@@ -46,6 +46,7 @@ _MOST_FACTOR: Final = 50.0
 """Of rho, against that which was pruned with."""
 _TINY: Final = 1e-6
 Progress = Callable[[], object]
+"""Called after each case of each pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,6 @@ def fit(
         cases: A few dozen.
         positions: Of ``EraConfig``.
         per_head: Whether each KV head has its own.
-        step: Called after each case of each pass.
     """
     text = oracle.model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_key_value_heads if per_head else 1
@@ -186,10 +186,7 @@ def fit_mass(
     positions: Positions = "original",
     step: Progress,
 ) -> float:
-    """Return how many times the rho that cases were pruned with restores the odds, on the whole.
-
-    Args:    as of ``fit``; ``step`` is called after each case of each of ``MASS_PASSES``.
-    """
+    """Return how many times the rho that cases were pruned with restores the odds, on the whole."""
     factor, wholes = 1.0, list[Seen]()
     for number in range(MASS_PASSES):
         sums = torch.zeros(2)

@@ -20,7 +20,6 @@ MAX_CONTEXT: Final = 4096
 IMAGE_SIZE: Final = 336
 IMAGE_TOKENS: Final = 576
 """Of CLIP-L/14-336: 24 x 24."""
-_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CLIP_L: Final[Mapping[str, object]] = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -158,14 +157,14 @@ def make_dummy(
     files = _llava(size)
     config, processor = files["config.json"], files["processor_config.json"]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(CHECKPOINT / name, folder / name)
     if family == "llava-next":
-        own = {"image_grid_pinpoints": [*map(list, _PINPOINTS)]}
-        config |= {"model_type": "llava_next", "architectures": [FAMILIES[family].architecture]}
+        own = {"image_grid_pinpoints": _PINPOINTS}
         kind = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
         processor["image_processor"] |= {**kind, **own}
         processor["processor_class"] = "LlavaNextProcessor"
+        config |= {"model_type": "llava_next", "architectures": [FAMILIES[family].architecture]}
         config |= own
     elif family == "internvl":
         files = _internvl(size, config, processor["image_processor"])
@@ -249,10 +248,5 @@ def _internvl(
     images = {"image_processor_type": "GotOcr2ImageProcessor", "min_patches": 1, "max_patches": 4}
     images |= {**both, "crop_to_patches": True}
     videos = {**both, "video_processor_type": "InternVLVideoProcessor"}
-    processor = {"image_processor": images, "video_processor": videos, "image_seq_length": 256}
-    return {
-        "config.json": own,
-        "processor_config.json": {**processor, "processor_class": "InternVLProcessor"},
-        "preprocessor_config.json": images,
-        "video_preprocessor_config.json": videos,
-    }
+    parts = {"image_processor": images, "video_processor": videos, "image_seq_length": 256}
+    return {"config.json": own, **dummy_qwen.files_of(parts, "InternVLProcessor")}

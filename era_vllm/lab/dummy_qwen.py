@@ -25,16 +25,28 @@ MARKS: Final = {
 """What stands for an item in a prompt."""
 CHAT: Final = "{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:"
 """Chat template; vLLM puts the marks before the text."""
-_LEVELS: Final = (5, 11, 17)
-_DEPTH: Final = 24
-_MROPE: Final = (24, 20, 20)
-_HEAD: Final = 128
 
 
 def tokenizer_settings() -> dict[str, object]:
     """Return what the tokenizer's config says of the tokens."""
     names = {name.strip("<|>").replace("pad", "token"): name for name in TOKENS}
     return {"processor_class": "Qwen3VLProcessor", "extra_special_tokens": names}
+
+
+def feature_layers(tower_layers: int, layers: int) -> list[int]:
+    """Return the tower's layers of which maps are taken: 5, 11 and 17 of 24, or as far along.
+
+    Args:
+        tower_layers: Of the tower.
+        layers: Of the language model: each of its first takes a map.
+    """
+    return [-(-(level + 1) * tower_layers // 24) - 1 for level in (5, 11, 17)][:layers]
+
+
+def rotary_sections(head_dim: int) -> list[int]:
+    """Return how many pairs of a head each axis turns: 24, 20 and 20 of a head of 128."""
+    other = head_dim * 20 // 128
+    return [head_dim // 2 - 2 * other, other, other]
 
 
 def config_files(
@@ -48,31 +60,6 @@ def config_files(
         tower_layers: Of the tower; the layers of its feature maps move with them.
         tokens: Of the largest picture, and of the largest video.
     """
-    area = UNIT * UNIT
-    picture = min(64, tokens) * area, tokens * area
-    video = 4 * area, 2 * tokens * area  # of all frames together, pairs of which are a token's
-    config = _config(text, dtype, tower_layers)
-    return {"config.json": config, **processor_files(16, picture, video)}
-
-
-def feature_layers(tower_layers: int, layers: int) -> list[int]:
-    """Return the tower's layers of which maps are taken: 5, 11 and 17 of 24, or as far along.
-
-    Args:
-        tower_layers: Of the tower.
-        layers: Of the language model: each of its first takes a map.
-    """
-    ends = [-(-(level + 1) * tower_layers // _DEPTH) for level in _LEVELS]
-    return [end - 1 for end in ends][:layers]
-
-
-def rotary_sections(head_dim: int) -> list[int]:
-    """Return how many pairs of a head each axis turns: 24, 20 and 20 of a head of 128."""
-    other = head_dim * _MROPE[1] // _HEAD
-    return [head_dim // 2 - 2 * other, other, other]
-
-
-def _config(text: Mapping[str, Any], dtype: str, tower_layers: int) -> dict[str, object]:
     start, end, image, video = TOKENS.values()
     rope = {
         "rope_type": "default",
@@ -99,7 +86,7 @@ def _config(text: Mapping[str, Any], dtype: str, tower_layers: int) -> dict[str,
         "out_hidden_size": text["hidden_size"],
         "deepstack_visual_indexes": feature_layers(tower_layers, text["num_hidden_layers"]),
     }
-    return {
+    config: dict[str, object] = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
         "text_config": {**text, **more},
@@ -111,6 +98,10 @@ def _config(text: Mapping[str, Any], dtype: str, tower_layers: int) -> dict[str,
         "dtype": dtype,
         "tie_word_embeddings": False,
     }
+    area = UNIT * UNIT
+    pixels = min(64, tokens) * area, tokens * area
+    of_video = 4 * area, 2 * tokens * area  # of all frames together, pairs of which are a token's
+    return {"config.json": config, **processor_files(16, pixels, of_video)}
 
 
 def processor_files(
@@ -145,9 +136,13 @@ def processor_files(
         "size": {"shortest_edge": video[0], "longest_edge": video[1]},
         **(more or {}),
     }
-    parts = {"image_processor": images, "video_processor": videos}
+    return files_of({"image_processor": images, "video_processor": videos}, "Qwen3VLProcessor")
+
+
+def files_of(parts: Mapping[str, Any], name: str) -> dict[str, dict[str, object]]:
+    """Return a processor as vLLM and transformers read it: whole, and each part alone."""
     return {
-        "processor_config.json": {**parts, "processor_class": "Qwen3VLProcessor"},
-        "preprocessor_config.json": images,
-        "video_preprocessor_config.json": videos,
+        "processor_config.json": {**parts, "processor_class": name},
+        "preprocessor_config.json": parts["image_processor"],
+        "video_preprocessor_config.json": parts["video_processor"],
     }

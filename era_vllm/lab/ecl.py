@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from era_vllm.lab.oracle import LanguageOracle, Segment
+from era_vllm.lab.scout import listen
 
 SHARP: Final = 0.05
 """Share of the entropy that has to go for a fall to be a collapse."""
@@ -43,23 +44,14 @@ def layer_entropies(
 ) -> Float[Tensor, "layers_and_1"]:
     """Return the entropy of a picture's tokens before the first layer and behind each."""
     visual = oracle.is_visual(torch.tensor([list(ids)]), 1)[0]
-    found: list[float] = []
+    found, language = list[float](), oracle.model.model.language_model
 
     def keep(states: Tensor) -> None:
         found.append(matrix_entropy(states[0, visual]))
 
-    layers = oracle.model.model.language_model.layers
     with ExitStack() as stack:
-        for layer in layers:  # what each is given: feature maps are added between layers
-            hook = layer.register_forward_pre_hook(
-                lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-            stack.callback(hook.remove)
-        last = layers[-1].register_forward_hook(
-            lambda _, __, given: keep(given[0] if isinstance(given, tuple) else given)
-        )
-        stack.callback(last.remove)
+        for module in [*language.layers, language.norm]:  # feature maps are added in between
+            stack.callback(listen(module, keep).remove)
         oracle.log_probs(ids, segments, 1, bias=False)
     return torch.tensor(found)
 

@@ -56,8 +56,7 @@ class Scored:
 
     def as_dict(self) -> dict[str, object]:
         """Return JSON values."""
-        flat = asdict(self)
-        return {**flat, "counts": self.counts.by_family}
+        return {**asdict(self), "counts": self.counts.by_family}
 
 
 def scored(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[Scored]:
@@ -67,14 +66,13 @@ def scored(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[Scored]:
     found: list[Scored] = []
     for index, (row, counts) in enumerate(zip(rows, counted, strict=True)):
         compared = base is not None and index != base
-        tokens = sum(given[0].image_tokens for given in row.answers) / len(row.answers)
         seconds = [answer.seconds for given in row.answers for answer in given]
         pair = (counts.kinds, row.answers, rows[base].answers) if compared else None
         found.append(
             Scored(
                 row.variant,
                 row.rate,
-                tokens,
+                row.tokens,
                 sum(seconds) / len(seconds),
                 counts,
                 by_family(counts),
@@ -124,11 +122,7 @@ def markdown(report: Mapping[str, Any], rows: Sequence[Scored], masses: Sequence
     families = rows[0].counts.families
     head = ["policy and options", "rate", *(f"{n} (y/n)" if n in YES_NO else n for n in families)]
     body = [
-        [
-            row.variant,
-            f"{row.rate:g}",
-            *(found.text(".0f") for found in row.families.values()),
-        ]
+        [row.variant, f"{row.rate:g}", *(found.text(".0f") for found in row.families.values())]
         for row in rows
     ]
     asked_row = ["questions", "", *(str(of) for _, of in rows[0].counts.by_family.values())]

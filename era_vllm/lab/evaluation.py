@@ -23,9 +23,6 @@ from era_vllm.lab.asking import Answer, Asker, Subject
 ANSWERS: Final = "answers.jsonl"
 FORMAT: Final = 2
 """Of that file: since 2 each answer's seconds and first token are in it."""
-_BEGINNING: Final = b'{"format": '
-UNPRUNED: Final = "unpruned"
-"""The row at rate 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +40,12 @@ class Variant:
     @property
     def name(self) -> str:
         """Return ``era``, ``era bias=false``."""
-        return " ".join(
-            [self.policy, *(f"{name}={setting(value)}" for name, value in self.options)]
-        )
+        options = (f"{name}={setting(value)}" for name, value in self.options)
+        return " ".join([self.policy, *options])
 
     def row(self, rate: float) -> str:
         """Return the name of its row at a rate; at 0 nothing is pruned, whatever it is."""
-        return self.name if rate else UNPRUNED
+        return self.name if rate else "unpruned"
 
     @property
     def settings(self) -> dict[str, object]:
@@ -64,6 +60,11 @@ class Row:
     variant: str
     rate: float
     answers: list[list[Answer]]
+
+    @property
+    def tokens(self) -> float:
+        """Return the visual tokens of a subject, the mean."""
+        return sum(given[0].image_tokens for given in self.answers) / len(self.answers)
 
 
 class Answers:
@@ -102,7 +103,7 @@ class Answers:
             ) from error
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # the last line may be cut off
-        if not content or (not whole and content.startswith(_BEGINNING)):  # the head was
+        if not content or (not whole and content.startswith(b'{"format": ')):  # the head was
             self._file.truncate(0)
             self._write(head)
             return
@@ -151,8 +152,8 @@ class Answers:
         """Keep the answers to the next subject."""
         known = self.of(variant, rate)
         line: dict[str, Any] = {"variant": variant, "rate": rate, "subject": len(known)}
-        line |= {"tokens": given[0].image_tokens if given else 0}
-        line |= {"texts": [answer.text for answer in given]}
+        line["tokens"] = given[0].image_tokens if given else 0
+        line["texts"] = [answer.text for answer in given]
         line["seconds"] = [round(answer.seconds, 4) for answer in given]
         line["first"] = [_rounded(answer.first) for answer in given]
         known.append(given)

@@ -45,6 +45,8 @@ KINDS: Final[Mapping[TaskFamily, tuple[int, ...]]] = {
     "chart": (CHART,),
 }
 """Family of questions -> kinds of tokens (``train/labels.py``) that an answer is read from."""
+LEARNED: Final[dict[TaskFamily, int]] = {family: QUOTAS[family] for family in KINDS}
+"""Quotas of families that the sample model learned, without yes and no."""
 _WAYS: Final[Mapping[str, Mapping[str, object]]] = {
     "dpp": {},
     "dpp, scout of 2 with injection": {"scout": 2, "scout_injection": True},
@@ -87,10 +89,9 @@ class KnowingAsker(TransformersAsker):
             (scene,) = self._task.items[0].scenes
             known = quality(scene, scene.width // tokens.grid[1], kinds)
             tokens = replace(tokens, signals={**tokens.signals, Signal.RELEVANCE: known})
-            options = tuple(
-                sorted({**dict(config.policy_options), "relevance_weight": 1.0}.items())
-            )
-            config = replace(config, question_aware=True, policy_options=options)
+            options = {**dict(config.policy_options), "relevance_weight": 1.0}
+            given = tuple(sorted(options.items()))
+            config = replace(config, question_aware=True, policy_options=given)
         return segments_of(prune_blocks(tokens, config, rate))
 
 
@@ -105,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.count < 2:
         parser.error(f"--count: got {arguments.count}, allowed: 2 or more")
     material = load_material(split="test")
-    quotas: dict[TaskFamily, int] = {family: QUOTAS[family] for family in KINDS}
-    tasks = draw_tasks(["standard"], arguments.seed, arguments.count, material, quotas)
+    tasks = draw_tasks(["standard"], arguments.seed, arguments.count, material, LEARNED)
     oracle = Oracle(str(CHECKPOINT))
     known: tuple[Known, ...] = ("nothing", "things", "things of the kind asked about")
     cells = [("unpruned", EraConfig(), known[0], 0.0)]

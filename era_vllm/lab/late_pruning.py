@@ -23,23 +23,18 @@ from torch import Tensor, nn
 
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
-from era_vllm.lab.asking import Answer, Subject, chat_ids, cleaned
+from era_vllm.lab.asking import MAX_TOKENS, Answer, Subject, chat_ids, cleaned
+from era_vllm.lab.known_objects import LEARNED
 from era_vllm.lab.oracle import Oracle, Segment, segments_of
 from era_vllm.lab.scores import accuracy, count
 from era_vllm.lab.screen import bar
 from era_vllm.lab.synth.assets import load_material
-from era_vllm.lab.synth.questions import TaskFamily
-from era_vllm.lab.synth.tasks import QUOTAS, draw_tasks
+from era_vllm.lab.synth.tasks import draw_tasks
 from era_vllm.steps.matrix_entropy import matrix_entropy
 from era_vllm.steps.ranking import top
 from era_vllm.steps.similarity import quantize
 
 RATES: Final = (0.778, 0.889, 0.944)
-_MAX_TOKENS: Final = 8
-_QUOTAS: Final[dict[TaskFamily, int]] = {
-    name: QUOTAS[name] for name in ("color", "shape", "count", "number", "word", "chart")
-}
-"""Of questions: families that the sample model learned, without yes and no."""
 _LATE: Final = ("EntropyPrune", "random")
 _EARLY: Final = {"dropped": "dropped", "merged, log-size bias": "merged"}
 """What becomes of the others where the policy prunes -> its option."""
@@ -62,47 +57,42 @@ def at_random(seed: int) -> Choose:
     return choose
 
 
-@dataclass(slots=True)
-class Late:
-    """Prunes behind a layer of the language model while it runs on one prompt with one picture."""
+def answer_late(
+    oracle: Oracle, ids: Sequence[int], whole: Segment, layer: int, choose: Choose, kept: int
+) -> tuple[str, Tensor]:
+    """Prune while the language model runs on a prompt with one picture, unpruned.
 
-    oracle: Oracle
-    layer: int
-    """k: tokens leave before layer k, from 0; >= 1."""
-    choose: Choose
+    Args:
+        layer: k: tokens leave before layer k, from 0; >= 1.
+        kept: How many stay, K.
 
-    def answer(self, ids: Sequence[int], whole: Segment, kept: int) -> tuple[str, Tensor]:
-        """Return the answer, and which tokens stayed.
+    Returns: the answer, and which tokens stayed.
+    """
+    layers = oracle.model.model.language_model.layers
+    visual = oracle.is_visual(torch.tensor([list(ids)]), 1)[0].nonzero()[:, 0]
+    chosen: list[Tensor] = []
 
-        Args:
-            ids: Prompt, with the picture as it is unpruned.
-            kept: How many stay, K.
-        """
-        layers = self.oracle.model.model.language_model.layers
-        visual = self.oracle.is_visual(torch.tensor([list(ids)]), 1)[0].nonzero()[:, 0]
-        chosen: list[Tensor] = []
+    def read(_: nn.Module, __: object, output: Float[Tensor, "1 t c"]) -> None:
+        if not chosen:  # by the prompt, of which an answer's later passes know no more
+            heads = output[0, visual].unflatten(-1, (-1, layers[0].self_attn.head_dim))
+            chosen.append(choose(heads.permute(1, 2, 0)[None], kept)[0])
 
-        def read(_: nn.Module, __: object, output: Float[Tensor, "1 t c"]) -> None:
-            if not chosen:  # by the prompt, of which an answer's later passes know no more
-                heads = output[0, visual].unflatten(-1, (-1, layers[0].self_attn.head_dim))
-                chosen.append(self.choose(heads.permute(1, 2, 0)[None], kept)[0])
+    def without(_: nn.Module, args: object, given: dict[str, Any]) -> object:
+        left = visual[~torch.isin(torch.arange(len(visual)), chosen[0])]
+        mask = given["attention_mask"].clone()
+        mask[..., left] = torch.finfo(mask.dtype).min
+        # A row that nobody reads still needs something to attend to
+        mask[..., left, left] = 0.0
+        return args, {**given, "attention_mask": mask}
 
-        def without(_: nn.Module, args: object, given: dict[str, Any]) -> object:
-            left = visual[~torch.isin(torch.arange(len(visual)), chosen[0])]
-            mask = given["attention_mask"].clone()
-            mask[..., left] = torch.finfo(mask.dtype).min
-            # A row that nobody reads still needs something to attend to
-            mask[..., left, left] = 0.0
-            return args, {**given, "attention_mask": mask}
-
-        with ExitStack() as stack:
-            query = layers[self.layer - 1].self_attn.q_proj
-            stack.callback(query.register_forward_hook(read).remove)
-            for layer in layers[self.layer :]:
-                hook = layer.register_forward_pre_hook(without, with_kwargs=True)
-                stack.callback(hook.remove)
-            said, _ = self.oracle.decode(ids, [whole], _MAX_TOKENS, "original")
-        return said, chosen[0]
+    with ExitStack() as stack:
+        query = layers[layer - 1].self_attn.q_proj
+        stack.callback(query.register_forward_hook(read).remove)
+        for later in layers[layer:]:
+            hook = later.register_forward_pre_hook(without, with_kwargs=True)
+            stack.callback(hook.remove)
+        said, _ = oracle.decode(ids, [whole], MAX_TOKENS, "original")
+    return said, chosen[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +128,7 @@ def measure(oracle: Oracle, subjects: Sequence[Subject], layer: int) -> list[Row
         for number, subject in enumerate(subjects):
             image = subject.media[0].picture()
             (whole,) = segments_of(oracle.reduce([image], EraConfig(), 0.0))
-            late: dict[str, Choose] = dict(
-                zip(_LATE, (most_entropic, at_random(number)), strict=True)
-            )
+            late = {_LATE[0]: most_entropic, _LATE[1]: at_random(number)}
             published: dict[float, Tensor] = {}
             for row in rows:
                 segment, choose = whole, late.get(row.name.rpartition(" ")[2])
@@ -151,9 +139,9 @@ def measure(oracle: Oracle, subjects: Sequence[Subject], layer: int) -> list[Row
                 for question in subject.questions:
                     ids = chat_ids(oracle, question.text, [segment])
                     if choose is None:
-                        said, _ = oracle.decode(ids, [segment], _MAX_TOKENS, "original")
+                        said, _ = oracle.decode(ids, [segment], MAX_TOKENS, "original")
                     else:
-                        said, chosen = Late(oracle, layer, choose).answer(ids, whole, kept)
+                        said, chosen = answer_late(oracle, ids, whole, layer, choose, kept)
                     row.answers[-1].append(Answer(cleaned(said), kept))
                 if row.rate:
                     row.same.append(_overlap(published.setdefault(row.rate, chosen), chosen))
@@ -190,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 1 <= arguments.layer < layers:
         parser.error(f"--layer: got {arguments.layer}, allowed: 1 to {layers - 1}, of {layers}")
     material = load_material(split="test")
-    subjects = draw_tasks(["standard"], arguments.seed, arguments.count, material, _QUOTAS)
+    subjects = draw_tasks(["standard"], arguments.seed, arguments.count, material, LEARNED)
     print(table(subjects, measure(oracle, subjects, arguments.layer)))
 
 

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from era_vllm.config import EraConfig
 from era_vllm.lab.asking import Subject, TransformersAsker
 from era_vllm.lab.calibrate import attend
-from era_vllm.lab.oracle import Oracle, Segment
+from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.screen import bar
 
 
@@ -34,14 +33,6 @@ class Mass:
         return asdict(self)
 
 
-def visual_mass(
-    oracle: Oracle, ids: Sequence[int], segments: Sequence[Segment], config: EraConfig
-) -> Float[Tensor, "layers"]:
-    """Return the share of the last token's attention on visual tokens, mean over heads."""
-    seen = attend(oracle, ids, segments, bias=True, gamma=config.gamma, positions=config.positions)
-    return seen.share[..., -1].mean(1)
-
-
 def measure(
     oracle: Oracle,
     subjects: Sequence[Subject],
@@ -57,8 +48,11 @@ def measure(
     with bar(len(rows) * len(subjects), "attention mass", "picture") as shown:
         for subject in subjects:
             for own, (_, config, rate) in zip(shares, rows, strict=True):
-                for ids, segments in TransformersAsker(oracle, config).prompts(subject, rate):
-                    own.append(visual_mass(oracle, ids, segments, config))
+                for prompt in TransformersAsker(oracle, config).prompts(subject, rate):
+                    seen = attend(
+                        oracle, *prompt, bias=True, gamma=config.gamma, positions=config.positions
+                    )
+                    own.append(seen.share[..., -1].mean(1))  # of the last token, over heads
                 shown.update()
     return [
         Mass(name, rate, torch.stack(own).mean(0).tolist())

@@ -19,13 +19,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from era_vllm.config import EraConfig, Gamma, encoder_layer
+from era_vllm.contracts import query_layer
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.blocks import prune_blocks
 from era_vllm.lab.scout import (
     chat_prefix,
     chat_suffix,
     first_queries,
-    reads_layers,
+    heads_of,
     replace_output,
     scout_relevance,
     scout_signals,
@@ -34,7 +35,7 @@ from era_vllm.pixels import pixel_hash
 from era_vllm.policies import make_policy
 from era_vllm.question import Question
 from era_vllm.steps.merge import average
-from era_vllm.types import PrunedTokens, Signal, VisualTokens
+from era_vllm.types import DEGENERATE_KINDS, PrunedTokens, Signal, VisualTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,13 @@ class LanguageOracle:
         embeds = self.model.get_input_embeddings()(ids)
         visual = self.is_visual(ids, last)
         column = torch.zeros(ids.shape, dtype=torch.float32)
-        maps = embeds[visual][:, :0]
+        deep: dict[str, object] = {}
         if segments:
             rows = torch.cat([segment.embeds for segment in segments]).to(embeds.dtype)
-            width = embeds.shape[-1]
-            embeds[visual], maps = rows[:, :width], rows[:, width:]
+            embeds[visual], *maps = rows.split(embeds.shape[-1], -1)
             column[visual] = torch.cat([segment.log_bias for segment in segments])
+            if maps:  # feature maps, level by level
+                deep = {"visual_pos_masks": visual, "deepstack_visual_embeds": maps}
         length = ids.shape[1]
         causal = torch.full((length, length), torch.finfo(self.dtype).min).triu(1)
 
@@ -117,7 +119,7 @@ class LanguageOracle:
                 attention_mask=mask(torch.full((1,), float(bias))),
                 position_ids=self.position_ids(visual[0], segments, positions)[..., None, :],
                 use_cache=False,
-                **_deep(visual, maps, embeds.shape[-1]),
+                **deep,
             ).last_hidden_state
         return self.model.lm_head(hidden[0, -last:]).float().log_softmax(-1)
 
@@ -252,7 +254,7 @@ class Oracle(LanguageOracle):
         rows = slice(0, 1) if config.attention_queries == "cls" else slice(None)
         side = hf.vision_config.image_size // hf.vision_config.patch_size
         prefix = config.scout_prefix
-        if prefix is None and reads_layers(config):
+        if prefix is None and (config.scout or query_layer(make_policy(config)) > 1):
             prefix = chat_prefix(self.processor, self.image_token)
         asked = list(questions or [()] * len(images))
         if config.scout and any(asked):
@@ -332,12 +334,11 @@ class Oracle(LanguageOracle):
             bias = torch.zeros(tokens.n)
             return [Segment(embeds, bias, anchors[0], tokens.n) for embeds in tokens.embeds]
         clusters = policy.assign(seen, anchors)
-        embeds = average(tokens.embeds, clusters)
-        rows = zip(embeds, policy.log_bias(seen, clusters), anchors, strict=True)
-        segments = [Segment(*row, tokens.n) for row in rows]
-        if tokens.riders is None:
-            return segments
-        return _with_states(segments, average(tokens.riders, clusters))
+        embeds, bias = average(tokens.embeds, clusters), policy.log_bias(seen, clusters)
+        riders = None if tokens.riders is None else average(tokens.riders, clusters)
+        counts = torch.zeros(DEGENERATE_KINDS, dtype=torch.int64)
+        found = PrunedTokens(embeds, bias, anchors, clusters.assignment, counts, riders)
+        return segments_of(found)
 
     def prompt_ids(
         self, text: str, num_anchors: Sequence[int], *, add_special_tokens: bool = True
@@ -402,13 +403,7 @@ def first_relevance(
         return torch.zeros(len(embeds))
     attention: Any = layers[0].self_attn
     words = table(torch.tensor(question, device=embeds.device))
-    made: list[Tensor] = []
-    for name, states in (("q", words), ("k", embeds)):
-        rows = getattr(attention, f"{name}_proj")(layers[0].input_layernorm(states))
-        rows = rows.unflatten(-1, (-1, attention.head_dim))
-        norm = getattr(attention, f"{name}_norm", None)
-        made.append((rows if norm is None else norm(rows)).float())
-    query, key = made
+    query, key = heads_of(layers[0], "q", words), heads_of(layers[0], "k", embeds)
     of_words: list[Tensor] = []
     for word in query:
         heads = [
@@ -422,13 +417,6 @@ def first_relevance(
 
 def _is_mrope(config: Any) -> bool:  # noqa: ANN401  # Hugging Face's, of any family
     return "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {})
-
-
-def _deep(visual: Bool[Tensor, "1 t"], maps: Float[Tensor, "v r"], width: int) -> dict[str, object]:
-    """Return the arguments of a language model that is given feature maps, level by level."""
-    if not maps.shape[1]:
-        return {}
-    return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(maps.split(width, -1))}
 
 
 def _give_mask(layer: nn.Module, mask: Float[Tensor, "1 hq t t"]) -> RemovableHandle:
@@ -446,11 +434,5 @@ def segments_of(pruned: PrunedTokens) -> list[Segment]:
     segments = [Segment(*row, pruned.assignment.shape[1]) for row in rows]
     if pruned.riders is None or pruned.anchors.shape == pruned.assignment.shape:
         return segments
-    return _with_states(segments, pruned.riders)
-
-
-def _with_states(segments: Sequence[Segment], of_layers: Float[Tensor, "s a k_d"]) -> list[Segment]:
-    return [
-        replace(segment, states=own.unflatten(-1, (-1, segment.embeds.shape[-1])))
-        for segment, own in zip(segments, of_layers, strict=True)
-    ]
+    states = pruned.riders.unflatten(-1, (-1, pruned.embeds.shape[-1]))
+    return [replace(one, states=own) for one, own in zip(segments, states, strict=True)]

@@ -67,7 +67,7 @@ class Case:
 
 def name_of(level: Level) -> str:
     """Return a level's name, or its rate."""
-    return level.name or f"{level.rate:g}"
+    return level.name or f"{level.rate:g}" if level.rate else "off"
 
 
 def verdict(
@@ -109,11 +109,7 @@ def table(whole: Level, pruned: Sequence[Level]) -> list[list[str]]:
     """Return head and rows; an interval stands behind its value in brackets."""
     rows = [[*_HEAD]]
     for level in (whole, *pruned):
-        first = [
-            name_of(level) if level.rate else "off",
-            f"{level.rate:g}",
-            f"{level.tokens:.0f}",
-        ]
+        first = [name_of(level), f"{level.rate:g}", f"{level.tokens:.0f}"]
         if level is whole:
             rows.append([*first, *["-"] * (len(_HEAD) - len(first))])
             continue
@@ -158,7 +154,11 @@ def page(
     lines = "".join(f"<p>{_marked(line)}</p>" for line in rest)
     title = f"Pruning rate for {escape(head['model'])}"
     origin = ", ".join(str(head[key]) for key in ("hardware", "date") if head.get(key))
-    shown = "".join(_section(name, some) for name, some in cases.items())
+    none = "<p>None: every answer has the same words.</p>"
+    shown = "".join(
+        f"<h2>{escape(name)}</h2>{''.join(map(_case, some)) or none}"
+        for name, some in cases.items()
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
@@ -167,7 +167,7 @@ def page(
 <code>{escape(head["command"])}</code>; {escape(origin)}</p>
 <div class="verdict{"" if best else " none"}"><p><strong>{escape(first)}</strong></p>{lines}</div>
 <h2>Agreement over the visual tokens of a picture</h2>{_plot(whole, pruned, best, head["target"])}
-<h2>Levels</h2>{_html(table(whole, pruned), [None, whole, *pruned], best)}
+<h2>Levels</h2>{_html(table(whole, pruned), [whole, *pruned], best)}
 <p class="faint"><b>Agreement</b>: an unpruned answer of up to {SHORT} words is the same or is not,
 of a longer one the F1 of the words counts. <b>KL</b>: of the first token of an answer from the
 unpruned one, nats. <b>Time</b>: of a question, others under way beside it. Intervals: 95 %,
@@ -187,11 +187,11 @@ def _marked(line: str) -> str:
     return f"{escape(name)}: {parts}"
 
 
-def _html(rows: Sequence[Sequence[str]], levels: Sequence[Level | None], best: Level | None) -> str:
+def _html(rows: Sequence[Sequence[str]], levels: Sequence[Level], best: Level | None) -> str:
     head, *body = rows
     found = ["<tr>", *(f"<th>{escape(cell)}</th>" for cell in head), "</tr>"]
-    for row, level in zip(body, levels[1:], strict=True):
-        found.append('<tr class="best">' if best is not None and level is best else "<tr>")
+    for row, level in zip(body, levels, strict=True):
+        found.append('<tr class="best">' if level is best else "<tr>")
         for cell in row:
             value, bracket, interval = cell.partition(" (")
             unit = " %" if interval.endswith("%") else ""
@@ -244,17 +244,12 @@ def _plot(whole: Level, pruned: Sequence[Level], best: Level | None, target: flo
             f'<circle cx="{at}" cy="{y(found.value):.1f}" r="{6 if level is best else 4}" '
             f'fill="#2e6fe4"/><text x="{at}" y="{bottom + 18}" text-anchor="middle"{bold}>'
             f'{level.tokens:.0f}</text><text x="{at}" y="{bottom + 34}" text-anchor="middle"'
-            f'{bold} fill="#667">{escape(name_of(level) if level.rate else "off")}</text>'
+            f'{bold} fill="#667">{escape(name_of(level))}</text>'
         )
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img" style="max-width:100%" '
         f'font-size="12" font-family="system-ui, sans-serif">{"".join(parts)}</svg>'
     )
-
-
-def _section(title: str, cases: Sequence[Case]) -> str:
-    body = "".join(map(_case, cases)) or "<p>None: every answer has the same words.</p>"
-    return f"<h2>{escape(title)}</h2>{body}"
 
 
 def _case(case: Case) -> str:

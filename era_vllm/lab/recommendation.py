@@ -10,13 +10,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from era_vllm.lab.evaluation import Row
 from era_vllm.lab.media import Medium
-from era_vllm.lab.scores import Estimate, divergence, estimate, kl, ratio, share
+from era_vllm.lab.scores import Estimate, agreement, alike, divergence, estimate, kl, ratio
 
 SHORT: Final = 5
 """Words of an unpruned answer up to which another one is the same or is not."""
@@ -46,8 +46,6 @@ PROMPTS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }
 """Kind of pictures -> what they are asked, where the user names no questions."""
-
-
 DRAWS: Final = 4000
 _NO_BLANKS: Final = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -170,38 +168,28 @@ def levels(
     named = {rate: name for name, rate in names.items()}
     kinds = ("picture",) * len(whole.answers)
     asked = [len(given) for given in whole.answers]
-    before, before_s = _tokens(whole), _seconds(whole)
+    before_s = _seconds(whole)
     found: list[Level] = []
     for row in rows:
-
-        def sums(of: Any, row: Row = row) -> list[float]:
-            return [
-                sum(float(of(a.text, b.text)) for a, b in zip(*both, strict=True))
-                for both in zip(whole.answers, row.answers, strict=True)
-            ]
-
         seconds = _seconds(row)
-        agreement, sure = posterior(sums(likeness), asked, target)
+        both = whole.answers, row.answers
+        agreed, sure = posterior(alike(*both, likeness), asked, target)
         found.append(
             Level(
                 row.rate,
                 named.get(row.rate),
-                _tokens(row),
+                row.tokens,
                 sum(seconds) / sum(asked),
-                1 - _tokens(row) / before,
+                1 - row.tokens / whole.tokens,
                 estimate(1 - ratio(kinds, seconds, asked) / ratio(kinds, before_s, asked)),
-                agreement,
+                agreed,
                 sure,
-                share(ratio(kinds, sums(is_same), asked), len(kinds)),
-                share(ratio(kinds, sums(word_f1), asked), len(kinds)),
+                agreement(kinds, *both, is_same),
+                agreement(kinds, *both, word_f1),
                 divergence(kinds, row.answers, whole.answers),
             )
         )
     return found[0], found[1:]
-
-
-def _tokens(row: Row) -> float:
-    return sum(given[0].image_tokens for given in row.answers) / len(row.answers)
 
 
 def _seconds(row: Row) -> list[float]:

@@ -13,6 +13,7 @@ Leaves out: how pictures are made (`synth/`), which is imported only to make the
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,13 +30,12 @@ SEEDS: Final = range(12)
 QUESTIONS_PER_SAMPLE: Final = 4
 TASKS: Final = {"picture": 4, "several": 4, "film": 4}
 _TASK_SEED: Final = 1
-_INDEX: Final = "samples.json"
-_TASK_INDEX: Final = "tasks.json"
-_ABOUT: Final = (
-    "First picture of each of the seeds 0 to 11, on held-out photos and digits (see the model "
-    "card, checkpoint/README.md)."
-)
-_TASK_ABOUT: Final = f"Tasks 0 to 3 of each kind, seed {_TASK_SEED}, on held-out photos and digits."
+_ABOUT: Final = {
+    "samples": "First picture of each of the seeds 0 to 11, on held-out photos and digits (see the "
+    "model card, checkpoint/README.md).",
+    "tasks": f"Tasks 0 to 3 of each kind, seed {_TASK_SEED}, on held-out photos and digits.",
+}
+"""Name of an index, and of what is in it."""
 _PLAIN: Final = (
     "A plain range, not picked by what a model answers. Made by: python -m era_vllm.lab.samples"
 )
@@ -73,7 +73,7 @@ def load_samples() -> tuple[Sample, ...]:
 
     Source: era_vllm/lab/samples/samples.json.
     """
-    return _loaded(_INDEX, "samples")
+    return _loaded("samples")
 
 
 def load_task_samples() -> tuple[Sample, ...]:
@@ -81,15 +81,15 @@ def load_task_samples() -> tuple[Sample, ...]:
 
     Source: era_vllm/lab/samples/tasks.json.
     """
-    return _loaded(_TASK_INDEX, "tasks")
+    return _loaded("tasks")
 
 
-def _loaded(index: str, key: str) -> tuple[Sample, ...]:
+def _loaded(name: str) -> tuple[Sample, ...]:
     from era_vllm.lab.synth.questions import Question
 
     folder = resources.files("era_vllm.lab").joinpath("samples")
     found: list[Sample] = []
-    for entry in json.loads(folder.joinpath(index).read_text(encoding="utf-8"))[key]:
+    for entry in json.loads(folder.joinpath(f"{name}.json").read_text(encoding="utf-8"))[name]:
         files = tuple(entry.get("files") or [entry["file"]])
         kinds = ("video" if file.endswith(".mp4") else "image" for file in files)
         data = (folder.joinpath(file).read_bytes() for file in files)
@@ -101,37 +101,35 @@ def _loaded(index: str, key: str) -> tuple[Sample, ...]:
 
 
 def write_samples(folder: Path) -> None:
-    """Make the sample pictures anew, with their index.
+    """Make the sample pictures and tasks anew, with their indexes.
 
     Raises:  ConfigError: the lab packages are not installed.
-    Mutates: PNG files and samples.json in folder, which is made if need be.
+    Mutates: PNG, MP4 and JSON files in folder, which is made if need be.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, entries in {"samples": _pictures(folder), "tasks": _tasks(folder)}.items():
+        index = {"about": f"{_ABOUT[name]} {_PLAIN}", "credits": _CREDITS, name: [*entries]}
+        (folder / f"{name}.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _pictures(folder: Path) -> Iterator[dict[str, object]]:
+    """Write the pictures; yield what the index says of each."""
     from era_vllm.lab.synth.dataset import generate
 
-    folder.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, object]] = []
     for seed in SEEDS:
         (example,) = generate(1, seed, questions_per_image=QUESTIONS_PER_SAMPLE)
         file = f"sample_{seed:02d}.png"
         example.image.save(folder / file, optimize=True)
         questions = [asdict(question) for question in example.questions]
         photo = example.scene.backdrop.photo
-        entries.append({"file": file, "seed": seed, "photo": photo, "questions": questions})
-    _write_index(folder / _INDEX, _ABOUT, {"samples": entries})
+        yield {"file": file, "seed": seed, "photo": photo, "questions": questions}
 
 
-def write_task_samples(folder: Path) -> None:
-    """Make the sample tasks anew, with their index.
-
-    Raises:  ConfigError: the lab packages are not installed.
-    Mutates: PNG and MP4 files and tasks.json in folder, which is made if need be.
-    """
+def _tasks(folder: Path) -> Iterator[dict[str, object]]:
     from era_vllm.lab.synth.assets import load_material
     from era_vllm.lab.synth.tasks import KINDS, draw_task
 
-    folder.mkdir(parents=True, exist_ok=True)
     material = load_material(split="test")
-    entries: list[dict[str, object]] = []
     for kind in KINDS:
         for number in range(TASKS.get(kind, 0)):
             task = draw_task(kind, _TASK_SEED, number, material)
@@ -141,13 +139,7 @@ def write_task_samples(folder: Path) -> None:
                 files.append(f"{kind}_{number}_{place}.{ending}")
                 (folder / files[-1]).write_bytes(medium.data)
             questions = [asdict(question) for question in task.questions[:QUESTIONS_PER_SAMPLE]]
-            entries.append({"kind": kind, "files": files, "questions": questions})
-    _write_index(folder / _TASK_INDEX, _TASK_ABOUT, {"tasks": entries})
-
-
-def _write_index(file: Path, about: str, entries: dict[str, list[dict[str, object]]]) -> None:
-    index = {"about": f"{about} {_PLAIN}", "credits": _CREDITS, **entries}
-    file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            yield {"kind": kind, "files": files, "questions": questions}
 
 
 def main() -> None:
@@ -155,9 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the sample pictures and tasks anew.")
     here, text = Path(__file__).parent / "samples", "(default: the folder in the package)"
     parser.add_argument("--out", type=Path, default=here, help=text)
-    out = parser.parse_args().out
-    write_samples(out)
-    write_task_samples(out)
+    write_samples(parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ subject. Leaves out who is asked (``asking.py``, ``evaluation.py``) and the page
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import eq
 from typing import Any, Final
 
 import numpy as np
@@ -19,8 +20,8 @@ from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import TASK_FAMILIES, YES_NO
 
 RESAMPLES: Final = 2000
-_SEED: Final = 0
-_TAILS: Final = (2.5, 97.5)
+Given = Sequence[Sequence[Answer]]
+"""Answers of a row: to each subject's questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,14 @@ class Counts:
         pairs = zip(self.right.sum(0).tolist(), self.asked.sum(0).tolist(), strict=True)
         return dict(zip(self.families, pairs, strict=True))
 
-    def mean(self, weights: "np.ndarray[Any, Any]", *, yes_no: bool = False) -> Any:
-        """Return the mean over families, each counting the same, 0 to 1.
+    def mean(self, *, yes_no: bool = False) -> Any:
+        """Return the mean over families, each counting the same, 0 to 1, in each resample.
 
-        Args:
-            weights: How often each subject counts, [resamples, subjects].
-            yes_no: Over the families that chance answers half of, instead of all others.
-        Returns: [resamples]; a family that a resample does not ask is left out of it, NaN where
-            it asks none.
+        A family that a resample does not ask is left out of it, NaN where it asks none.
+
+        Args:    yes_no: Over the families that chance answers half of, instead of all others.
         """
+        weights = resampled(self.kinds)
         chosen = [place for place, name in enumerate(self.families) if (name in YES_NO) == yes_no]
         asked, right = (weights @ of[:, chosen] for of in (self.asked, self.right))
         there = asked > 0
@@ -94,7 +94,7 @@ class Estimate:
         return f"{value} ({low} to {high})"
 
 
-def count(subjects: Sequence[Subject], answers: Sequence[Sequence[Answer]]) -> Counts:
+def count(subjects: Sequence[Subject], answers: Given) -> Counts:
     """Count exact matches."""
     shape = len(subjects), len(TASK_FAMILIES)
     right, asked = np.zeros(shape, int), np.zeros(shape, int)
@@ -116,7 +116,7 @@ def resampled(kinds: tuple[str, ...]) -> "np.ndarray[Any, Any]":
     Returns: [1 + RESAMPLES, subjects], as many of each kind as there are; the same for the same
         kinds. Not to be written to.
     """
-    lots, named = np.random.default_rng(_SEED), np.array(kinds)
+    lots, named = np.random.default_rng(0), np.array(kinds)
     found = np.ones((1 + RESAMPLES, len(kinds)), int)
     for kind in dict.fromkeys(kinds):
         here = np.flatnonzero(named == kind)
@@ -126,7 +126,7 @@ def resampled(kinds: tuple[str, ...]) -> "np.ndarray[Any, Any]":
 
 def estimate(values: "np.ndarray[Any, Any]") -> Estimate:
     """Return the first value with the interval of the others, NaN left out."""
-    low, high = np.nanpercentile(values[1:], _TAILS)
+    low, high = np.nanpercentile(values[1:], (2.5, 97.5))
     return Estimate(float(values[0]), float(low), float(high))
 
 
@@ -155,7 +155,7 @@ def accuracy(counts: Counts, *, yes_no: bool = False) -> Estimate | None:
     """Return the mean over families with its interval; None where none of them was asked."""
     if not any((name in YES_NO) == yes_no for name in counts.families):
         return None
-    return share(counts.mean(resampled(counts.kinds), yes_no=yes_no), len(counts.kinds))
+    return share(counts.mean(yes_no=yes_no), len(counts.kinds))
 
 
 def by_family(counts: Counts) -> dict[TaskFamily, Estimate]:
@@ -171,8 +171,7 @@ def difference(counts: Counts, other: Counts) -> Estimate | None:
     """Return by how much the first is better over the same subjects, paired; None as above."""
     if not any(name not in YES_NO for name in counts.families):
         return None
-    weights = resampled(counts.kinds)
-    return estimate(counts.mean(weights) - other.mean(weights))
+    return estimate(counts.mean() - other.mean())
 
 
 def difference_of_all(counts: Counts, other: Counts) -> Estimate:
@@ -181,21 +180,20 @@ def difference_of_all(counts: Counts, other: Counts) -> Estimate:
     return estimate(ratio(counts.kinds, gained, counts.asked.sum(1)))
 
 
+def alike(answers: Given, others: Given, how: Callable[[str, str], float] = eq) -> list[float]:
+    """Return how alike two rows' answers to each subject are, all questions together."""
+    return [sum(float(how(a.text, b.text)) for a, b in pairs) for pairs in _pairs(answers, others)]
+
+
 def agreement(
-    kinds: tuple[str, ...],
-    answers: Sequence[Sequence[Answer]],
-    others: Sequence[Sequence[Answer]],
+    kinds: tuple[str, ...], answers: Given, others: Given, how: Callable[[str, str], float] = eq
 ) -> Estimate:
-    """Return the fraction of answers that are the same, right or wrong."""
-    same = [[float(a.text == b.text) for a, b in pairs] for pairs in _pairs(answers, others)]
-    return share(ratio(kinds, [sum(row) for row in same], list(map(len, same))), len(same))
+    """Return how alike the answers are, the mean: by default the fraction that is the same."""
+    asked = list(map(len, answers))
+    return share(ratio(kinds, alike(answers, others, how), asked), len(kinds))
 
 
-def divergence(
-    kinds: tuple[str, ...],
-    answers: Sequence[Sequence[Answer]],
-    others: Sequence[Sequence[Answer]],
-) -> Estimate | None:
+def divergence(kinds: tuple[str, ...], answers: Given, others: Given) -> Estimate | None:
     """Return the mean KL of first tokens from the others', nats; None where none was told."""
     found = [
         [kl(b.first, a.first) for a, b in pairs if a.first and b.first]
@@ -206,9 +204,7 @@ def divergence(
     return estimate(ratio(kinds, list(map(sum, found)), list(map(len, found))))
 
 
-def _pairs(
-    answers: Sequence[Sequence[Answer]], others: Sequence[Sequence[Answer]]
-) -> list[list[tuple[Answer, Answer]]]:
+def _pairs(answers: Given, others: Given) -> list[list[tuple[Answer, Answer]]]:
     return [list(zip(*both, strict=True)) for both in zip(answers, others, strict=True)]
 
 

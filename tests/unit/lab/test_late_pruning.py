@@ -11,7 +11,7 @@ pytest.importorskip("skimage", reason="needs scikit-image (the lab extra)")
 from era_vllm.config import EraConfig
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.asking import chat_prompt
-from era_vllm.lab.late_pruning import RATES, Late, measure, most_entropic, table
+from era_vllm.lab.late_pruning import RATES, answer_late, measure, most_entropic, table
 from era_vllm.lab.oracle import Oracle, segments_of
 from era_vllm.lab.samples import load_samples
 from era_vllm.lab.synth.assets import load_material
@@ -46,7 +46,7 @@ def test_what_leaves_is_seen_below_and_by_nobody_above(
     (whole,) = segments_of(oracle.reduce([image], EraConfig(), 0.0))
     text = chat_prompt(oracle.processor, QUESTION)
     ids = oracle.prompt_ids(text, [144], add_special_tokens=False)
-    _, chosen = Late(oracle, layer, most_entropic).answer(ids, whole, 16)
+    _, chosen = answer_late(oracle, ids, whole, layer, most_entropic, 16)
     assert len(chosen) == 16
     first = ids.index(oracle.image_token)
     gone = sorted(set(range(144)) - set(chosen.tolist()))
