@@ -9,7 +9,7 @@ Leaves out the loop (``loop.py``).
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.synth.questions import FAMILIES, TaskFamily
 from era_vllm.lab.synth.tasks import Kind, Task
-from era_vllm.lab.train.arch import Architecture, Learner, save_weights
+from era_vllm.lab.train.arch import Learner, save_weights
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.labels import THINGS, label, things
@@ -50,17 +50,28 @@ _OF_CLASS: Final = 10.0
 QUOTAS: Final[Mapping[TaskFamily, int]] = {
     **dict.fromkeys(FAMILIES, 1), "exist": 2, "count": 2, "spatial": 2, "where": 2, "chart": 2
 }  # fmt: skip
-_NAMES: Final = (
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.language_model.", "language_model.model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("lm_head.", "language_model.lm_head."),
-)
-"""transformers' names of weights, and those that vLLM reads too."""
+_NAMES: Final = {
+    "model.vision_tower": "vision_tower.vision_model",
+    "model.language_model": "language_model.model",
+    "model.multi_modal_projector": "multi_modal_projector",
+    "lm_head": "language_model.lm_head",
+}
+"""transformers' names of modules, and those that vLLM reads too."""
 
 
-class LlavaLearner(Learner):
+class Llava(Learner):
     """The model, heads of its patches, and one of its class token."""
+
+    form = FORM
+    dev: ClassVar[Mapping[Kind, int]] = {"standard": 160}
+    recipe = Recipe(
+        tower=20_000,
+        small=20_000,
+        alone=Stage({"standard": 1.0}, {"standard": 24}),
+        first=Stage({"standard": 1.0}, {"standard": 16}),
+        then=Stage({"standard": 1.0}, {"standard": 16}),
+        quotas=QUOTAS,
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,53 +100,32 @@ class LlavaLearner(Learner):
         embeds = embeds.masked_scatter((batch.ids == _IMAGE)[..., None], projected)
         return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
 
-
-class Llava(Architecture):
-    """What the loop is given."""
-
-    name = "llava"
-    form = FORM
-    dev: Mapping[Kind, int] = {"standard": 160}
-    recipe = Recipe(
-        tower=20_000,
-        small=20_000,
-        alone=Stage({"standard": 1.0}, {"standard": 24}),
-        first=Stage({"standard": 1.0}, {"standard": 16}),
-        then=Stage({"standard": 1.0}, {"standard": 16}),
-        quotas=QUOTAS,
-    )
-
-    def tokenizer(self) -> "Tokenizer":
+    @staticmethod
+    def tokenizer() -> "Tokenizer":
         """Load the shipped checkpoint's."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 
-    def learner(self) -> Learner:
-        return LlavaLearner()
-
-    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+    @staticmethod
+    def batch(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
         return pictures(tasks, rows, _PAD)
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """Write the weights beside copies of the shipped checkpoint's other files."""
         folder.mkdir(parents=True, exist_ok=True)
         for file in CHECKPOINT.iterdir():
             if file.suffix in {".json", ".jinja"}:
                 shutil.copyfile(file, folder / file.name)
-        weights = {shared_name(name): weight for name, weight in model.state_dict().items()}
+        weights = {
+            f"{shared}.{name}": weight
+            for own, shared in _NAMES.items()
+            for name, weight in self.model.get_submodule(own).state_dict().items()
+        }
         save_weights(weights, folder / "model.safetensors")
 
 
-ARCH: Final = Llava()
-
-
-def shared_name(name: str) -> str:
-    """Return the name of a weight that transformers accepts and vLLM reads."""
-    for own, shared in _NAMES:
-        if name.startswith(own):
-            return shared + name.removeprefix(own)
-    return name
+ARCH: Final = Llava
 
 
 def pictures(tasks: Sequence[Task], rows: Sequence[Row], pad: int) -> Batch:

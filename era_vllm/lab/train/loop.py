@@ -26,7 +26,7 @@ from era_vllm.lab.screen import interval_s
 from era_vllm.lab.synth.assets import load_material, with_bent_digits
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import TASK_FAMILIES, Kind, draw_task
-from era_vllm.lab.train.arch import Architecture, Learner, architecture
+from era_vllm.lab.train.arch import Learner, architecture
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.curve import append, cut, draw
 from era_vllm.lab.train.ranks import Ranks
@@ -130,26 +130,25 @@ def run(settings: Settings, ranks: Ranks, address: str = "") -> list[float]:
 class _Training:
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
         self.settings, self.ranks = settings, ranks
-        self.arch = architecture(settings.arch)
         torch.manual_seed(settings.seed)
-        self.model = self.arch.learner()
+        self.model = architecture(settings.arch)()
         if settings.weights is not None:
             self.model.read(settings.weights)
         self.model.to(settings.device)
         self.average = Average(self.model)
-        self.optimizers = self.arch.optimizers(self.model, ranks, settings.lr)
+        self.optimizers = self.model.optimizers(ranks, settings.lr)
         self.progress = Progress(settings.arch, settings.seed)
         if settings.resume:
             self.progress = load(
                 settings.out, self.progress, self.model, self.average, self.optimizers
             )
         self.progress.from_text |= settings.from_text
-        self.recipe = settings.recipe or self.arch.recipe
+        self.recipe = settings.recipe or self.model.recipe
         if self.progress.from_text:
             self.recipe = replace(self.recipe, tower=0, small=0)
         if ranks.first:
             cut(settings.out, self.progress.step)
-        self.words = self.arch.tokenizer()
+        self.words = self.model.tokenizer()
         self.material = with_bent_digits(load_material(split="train"))
         self.stopped = False
         self.sums: dict[str, list[float]] = defaultdict(list)
@@ -198,9 +197,9 @@ class _Training:
         ]
         lots = random.Random(f"packing {settings.seed} {progress.step} {ranks.rank}")
         if lesson.with_text:
-            batch = self.arch.asked(tasks, self.words, lots, lesson.wordy)
+            batch = self.model.asked(tasks, self.words, lots, lesson.wordy)
         else:
-            batch = self.arch.batch(tasks)
+            batch = self.model.batch(tasks)
         self._set_rate(minutes)
         with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
             found = self.model.losses(batch.to(settings.device))
@@ -277,14 +276,14 @@ class _Training:
             out = self.settings.out
             save(out, self.progress, self.model, self.average, self.optimizers)
             self.average.swap()
-            self.arch.export(self.model.model, out / EXPORT)
+            self.model.export(out / EXPORT)
             self.average.swap()
 
     def _dev(self) -> None:
         """Ask held-out questions with the averaged weights; each rank a share."""
         self.average.swap()
         try:
-            correct = accuracy(self.arch, self.model, self.ranks, self.arch.dev, DEV_SEED)
+            correct = accuracy(self.model, self.ranks, self.model.dev, DEV_SEED)
         finally:
             self.average.swap()
         if self.ranks.first:
@@ -293,7 +292,6 @@ class _Training:
 
 
 def accuracy(
-    arch: Architecture,
     model: Learner,
     ranks: Ranks,
     counts: Mapping[Kind, int],
@@ -305,7 +303,7 @@ def accuracy(
     Args:    counts: tasks by kind.   extra: words of filler before pictures and questions.
     Returns: right and asked, by family.
     """
-    tokenizer, material = arch.tokenizer(), load_material(split="test")
+    tokenizer, material = model.tokenizer(), load_material(split="test")
     counted: dict[TaskFamily, list[int]] = {family: [0, 0] for family in TASK_FAMILIES}
     device = next(model.parameters()).device
     for kind, count in counts.items():
@@ -315,7 +313,7 @@ def accuracy(
         ]
         for start in range(0, len(tasks), _DEV_BATCH):
             some = tasks[start : start + _DEV_BATCH]
-            batch = arch.asked(some, tokenizer, random.Random(start), extra=extra)
+            batch = model.asked(some, tokenizer, random.Random(start), extra=extra)
             _count(batch.to(device), model, counted)
     flat = torch.tensor(list(counted.values()))
     (flat,) = ranks.added([flat])
