@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.synth.questions import FAMILIES, TaskFamily
@@ -94,11 +93,9 @@ class Llava(Learner):
         return {**found, "tower": found["tower"] + _OF_CLASS * of_class, "class": of_class}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        language = self.model.model.language_model
-        embeds = language.embed_tokens(batch.ids)
-        projected = self.model.model.multi_modal_projector(outputs[0]).to(embeds.dtype)
-        embeds = embeds.masked_scatter((batch.ids == _IMAGE)[..., None], projected)
-        return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
+        model, visual = self.model.model, batch.ids == _IMAGE
+        seen = [model.multi_modal_projector(outputs[0])]
+        return last_states(model.language_model, batch, batch.positions[0], visual, seen)
 
     @staticmethod
     def tokenizer() -> "Tokenizer":

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from era_vllm.lab.dummy_qwen import processor_files
 from era_vllm.lab.synth.film import Item
@@ -157,11 +156,8 @@ class Qwen3VL(Learner):
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
         language = self.model.model.language_model
-        visual = ((batch.ids == words.IMAGE) | (batch.ids == words.VIDEO))[..., None]
-        embeds = language.embed_tokens(batch.ids)
-        embeds = embeds.masked_scatter(visual, outputs[0].to(embeds.dtype))
-        maps = [(visual, level) for level in outputs[1:]]
-        return last_states(language, embeds, batch, batch.positions, apply_rotary_pos_emb, maps)
+        visual = (batch.ids == words.IMAGE) | (batch.ids == words.VIDEO)
+        return last_states(language, batch, batch.positions, visual, outputs)
 
     @staticmethod
     def batch(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:

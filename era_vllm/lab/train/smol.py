@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from era_vllm.lab import CHECKPOINT, smol
 from era_vllm.lab.synth.assets import SHAPES, WORDS
@@ -182,11 +181,8 @@ class Smol(Learner):
         return {"tower": loss, "cosine": cosine[batch.labels[0] > 0].mean().detach()}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        language = self._given[1].model
-        embeds = language.embed_tokens(batch.ids)
-        seen = outputs[0].to(embeds.dtype)
-        embeds = embeds.masked_scatter((batch.ids == self._mark)[..., None], seen)
-        return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
+        language, visual = self._given[1].model, batch.ids == self._mark
+        return last_states(language, batch, batch.positions[0], visual, outputs)
 
     def scored(self, states: Tensor) -> Tensor:
         return self._given[1].lm_head(states)
