@@ -119,11 +119,8 @@ def load_material(backgrounds: Path | None = None, split: Split = "test") -> Mat
     """
     if split not in _PHOTOS:
         raise ConfigError(unknown_name("split", split, _PHOTOS))
-    photos = _photo_files(split) if backgrounds is None else _folder_files(Path(backgrounds))
-    return Material(
-        photos={photo.name: _load_photo(photo) for photo in photos},
-        digits=_load_digits(split),
-    )
+    files = _photo_files(split) if backgrounds is None else _folder_files(Path(backgrounds))
+    return Material({file.name: _load_photo(file) for file in files}, _load_digits(split))
 
 
 def _photo_files(split: Split) -> Sequence[Path]:

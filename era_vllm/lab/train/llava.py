@@ -58,6 +58,22 @@ _NAMES: Final = {
 """transformers' names of modules, and those that vLLM reads too."""
 
 
+def pictures(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+    """Return pictures of one size, alone or with a packed row for each."""
+    scenes = [task.items[0].scenes[0] for task in tasks]
+    frames = [np.asarray(task.items[0].frames[0], np.float32) for task in tasks]
+    pixels = (np.stack(frames) / 255 - _MEAN) / _STD
+    labels = np.concatenate([label(scene, FORM.side) for scene in scenes], 1)
+    return Batch(
+        pixels=torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy()),
+        grids=torch.empty(0, 3, dtype=torch.int64),
+        labels=torch.from_numpy(labels),
+        present=torch.from_numpy(np.stack([things(scene) for scene in scenes])),
+        rows=tuple(rows),
+        **padded(rows, _PAD),
+    )
+
+
 class Llava(Learner):
     """The model, heads of its patches, and one of its class token."""
 
@@ -71,6 +87,7 @@ class Llava(Learner):
         then=Stage({"standard": 1.0}, {"standard": 16}),
         quotas=QUOTAS,
     )
+    batch = staticmethod(pictures)
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,10 +121,6 @@ class Llava(Learner):
 
         return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 
-    @staticmethod
-    def batch(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        return pictures(tasks, rows, _PAD)
-
     def export(self, folder: Path) -> None:
         """Write the weights beside copies of the shipped checkpoint's other files."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,19 +136,3 @@ class Llava(Learner):
 
 
 ARCH: Final = Llava
-
-
-def pictures(tasks: Sequence[Task], rows: Sequence[Row], pad: int) -> Batch:
-    """Return pictures of one size, alone or with a packed row for each."""
-    scenes = [task.items[0].scenes[0] for task in tasks]
-    frames = [np.asarray(task.items[0].frames[0], np.float32) for task in tasks]
-    pixels = (np.stack(frames) / 255 - _MEAN) / _STD
-    labels = np.concatenate([label(scene, FORM.side) for scene in scenes], 1)
-    return Batch(
-        pixels=torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy()),
-        grids=torch.empty(0, 3, dtype=torch.int64),
-        labels=torch.from_numpy(labels),
-        present=torch.from_numpy(np.stack([things(scene) for scene in scenes])),
-        rows=tuple(rows),
-        **padded(rows, pad),
-    )

@@ -284,11 +284,7 @@ class _Training:
 
 
 def accuracy(
-    model: Learner,
-    ranks: Ranks,
-    counts: Mapping[Kind, int],
-    seed: int,
-    extra: int = 0,
+    model: Learner, ranks: Ranks, counts: Mapping[Kind, int], seed: int, extra: int = 0
 ) -> dict[TaskFamily, tuple[int, int]]:
     """Ask held-out questions, all words of an answer at once: exactly right as greedy decoding is.
 

@@ -7,7 +7,7 @@ sample-model smol`` merges. Leaves out the loop (``loop.py``).
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -21,12 +21,12 @@ from transformers import LlavaForConditionalGeneration
 from era_vllm.lab import CHECKPOINT, smol
 from era_vllm.lab.synth.assets import SHAPES, WORDS
 from era_vllm.lab.synth.scene import COLORS
-from era_vllm.lab.synth.tasks import Kind, Task
+from era_vllm.lab.synth.tasks import Kind
 from era_vllm.lab.train.arch import Learner, save_weights
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.llava import QUOTAS, pictures
-from era_vllm.lab.train.packing import Form, Row
+from era_vllm.lab.train.packing import Form
 from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe, Stage
 
@@ -129,6 +129,7 @@ class Smol(Learner):
         then=Stage({"standard": 1.0}, {"standard": 6}),
         quotas=QUOTAS,
     )
+    batch = staticmethod(pictures)
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,10 +192,6 @@ class Smol(Learner):
     def tokenizer() -> "Tokenizer":
         """Load SmolLM2's."""
         return tokenizer()
-
-    @staticmethod
-    def batch(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        return pictures(tasks, rows, 0)
 
     def optimizers(self, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
         """Return AdamW: a low-rank change has its own pace for each half."""
