@@ -85,7 +85,14 @@ TURNS: Final = 4  # how many slightly different tilts a shape comes in
 _OVERSAMPLING: Final = 4
 _TILT: Final = 0.12  # radians between two turns
 _RING_WIDTH: Final = 0.27  # of the diameter
+_AROUND: Final[dict[ShapeKind, tuple[float, ...]]] = {
+    "square": (math.pi / 4, 1.0, 1.0, 1.0, 1.0),
+    "triangle": (-math.pi / 2, 1.0, 1.0, 1.0),
+    "star": (-math.pi / 2, *(1.0, 0.42) * 5),
+}
+"""The angle of the first corner, and how far each is from the middle."""
 _WORD_MARGIN: Final = 4
+_SIGN_MARGIN: Final = 2
 
 Point = tuple[float, float]
 
@@ -112,11 +119,8 @@ def load_material(backgrounds: Path | None = None, split: Split = "test") -> Mat
     """
     if split not in _PHOTOS:
         raise ConfigError(unknown_name("split", split, _PHOTOS))
-    photos = _photo_files(split) if backgrounds is None else _folder_files(Path(backgrounds))
-    return Material(
-        photos={photo.name: _load_photo(photo) for photo in photos},
-        digits=_load_digits(split),
-    )
+    files = _photo_files(split) if backgrounds is None else _folder_files(Path(backgrounds))
+    return Material({file.name: _load_photo(file) for file in files}, _load_digits(split))
 
 
 def _photo_files(split: Split) -> Sequence[Path]:
@@ -225,21 +229,11 @@ def shape_mask(kind: ShapeKind, size: int, turn: int) -> Image.Image:
 
 def _outline(kind: ShapeKind, tilt: float) -> list[Point]:
     """Corners of a shape in the unit circle, y downwards."""
-
-    def around(corners: int, start: float, radii: tuple[float, ...] = (1.0,)) -> list[Point]:
-        points: list[Point] = []
-        for corner in range(corners):
-            angle = start + tilt + corner * 2 * math.pi / corners
-            radius = radii[corner % len(radii)]
-            points.append((radius * math.cos(angle), radius * math.sin(angle)))
-        return points
-
-    if kind == "square":
-        return around(4, math.pi / 4)
-    if kind == "triangle":
-        return around(3, -math.pi / 2)
-    if kind == "star":
-        return around(10, -math.pi / 2, (1.0, 0.42))
+    if kind in _AROUND:
+        start, *radii = _AROUND[kind]
+        angles = (start + tilt + at * 2 * math.pi / len(radii) for at in range(len(radii)))
+        around = zip(radii, angles, strict=True)
+        return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in around]
     if kind == "diamond":
         return [(0, -1), (0.62, 0), (0, 1), (-0.62, 0)]
     arm = 0.32  # half the width of an arm of the cross
@@ -253,30 +247,18 @@ def _outline(kind: ShapeKind, tilt: float) -> list[Point]:
 
 @cache
 def word_mask(text: str, font_size: int) -> Image.Image:
-    """Draw one word in Pillow's own font, with a margin of 4 pixels.
+    """Draw one word in Pillow's own font; a small sign's is as large as Pillow measures it.
 
-    Args:    text: one of WORDS.   font_size: one of FONT_SIZES.
-    Returns: an "L" image, 255 inside. Shared: do not draw on it.
-    """
-    font = ImageFont.load_default(font_size)
-    left, _, _, bottom = (int(edge) for edge in font.getbbox(text))
-    width, height = _WORD_SIZES[text][FONT_SIZES.index(font_size)]
-    mask = Image.new("L", (width, height), 0)
-    corner = (_WORD_MARGIN - left, height - _WORD_MARGIN - bottom)
-    ImageDraw.Draw(mask).text(corner, text, font=font, fill=255)
-    return mask
-
-
-@cache
-def sign_mask(text: str, font_size: int) -> Image.Image:
-    """Draw one word for a small sign, with a margin of 2 pixels, as large as Pillow measures it.
-
-    Args:    text: one of WORDS.   font_size: one of SIGN_SIZES.
+    Args:    text: one of WORDS.   font_size: one of FONT_SIZES or SIGN_SIZES.
     Returns: an "L" image, 255 inside. Shared: do not draw on it.
     """
     font = ImageFont.load_default(font_size)
     left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
-    margin = _WORD_MARGIN // 2
-    mask = Image.new("L", (right - left + 2 * margin, bottom - top + 2 * margin), 0)
-    ImageDraw.Draw(mask).text((margin - left, margin - top), text, font=font, fill=255)
+    if font_size in FONT_SIZES:
+        margin, (width, height) = _WORD_MARGIN, _WORD_SIZES[text][FONT_SIZES.index(font_size)]
+    else:
+        margin = _SIGN_MARGIN
+        width, height = right - left + 2 * margin, bottom - top + 2 * margin
+    mask = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(mask).text((margin - left, height - margin - bottom), text, font=font, fill=255)
     return mask

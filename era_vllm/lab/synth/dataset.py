@@ -14,14 +14,15 @@ determines.
 import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import count as count_from
+from itertools import count as numbers
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from era_vllm.errors import ConfigError
 from era_vllm.lab.media import Medium, png
-from era_vllm.lab.synth.assets import Material, Split, load_material
+from era_vllm.lab.synth.assets import Split, load_material
 from era_vllm.lab.synth.questions import (
     LEARNED_FAMILIES,
     Family,
@@ -74,19 +75,13 @@ def generate(
         )
     check_families(families)
     material = load_material(backgrounds, split)
-    return _examples(count, seed, material, families, questions_per_image)
 
+    def examples() -> Iterator[Example]:
+        for number in numbers():
+            scene = draw_scene(random.Random(f"scene {seed} {number}"), material)
+            lots = random.Random(f"questions {seed} {number}")
+            questions = ask_about(scene, lots, families, questions_per_image)
+            if questions:
+                yield Example(paint(scene, material), questions, scene)
 
-def _examples(
-    count: int, seed: int, material: Material, families: Collection[Family], per_image: int
-) -> Iterator[Example]:
-    made = 0
-    for number in count_from():
-        if made == count:
-            return
-        scene = draw_scene(random.Random(f"scene {seed} {number}"), material)
-        lots = random.Random(f"questions {seed} {number}")
-        questions = ask_about(scene, lots, families, per_image)
-        if questions:
-            made += 1
-            yield Example(paint(scene, material), questions, scene)
+    return islice(examples(), count)

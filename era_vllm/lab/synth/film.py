@@ -21,7 +21,7 @@ FRAMES: Final = 2
 """Of a moment."""
 _DIRECTIONS: Final = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _SIZES: Final = range(15, 24)
-_WHEN: Final = ("first", "second", "third", "fourth")
+ORDINALS: Final = ("first", "second", "third", "fourth")
 _PER_SECOND: Final = (1.0, 2.0, 2.0, 2.0, 2.0, 3.0, 4.0)
 
 
@@ -76,22 +76,18 @@ def draw_film(
                     frame.append(old)
             about = f"the {old.kind} turn {new.color}" if change == "turn" else None
             text = f"when does {about or f'the {old.color} {old.kind} {change}'}?"
-            questions.append(Question("moment", text, _WHEN[start]))
+            questions.append(Question("moment", text, ORDINALS[start]))
     still = Plan(width, height, 0.0, 0.3, 0.3, (0, 0), (1, 3))
     scene = draw_scene(lots, material, still, room, tuple(kinds), tuple(colors))
     asked = ask_about(scene, lots, ("color", "shape", "word", "number"), 2)
     backdrop = paint(scene, material)
-    frames: list[Image.Image] = []
-    for shapes in moving:
-        frame = backdrop.copy()
+    frames = tuple(backdrop.copy() for _ in moving)
+    for frame, shapes in zip(frames, moving, strict=True):
         for shape in shapes:
             paint_shape(frame, shape)
-        frames.append(frame)
-    scenes = tuple(
-        replace(scene, shapes=(*scene.shapes, *moving[index])) for index in range(1, len(moving), 2)
-    )
+    scenes = tuple(replace(scene, shapes=(*scene.shapes, *shapes)) for shapes in moving[1::FRAMES])
     seconds = _seconds(moments, lots.choice(_PER_SECOND))
-    return Item(tuple(frames), scenes, seconds), (*questions, *asked)
+    return Item(frames, scenes, seconds), (*questions, *asked)
 
 
 def _path(lots: random.Random, room: Room, name: str, frames: int) -> list[Box]:

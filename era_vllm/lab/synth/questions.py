@@ -129,27 +129,22 @@ def _shape(scene: Scene, lots: random.Random) -> _Drawn:
 
 def _spatial(scene: Scene, lots: random.Random) -> _Drawn:
     one, other = lots.sample(alone(scene, "kind", "color"), 2)
-    sideways = lots.random() < 0.5
-    axis = 0 if sideways else 1
+    axis = 0 if lots.random() < 0.5 else 1
     offset = one.center[axis] - other.center[axis]
     if abs(offset) < _MIN_OFFSET:
         return None
     before = lots.random() < 0.5
-    relation = ("left of", "right of") if sideways else ("above", "below")
-    named = relation[0] if before else relation[1]
+    named = (("left of", "right of"), ("above", "below"))[axis][0 if before else 1]
     answer = "yes" if before == (offset < 0) else "no"
     return f"is the {one.color} {one.kind} {named} the {other.color} {other.kind}?", answer
 
 
 def _where(scene: Scene, lots: random.Random) -> _Drawn:
     shape = lots.choice(alone(scene, "kind", "color"))
-    sides = (scene.width, scene.height)
-    thirds = [place // (side / 3) for place, side in zip(shape.center, sides, strict=True)]
-    for place, side in zip(shape.center, sides, strict=True):
-        if min(abs(place - side / 3), abs(place - 2 * (side / 3))) < _BORDER * side / 3:
-            return None
-    column = ("left", "center", "right")[int(thirds[0])]
-    row = ("top", "middle", "bottom")[int(thirds[1])]
+    x, y = 3 * shape.center[0] / scene.width, 3 * shape.center[1] / scene.height
+    if min(abs(third - edge) for third in (x, y) for edge in (1, 2)) < _BORDER:
+        return None
+    column, row = ("left", "center", "right")[int(x)], ("top", "middle", "bottom")[int(y)]
     return f"where is the {shape.color} {shape.kind}?", f"{row} {column}"
 
 

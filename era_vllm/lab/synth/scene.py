@@ -19,7 +19,6 @@ from era_vllm.lab.synth.assets import (
     WORDS,
     Material,
     ShapeKind,
-    sign_mask,
     word_mask,
 )
 
@@ -27,6 +26,15 @@ Color = Literal["red", "green", "blue", "yellow", "purple", "white", "black"]
 Rgb = tuple[int, int, int]
 
 COLORS: Final[tuple[Color, ...]] = get_args(Color)
+RGB: Final[dict[Color, Rgb]] = {
+    "red": (225, 30, 35),
+    "green": (25, 170, 50),
+    "blue": (30, 60, 230),
+    "yellow": (245, 220, 30),
+    "purple": (150, 40, 190),
+    "white": (250, 250, 250),
+    "black": (10, 10, 10),
+}
 PICTURE_SIZE: Final = 168
 MAX_VALUE: Final = 6  # of a bar
 
@@ -35,6 +43,9 @@ _CHART_PAPERS: Final[tuple[Rgb, ...]] = ((235, 235, 235), (205, 215, 225), (240,
 _SIGN_COLORS: Final[tuple[Rgb, ...]] = ((200, 30, 30), (20, 90, 40), (20, 40, 130), (30, 30, 30))
 _SIGN_WHITE: Final[Rgb] = (250, 250, 250)
 _SIGN_CREAM: Final[Rgb] = (245, 240, 225)
+_LIGHT_PLATE, _DARK_PLATE = (240, 240, 240), (25, 25, 40)
+_DARK_PAPERS: Final[frozenset[Color]] = frozenset({"red", "green", "blue", "purple", "black"})
+_LIGHT_INK, _DARK_INK = (245, 245, 230), (20, 20, 60)
 _GAP: Final = 2  # pixels at least between two objects
 _TRIES: Final = 40  # to find room for one object
 
@@ -128,29 +139,21 @@ class Number:
 
     digits: tuple[int, ...]
     hands: tuple[int, ...]
-    dark_on_light: bool
-    box: Box
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """A sign with one printed word."""
-
-    text: str
-    font_size: int
     ink: Rgb
     paper: Rgb
     box: Box
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
-    """A small sign with one printed word, named by the colour of its paper."""
+class Word:
+    """A sign with one printed word; a small one is named by the colour of its paper."""
 
     text: str
     font_size: int
-    color: Color
+    ink: Rgb
+    paper: Rgb
     box: Box
+    color: Color | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,7 @@ class Scene:
     number: Number | None
     word: Word | None
     shapes: tuple[Shape, ...]
-    signs: tuple[Sign, ...] = ()
+    signs: tuple[Word, ...] = ()
     width: int = PICTURE_SIZE
     height: int = PICTURE_SIZE
 
@@ -250,13 +253,14 @@ def _draw_number(lots: random.Random, taken: Room, material: Material) -> Number
         return None
     digits = tuple(lots.randint(0, 9) for _ in range(count))
     hands = tuple(lots.randrange(len(material.digits[digit])) for digit in digits)
-    return Number(digits, hands, lots.random() < 0.5, box)
+    dark = lots.random() < 0.5
+    ink, paper = (_DARK_INK, _LIGHT_PLATE) if dark else (_LIGHT_INK, _DARK_PLATE)
+    return Number(digits, hands, ink, paper, box)
 
 
 def _draw_word(lots: random.Random, taken: Room) -> Word | None:
     text, font_size = lots.choice(WORDS), lots.choice(FONT_SIZES)
-    mask = word_mask(text, font_size)
-    box = taken.find(lots, mask.width, mask.height)
+    box = taken.find(lots, *word_mask(text, font_size).size)
     if box is None:
         return None
     color = lots.choice(_SIGN_COLORS)
@@ -264,15 +268,15 @@ def _draw_word(lots: random.Random, taken: Room) -> Word | None:
     return Word(text, font_size, ink, paper, box)
 
 
-def _draw_signs(lots: random.Random, taken: Room, counts: tuple[int, int]) -> tuple[Sign, ...]:
+def _draw_signs(lots: random.Random, taken: Room, counts: tuple[int, int]) -> tuple[Word, ...]:
     count = lots.randint(*counts)
-    signs: list[Sign] = []
+    signs: list[Word] = []
     for text, color in zip(lots.sample(WORDS, count), lots.sample(COLORS, count), strict=True):
         font_size = lots.choice(SIGN_SIZES)
-        mask = sign_mask(text, font_size)
-        box = taken.find(lots, mask.width, mask.height)
+        box = taken.find(lots, *word_mask(text, font_size).size)
         if box is not None:
-            signs.append(Sign(text, font_size, color, box))
+            ink = _LIGHT_INK if color in _DARK_PAPERS else _DARK_INK
+            signs.append(Word(text, font_size, ink, RGB[color], box, color))
     return tuple(signs)
 
 

@@ -10,20 +10,20 @@ pictures (`filler.py`) and what a token of a picture shows (`lab/train/labels.py
 """
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from era_vllm.lab.media import Medium, of_frames
 from era_vllm.lab.synth.assets import Material
-from era_vllm.lab.synth.film import Item, draw_film
+from era_vllm.lab.synth.film import ORDINALS, Item, draw_film
 from era_vllm.lab.synth.questions import FAMILIES, Question, TaskFamily, alone, ask_about, plural
 from era_vllm.lab.synth.render import paint
 from era_vllm.lab.synth.scene import STANDARD, Plan, Scene, Shape, draw_scene
 
 Kind = Literal["picture", "several", "film", "standard"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-ORDINALS: Final = ("first", "second", "third", "fourth")
 SIDE_STEP: Final = 16
 """Sides of pictures are multiples of it: a visual token's pixels."""
 TASK_FAMILIES: Final[tuple[TaskFamily, ...]] = (
@@ -142,8 +142,7 @@ def _about_one(
     (scene,) = scenes
     found: list[Question] = []
     for family in FAMILIES:
-        if count := quotas.get(family, 0):
-            found += ask_about(scene, lots, (family,), count)
+        found += ask_about(scene, lots, (family,), quotas.get(family, 0))
     named = alone(scene, "kind", "color")
     pairs = [(one, other) for one in named for other in named if one is not other]
     relations = [asked for pair in pairs if (asked := _relation(*pair)) is not None]
@@ -177,28 +176,19 @@ def _about_several(
             Question("which", f"which picture shows {thing}?", ORDINALS[index])
             for thing in sorted(things - elsewhere)
         ]
-        place = f"in the {ORDINALS[index]} picture?"
-        indexed += [
-            Question("indexed", f"what color is the {shape.kind} {place}", shape.color)
-            for shape in alone(scene, "kind")
-        ]
-        indexed += [
-            Question("indexed", f"what shape is {shape.color} {place}", shape.kind)
-            for shape in alone(scene, "color")
-        ]
-        total = str(len(scene.shapes))
-        indexed.append(Question("indexed", f"how many shapes are {place}", total))
-        for kind in sorted({shape.kind for shape in scene.shapes}):
-            several = sum(shape.kind == kind for shape in scene.shapes)
-            if several > 1:
-                text = f"how many {plural(kind)} are {place}"
-                indexed.append(Question("indexed", text, str(several)))
+        asked = [(f"what color is the {one.kind}", one.color) for one in alone(scene, "kind")]
+        asked += [(f"what shape is {one.color}", one.kind) for one in alone(scene, "color")]
+        asked.append(("how many shapes are", str(len(scene.shapes))))
+        counts = sorted(Counter(shape.kind for shape in scene.shapes).items())
+        asked += [(f"how many {plural(kind)} are", str(n)) for kind, n in counts if n > 1]
         if scene.word:
-            text = f"what word is shown {place}"
-            indexed += [Question("indexed", text, scene.word.text)] * 3
+            asked += [("what word is shown", scene.word.text)] * 3
         if scene.number:
-            digits = " ".join(map(str, scene.number.digits))
-            indexed += [Question("indexed", f"what number is shown {place}", digits)] * 3
+            asked += [("what number is shown", " ".join(map(str, scene.number.digits)))] * 3
+        indexed += [
+            Question("indexed", f"{text} in the {ORDINALS[index]} picture?", answer)
+            for text, answer in asked
+        ]
     chosen = lots.sample(which, min(len(which), quotas.get("which", 0)))
     chosen += lots.sample(indexed, min(len(indexed), quotas.get("indexed", 0)))
     return list(dict.fromkeys(chosen))

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 from safetensors.torch import save_file
@@ -29,26 +29,65 @@ _OF_TOWER: Final = 0.3
 
 
 class Learner(nn.Module, ABC):
-    """A model, and heads of its tower that are thrown away after training."""
+    """A model, and heads of its tower that are thrown away after training: a file's `ARCH`."""
 
+    recipe: ClassVar[Recipe]
+    dev: ClassVar[Mapping[Kind, int]]
+    """Held-out tasks by kind."""
+    form: ClassVar[Form]
+    """How it writes a prompt."""
+    weights_file: ClassVar[str] = "config.json"
+    """What an exported folder is known by."""
     model: Any
     """transformers' own."""
+
+    @staticmethod
+    @abstractmethod
+    def tokenizer() -> "Tokenizer":
+        """Make the tokenizer."""
+
+    @staticmethod
+    @abstractmethod
+    def batch(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+        """Return pictures, alone or with a packed row for each task."""
+
+    @classmethod
+    def asked(
+        cls,
+        tasks: Sequence[Task],
+        words: "Tokenizer",
+        lots: random.Random,
+        wordy: bool = False,
+        extra: int | None = None,
+    ) -> Batch:
+        """Return pictures and packed questions; tasks without a question are left out."""
+        some = [task for task in tasks if task.questions]
+        rows = [pack(task, cls.form, words, lots, wordy=wordy, extra=extra) for task in some]
+        return cls.batch(some, rows)
 
     def read(self, folder: Path) -> None:
         """Take the weights of an exported folder; the heads stay as they are."""
         self.model = type(self.model).from_pretrained(folder, dtype=torch.float32)
 
     @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the folder that transformers and vLLM load."""
+
+    def optimizers(self, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
+        """Return what steps; a group's "share" is multiplied with the learning rate."""
+        return optimizers(self, ranks, lr)
+
+    @abstractmethod
     def see(self, batch: Batch) -> list[Tensor]:
         """Return the tower's outputs; the first is what the language model reads."""
 
     @abstractmethod
-    def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        """Return the language model's last states where something is to be said, [t, d]."""
-
-    @abstractmethod
     def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
         """Return "tower", a loss, and shares that are right by name."""
+
+    @abstractmethod
+    def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
+        """Return the language model's last states where something is to be said, [t, d]."""
 
     def scored(self, states: Tensor) -> Tensor:
         """Return scores of the vocabulary, [t, vocabulary]."""
@@ -71,53 +110,7 @@ class Learner(nn.Module, ABC):
         return {"loss": text + _OF_TOWER * found["tower"], "text": text, "token": token, **found}
 
 
-class Architecture(ABC):
-    """A file's `ARCH`."""
-
-    name: str
-    recipe: Recipe
-    dev: Mapping[Kind, int]
-    """Held-out tasks by kind."""
-    form: Form
-    """How it writes a prompt."""
-    weights_file: str = "config.json"
-    """What an exported folder is known by."""
-
-    @abstractmethod
-    def tokenizer(self) -> "Tokenizer":
-        """Make the tokenizer."""
-
-    @abstractmethod
-    def learner(self) -> Learner:
-        """Make new weights."""
-
-    @abstractmethod
-    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        """Return pictures, alone or with a packed row for each task."""
-
-    def optimizers(self, model: nn.Module, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
-        """Return what steps; a group's "share" is multiplied with the learning rate."""
-        return optimizers(model, ranks, lr)
-
-    @abstractmethod
-    def export(self, model: nn.Module, folder: Path) -> None:
-        """Write the folder that transformers and vLLM load."""
-
-    def asked(
-        self,
-        tasks: Sequence[Task],
-        words: "Tokenizer",
-        lots: random.Random,
-        wordy: bool = False,
-        extra: int | None = None,
-    ) -> Batch:
-        """Return pictures and packed questions; tasks without a question are left out."""
-        some = [task for task in tasks if task.questions]
-        rows = [pack(task, self.form, words, lots, wordy=wordy, extra=extra) for task in some]
-        return self.batch(some, rows)
-
-
-def architecture(name: str) -> Architecture:
+def architecture(name: str) -> type[Learner]:
     """Return the architecture of a name.
 
     Raises: ConfigError: there is none.

@@ -1,7 +1,7 @@
 """Tasks as tensors: what every architecture's batch has in common, and how rows are padded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ HIDDEN = -1e9
 """Added to the score of what is not to be seen."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """b rows of n tokens, v visual tokens; without rows b is 0."""
 
@@ -37,32 +37,20 @@ class Batch:
 
     def to(self, device: str | torch.device) -> "Batch":
         """Return it on a device."""
-        moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)
-            if field.name != "rows"
-        }
-        return replace(self, **moved)
+        given = {name: value for name, value in vars(self).items() if name != "rows"}
+        return replace(self, **{name: value.to(device) for name, value in given.items()})
 
 
 def padded(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     """Return the fields of a batch that are about text."""
     shape = (len(rows), max((len(row.ids) for row in rows), default=0))
-    ids = np.full(shape, pad, np.int64)
-    targets = np.full(shape, NO_TARGET, np.int64)
-    owners = np.full(shape, -1, np.int64)
-    positions = np.zeros((3, *shape), np.int64)
+    fields = np.empty((6, *shape), np.int64)
+    fields.T[:] = pad, NO_TARGET, -1, 0, 0, 0
     for index, row in enumerate(rows):
-        end = len(row.ids)
-        ids[index, :end], targets[index, :end] = row.ids, row.targets
-        owners[index, :end], positions[:, index, :end] = row.owners, row.positions
-    owner = torch.from_numpy(owners)
+        known = row.ids, row.targets, row.owners, *row.positions
+        fields[:, index, : len(row.ids)] = known
+    ids, targets, owner, *positions = torch.from_numpy(fields)
     seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
     seen &= torch.ones(shape[1], shape[1], dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape).masked_fill_(~seen, HIDDEN)[:, None]
-    return {
-        "ids": torch.from_numpy(ids),
-        "positions": torch.from_numpy(positions),
-        "mask": mask,
-        "targets": torch.from_numpy(targets),
-    }
+    return {"ids": ids, "positions": torch.stack(positions), "mask": mask, "targets": targets}

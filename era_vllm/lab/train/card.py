@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--extra", type=int, default=0, help="words of filler before all")
     arguments = parser.parse_args(argv)
     arch = architecture(arguments.arch)
-    learner = arch.learner()
+    learner = arch()
     learner.read(arguments.folder)
     counts: dict[Kind, int] = {kind: arguments.tasks for kind in arch.dev}
-    print(table(accuracy(arch, learner, Ranks(), counts, arguments.seed, arguments.extra)))
+    print(table(accuracy(learner, Ranks(), counts, arguments.seed, arguments.extra)))
 
 
 if __name__ == "__main__":

@@ -4,54 +4,42 @@ transformers' own layers are called as they are; of the last one, queries, the M
 worked out for a tenth of the tokens. The rest of that layer would be thrown away.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # Qwen3-VL's is the same
 
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.packing import NO_TARGET
 
-Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""transformers' apply_rotary_pos_emb of the family."""
-
 
 def last_states(
-    language: Any,
-    embeds: Tensor,
-    batch: Batch,
-    positions: Tensor,
-    rotate: Rotate,
-    maps: Sequence[tuple[Tensor, Tensor]] = (),
+    language: Any, batch: Batch, positions: Tensor, visual: Tensor, seen: Sequence[Tensor]
 ) -> Tensor:
     """Return the last states where a token is to follow, [t, d], row by row.
 
-    Args:    embeds: [b, n, d].   positions: as the family's rotary embedding takes them.
-             maps: DeepStack's, one for each of the first layers: [b, n, 1], where; [v, d], what.
+    Args:    positions: as the family's rotary embedding takes them.   visual: [b, n], where.
+             seen: [v, d] each: what stands there, and DeepStack's for each of the first layers.
     """
-    turned = language.rotary_emb(embeds, position_ids=positions)
+    where, (first, *maps) = visual[..., None], seen
+    hidden = language.embed_tokens(batch.ids)
+    hidden = hidden.masked_scatter(where, first.to(hidden.dtype))
+    turned = language.rotary_emb(hidden, position_ids=positions)
     *layers, last = language.layers
-    hidden = embeds
     for index, layer in enumerate(layers):
         hidden = layer(hidden, attention_mask=batch.mask, position_embeddings=turned)
         if index < len(maps):
-            where, what = maps[index]
-            hidden = hidden + torch.zeros_like(hidden).masked_scatter(where, what.to(hidden.dtype))
-    told = batch.targets != NO_TARGET
-    return language.norm(_last(last, hidden, batch.mask, turned, told, rotate))
+            what = maps[index].to(hidden.dtype)
+            hidden = hidden + torch.zeros_like(hidden).masked_scatter(where, what)
+    return language.norm(_last(last, hidden, batch, turned))
 
 
-def _last(
-    layer: Any,
-    hidden: Tensor,
-    mask: Tensor,
-    turned: tuple[Tensor, Tensor],
-    told: Tensor,
-    rotate: Rotate,
-) -> Tensor:
-    """Return the states of one layer for the tokens told [b, n] alone, [t, d]."""
+def _last(layer: Any, hidden: Tensor, batch: Batch, turned: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the states of one layer where a token is to follow, [t, d]."""
+    told, mask = batch.targets != NO_TARGET, batch.mask
     attention, (rows, width) = layer.self_attn, (hidden.shape[0], hidden.shape[-1])
     most = int(told.sum(1).max())
     chosen = told.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]  # [b, m]
@@ -68,8 +56,8 @@ def _last(
     value = heads(attention.v_proj(normed), None)
     cos, sin = (each.expand(rows, -1, -1) for each in turned)
     places = chosen[..., None].expand(-1, -1, cos.shape[-1])
-    query, _ = rotate(query, query, cos.gather(1, places), sin.gather(1, places))
-    key, _ = rotate(key, key, cos, sin)
+    query, _ = apply_rotary_pos_emb(query, query, cos.gather(1, places), sin.gather(1, places))
+    key, _ = apply_rotary_pos_emb(key, key, cos, sin)
     seen = mask.gather(2, chosen[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
     mixed = F.scaled_dot_product_attention(
         query, key, value, seen.to(query.dtype), scale=attention.scaling, enable_gqa=True

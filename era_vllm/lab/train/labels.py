@@ -80,16 +80,13 @@ def _mark(
     least: float = 0.22,
 ) -> None:
     """Mark tokens that a box covers enough of."""
-    enough = least * min(step * step, box.width * box.height)
-    last_row = min(labels.shape[1], -(-(box.top + box.height) // step))
-    last_column = min(labels.shape[2], -(-(box.left + box.width) // step))
-    for row in range(box.top // step, last_row):
-        high = _shared(row * step, step, box.top, box.height)
-        for column in range(box.left // step, last_column):
-            if high * _shared(column * step, step, box.left, box.width) >= enough:
-                labels[:3, row, column] = kind, hue, value
+    high = _shared(labels.shape[1], step, box.top, box.height)
+    wide = _shared(labels.shape[2], step, box.left, box.width)
+    covered = np.outer(high, wide) >= least * min(step * step, box.width * box.height)
+    labels[:3, covered] = np.array([[kind], [hue], [value]])
 
 
-def _shared(first: int, step: int, start: int, length: int) -> int:
-    """Pixels that a token shares with a box along one axis."""
-    return max(0, min(start + length, first + step) - max(start, first))
+def _shared(tokens: int, step: int, start: int, length: int) -> "np.ndarray":
+    """Return how many pixels each token shares with a box along one axis."""
+    first = np.arange(0, tokens * step, step)
+    return np.maximum(0, np.minimum(start + length, first + step) - np.maximum(start, first))

@@ -9,19 +9,18 @@ Leaves out the loop (``loop.py``).
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.synth.questions import FAMILIES, TaskFamily
 from era_vllm.lab.synth.tasks import Kind, Task
-from era_vllm.lab.train.arch import Architecture, Learner, save_weights
+from era_vllm.lab.train.arch import Learner, save_weights
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.labels import THINGS, label, things
@@ -50,17 +49,45 @@ _OF_CLASS: Final = 10.0
 QUOTAS: Final[Mapping[TaskFamily, int]] = {
     **dict.fromkeys(FAMILIES, 1), "exist": 2, "count": 2, "spatial": 2, "where": 2, "chart": 2
 }  # fmt: skip
-_NAMES: Final = (
-    ("model.vision_tower.", "vision_tower.vision_model."),
-    ("model.language_model.", "language_model.model."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("lm_head.", "language_model.lm_head."),
-)
-"""transformers' names of weights, and those that vLLM reads too."""
+_NAMES: Final = {
+    "model.vision_tower": "vision_tower.vision_model",
+    "model.language_model": "language_model.model",
+    "model.multi_modal_projector": "multi_modal_projector",
+    "lm_head": "language_model.lm_head",
+}
+"""transformers' names of modules, and those that vLLM reads too."""
 
 
-class LlavaLearner(Learner):
+def pictures(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+    """Return pictures of one size, alone or with a packed row for each."""
+    scenes = [task.items[0].scenes[0] for task in tasks]
+    frames = [np.asarray(task.items[0].frames[0], np.float32) for task in tasks]
+    pixels = (np.stack(frames) / 255 - _MEAN) / _STD
+    labels = np.concatenate([label(scene, FORM.side) for scene in scenes], 1)
+    return Batch(
+        pixels=torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy()),
+        grids=torch.empty(0, 3, dtype=torch.int64),
+        labels=torch.from_numpy(labels),
+        present=torch.from_numpy(np.stack([things(scene) for scene in scenes])),
+        rows=tuple(rows),
+        **padded(rows, _PAD),
+    )
+
+
+class Llava(Learner):
     """The model, heads of its patches, and one of its class token."""
+
+    form = FORM
+    dev: ClassVar[Mapping[Kind, int]] = {"standard": 160}
+    recipe = Recipe(
+        tower=20_000,
+        small=20_000,
+        alone=Stage({"standard": 1.0}, {"standard": 24}),
+        first=Stage({"standard": 1.0}, {"standard": 16}),
+        then=Stage({"standard": 1.0}, {"standard": 16}),
+        quotas=QUOTAS,
+    )
+    batch = staticmethod(pictures)
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,72 +110,29 @@ class LlavaLearner(Learner):
         return {**found, "tower": found["tower"] + _OF_CLASS * of_class, "class": of_class}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        language = self.model.model.language_model
-        embeds = language.embed_tokens(batch.ids)
-        projected = self.model.model.multi_modal_projector(outputs[0]).to(embeds.dtype)
-        embeds = embeds.masked_scatter((batch.ids == _IMAGE)[..., None], projected)
-        return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
+        model, visual = self.model.model, batch.ids == _IMAGE
+        seen = [model.multi_modal_projector(outputs[0])]
+        return last_states(model.language_model, batch, batch.positions[0], visual, seen)
 
-
-class Llava(Architecture):
-    """What the loop is given."""
-
-    name = "llava"
-    form = FORM
-    dev: Mapping[Kind, int] = {"standard": 160}
-    recipe = Recipe(
-        tower=20_000,
-        small=20_000,
-        alone=Stage({"standard": 1.0}, {"standard": 24}),
-        first=Stage({"standard": 1.0}, {"standard": 16}),
-        then=Stage({"standard": 1.0}, {"standard": 16}),
-        quotas=QUOTAS,
-    )
-
-    def tokenizer(self) -> "Tokenizer":
+    @staticmethod
+    def tokenizer() -> "Tokenizer":
         """Load the shipped checkpoint's."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 
-    def learner(self) -> Learner:
-        return LlavaLearner()
-
-    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        return pictures(tasks, rows, _PAD)
-
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """Write the weights beside copies of the shipped checkpoint's other files."""
         folder.mkdir(parents=True, exist_ok=True)
         for file in CHECKPOINT.iterdir():
             if file.suffix in {".json", ".jinja"}:
                 shutil.copyfile(file, folder / file.name)
-        weights = {shared_name(name): weight for name, weight in model.state_dict().items()}
+        weights = {
+            f"{shared}.{name}": weight
+            for own, shared in _NAMES.items()
+            for name, weight in self.model.get_submodule(own).state_dict().items()
+        }
         save_weights(weights, folder / "model.safetensors")
 
 
-ARCH: Final = Llava()
-
-
-def shared_name(name: str) -> str:
-    """Return the name of a weight that transformers accepts and vLLM reads."""
-    for own, shared in _NAMES:
-        if name.startswith(own):
-            return shared + name.removeprefix(own)
-    return name
-
-
-def pictures(tasks: Sequence[Task], rows: Sequence[Row], pad: int) -> Batch:
-    """Return pictures of one size, alone or with a packed row for each."""
-    scenes = [task.items[0].scenes[0] for task in tasks]
-    frames = [np.asarray(task.items[0].frames[0], np.float32) for task in tasks]
-    pixels = (np.stack(frames) / 255 - _MEAN) / _STD
-    labels = np.concatenate([label(scene, FORM.side) for scene in scenes], 1)
-    return Batch(
-        pixels=torch.from_numpy(pixels.astype(np.float32).transpose(0, 3, 1, 2).copy()),
-        grids=torch.empty(0, 3, dtype=torch.int64),
-        labels=torch.from_numpy(labels),
-        present=torch.from_numpy(np.stack([things(scene) for scene in scenes])),
-        rows=tuple(rows),
-        **padded(rows, pad),
-    )
+ARCH: Final = Llava

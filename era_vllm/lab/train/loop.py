@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from era_vllm.errors import ConfigError
 from era_vllm.lab.screen import interval_s
 from era_vllm.lab.synth.assets import load_material, with_bent_digits
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import TASK_FAMILIES, Kind, draw_task
-from era_vllm.lab.train.arch import Architecture, Learner, architecture
+from era_vllm.lab.train.arch import Learner, architecture
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.curve import append, cut, draw
 from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe
-from era_vllm.lab.train.state import Average, Progress, load, save
+from era_vllm.lab.train.state import Average, Progress, State
 
 ALLOCATOR: Final = {
     "MALLOC_MMAP_MAX_": "0",
@@ -130,26 +130,24 @@ def run(settings: Settings, ranks: Ranks, address: str = "") -> list[float]:
 class _Training:
     def __init__(self, settings: Settings, ranks: Ranks) -> None:
         self.settings, self.ranks = settings, ranks
-        self.arch = architecture(settings.arch)
         torch.manual_seed(settings.seed)
-        self.model = self.arch.learner()
+        self.model = architecture(settings.arch)()
         if settings.weights is not None:
             self.model.read(settings.weights)
         self.model.to(settings.device)
         self.average = Average(self.model)
-        self.optimizers = self.arch.optimizers(self.model, ranks, settings.lr)
+        self.optimizers = self.model.optimizers(ranks, settings.lr)
         self.progress = Progress(settings.arch, settings.seed)
+        self.state = State(self.progress, self.model, self.average, self.optimizers)
         if settings.resume:
-            self.progress = load(
-                settings.out, self.progress, self.model, self.average, self.optimizers
-            )
+            self.state.load(settings.out)
         self.progress.from_text |= settings.from_text
-        self.recipe = settings.recipe or self.arch.recipe
+        self.recipe = settings.recipe or self.model.recipe
         if self.progress.from_text:
             self.recipe = replace(self.recipe, tower=0, small=0)
         if ranks.first:
             cut(settings.out, self.progress.step)
-        self.words = self.arch.tokenizer()
+        self.words = self.model.tokenizer()
         self.material = with_bent_digits(load_material(split="train"))
         self.stopped = False
         self.sums: dict[str, list[float]] = defaultdict(list)
@@ -164,16 +162,15 @@ class _Training:
                 losses.append(self._step(progress.minutes - start))
                 spent = min(time.monotonic() - began, _LONGEST_STEP_S) / 60
                 spent, stopped = self._agreed(spent)
-                minutes = progress.minutes + spent
-                bar.update(round(minutes - progress.minutes, 4))
-                progress.minutes = minutes
+                bar.update(round(spent, 4))
+                progress.minutes += spent
                 if progress.step % _REPORT == 0:
                     self._report(bar)
-                if minutes - saved >= settings.save_every:
-                    saved = minutes
+                if progress.minutes - saved >= settings.save_every:
+                    saved = progress.minutes
                     self._save()
-                if minutes - asked >= settings.dev_every:
-                    asked = minutes
+                if progress.minutes - asked >= settings.dev_every:
+                    asked = progress.minutes
                     self._dev()
                 if stopped:
                     break
@@ -190,17 +187,14 @@ class _Training:
         settings, progress, ranks = self.settings, self.progress, self.ranks
         lesson = self.recipe.lesson(settings.seed, progress.step, progress.seen)
         first = progress.seen + ranks.rank * lesson.rows
-        tasks = [
-            draw_task(
-                lesson.kind, settings.seed, number, self.material, lesson.tokens, lesson.quotas
-            )
-            for number in range(first, first + lesson.rows)
-        ]
+        drawn = self.material, lesson.tokens, lesson.quotas
+        numbers = range(first, first + lesson.rows)
+        tasks = [draw_task(lesson.kind, settings.seed, number, *drawn) for number in numbers]
         lots = random.Random(f"packing {settings.seed} {progress.step} {ranks.rank}")
         if lesson.with_text:
-            batch = self.arch.asked(tasks, self.words, lots, lesson.wordy)
+            batch = self.model.asked(tasks, self.words, lots, lesson.wordy)
         else:
-            batch = self.arch.batch(tasks)
+            batch = self.model.batch(tasks)
         self._set_rate(minutes)
         with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
             found = self.model.losses(batch.to(settings.device))
@@ -221,12 +215,11 @@ class _Training:
 
     def _share_gradients(self) -> None:
         weights = list(self.model.parameters())
-        for weight in weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        gradients: list[Tensor] = [weight.grad for weight in weights]  # type: ignore[misc]
-        for weight, gradient in zip(weights, self.ranks.averaged(gradients), strict=True):
-            weight.grad = gradient
+        gradients = [
+            torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights
+        ]
+        for weight, gradient in zip(weights, self.ranks.added(gradients), strict=True):
+            weight.grad = gradient / self.ranks.count
         nn.utils.clip_grad_norm_(weights, _CLIP)
 
     def _set_rate(self, minutes: float) -> None:
@@ -241,9 +234,8 @@ class _Training:
 
     def _agreed(self, spent: float) -> tuple[float, bool]:
         """Return rank 0's time, and whether any is to stop: all end after the same step."""
-        first = self.ranks.first
-        own = torch.tensor([spent if first else 0.0, float(self.stopped)], dtype=torch.float64)
-        (both,) = self.ranks.added([own])
+        own = [spent if self.ranks.first else 0.0, float(self.stopped)]
+        (both,) = self.ranks.added([torch.tensor(own, dtype=torch.float64)])
         self.stopped = bool(both[1] > 0)
         return float(both[0]), self.stopped
 
@@ -274,17 +266,16 @@ class _Training:
 
     def _save(self) -> None:
         if self.ranks.first:
-            out = self.settings.out
-            save(out, self.progress, self.model, self.average, self.optimizers)
+            self.state.save(self.settings.out)
             self.average.swap()
-            self.arch.export(self.model.model, out / EXPORT)
+            self.model.export(self.settings.out / EXPORT)
             self.average.swap()
 
     def _dev(self) -> None:
         """Ask held-out questions with the averaged weights; each rank a share."""
         self.average.swap()
         try:
-            correct = accuracy(self.arch, self.model, self.ranks, self.arch.dev, DEV_SEED)
+            correct = accuracy(self.model, self.ranks, self.model.dev, DEV_SEED)
         finally:
             self.average.swap()
         if self.ranks.first:
@@ -293,47 +284,33 @@ class _Training:
 
 
 def accuracy(
-    arch: Architecture,
-    model: Learner,
-    ranks: Ranks,
-    counts: Mapping[Kind, int],
-    seed: int,
-    extra: int = 0,
+    model: Learner, ranks: Ranks, counts: Mapping[Kind, int], seed: int, extra: int = 0
 ) -> dict[TaskFamily, tuple[int, int]]:
     """Ask held-out questions, all words of an answer at once: exactly right as greedy decoding is.
 
     Args:    counts: tasks by kind.   extra: words of filler before pictures and questions.
     Returns: right and asked, by family.
     """
-    tokenizer, material = arch.tokenizer(), load_material(split="test")
+    tokenizer, material = model.tokenizer(), load_material(split="test")
     counted: dict[TaskFamily, list[int]] = {family: [0, 0] for family in TASK_FAMILIES}
     device = next(model.parameters()).device
     for kind, count in counts.items():
-        tasks = [
-            draw_task(kind, seed, number, material)
-            for number in range(ranks.rank, count, ranks.count)
-        ]
+        numbers = range(ranks.rank, count, ranks.count)
+        tasks = [draw_task(kind, seed, number, material) for number in numbers]
         for start in range(0, len(tasks), _DEV_BATCH):
             some = tasks[start : start + _DEV_BATCH]
-            batch = arch.asked(some, tokenizer, random.Random(start), extra=extra)
+            batch = model.asked(some, tokenizer, random.Random(start), extra=extra)
             _count(batch.to(device), model, counted)
-    flat = torch.tensor(list(counted.values()))
-    (flat,) = ranks.added([flat])
-    return {
-        family: (right, asked)
-        for family, (right, asked) in zip(counted, flat.tolist(), strict=True)
-        if asked
-    }
+    (total,) = ranks.added([torch.tensor(list(counted.values()))])
+    together = zip(counted, total.tolist(), strict=True)
+    return {family: (right, asked) for family, (right, asked) in together if asked}
 
 
 @torch.no_grad()
 def _count(batch: Batch, model: Learner, counted: Mapping[TaskFamily, list[int]]) -> None:
     scores, wanted = model.answer(batch, model.see(batch))
-    hits = (scores.argmax(-1) == wanted).tolist()
-    place = 0
+    hits = iter((scores.argmax(-1) == wanted).tolist())
     for row in batch.rows:
         for question, (first, end) in zip(row.questions, row.spans, strict=True):
-            right = all(hits[place : place + end - first])
-            place += end - first
-            counted[question.family][0] += right
+            counted[question.family][0] += all([next(hits) for _ in range(first, end)])
             counted[question.family][1] += 1

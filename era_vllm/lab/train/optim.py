@@ -54,14 +54,11 @@ class SharedMuon(torch.optim.Optimizer):
             own = indices[self._ranks.rank :: self._ranks.count]
             if not own:
                 continue
-            wide = [_wide(matrices[index]) for index in own]
+            chosen = [matrices[index] for index in own]
+            wide = [one if one.shape[0] <= one.shape[1] else one.T for one in chosen]
             for index, update in zip(own, orthogonalised(torch.stack(wide)), strict=True):
                 found[index] = update if found[index].shape == update.shape else update.T
         return self._ranks.added(found)
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
 def orthogonalised(wide: Tensor) -> Tensor:
@@ -78,17 +75,8 @@ def orthogonalised(wide: Tensor) -> Tensor:
     return x
 
 
-def optimizers(
-    model: nn.Module, ranks: Ranks, lr: float, decay: float = 0.02
-) -> list[torch.optim.Optimizer]:
-    """Return Muon and AdamW for a model's parameters.
-
-    Args:
-        model: Its float32 weights.
-        ranks: Who shares the work.
-        lr: Of both.
-        decay: Weight decay of matrices.
-    """
+def optimizers(model: nn.Module, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
+    """Return Muon and AdamW for a model's parameters, which are float32."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, parameter in model.named_parameters():
@@ -96,6 +84,6 @@ def optimizers(
         fit = fit and not any(part in name for part in _NOT_MUON)
         (matrices if fit else others).append(parameter)
     return [
-        SharedMuon(matrices, ranks, lr, decay),
+        SharedMuon(matrices, ranks, lr, weight_decay=0.02),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 NO_TARGET: Final = -100
+_MOST: Final = 150
+"""Tokens of questions and answers together, one question at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,12 @@ def pack(
     form: Form,
     words: "Tokenizer",
     lots: random.Random,
-    most: int = 150,
     wordy: bool = False,
     extra: int | None = None,
 ) -> Row:
     """Pack a task.
 
-    Args:    most: tokens of questions and answers together, one question at least.
-             wordy: with long filler before the pictures and before each question.
+    Args:    wordy: with long filler before the pictures and before each question.
              extra: as accuracy is measured: so many words of filler before the pictures and before
                  each question (and then all of them), no chat, no stretch left out. None: as is
                  learnt.
@@ -84,7 +84,9 @@ def pack(
     Mutates: lots.
     """
     maker, bare = _Maker(words, form), extra is not None or not form.filler
-    before = draw_filler(lots, extra) if extra else _filler_before(lots, wordy, bare)
+    before = ""
+    if extra or not (bare or (not wordy and lots.random() < 0.7)):
+        before = draw_filler(lots, extra or lots.randint(1, 60 if wordy else 8))
     maker.add(form.opening + before)
     for index, item in enumerate(task.items):
         if index and not bare and lots.random() < 0.2:
@@ -102,48 +104,36 @@ def pack(
     chat = not bare and lots.random() < 0.12
     if extra is None and lots.random() < 0.2:
         maker.position += lots.randint(1, 150)
-    start, place = len(maker.ids), maker.position
+    start, place = len(maker.tokens), maker.position
     asked: list[Question] = []
     spans: list[tuple[int, int]] = []
     for number, question in enumerate(task.questions, 1):
         if not chat:
             maker.position, maker.owner = place, number
-        filler = draw_filler(lots, extra) + " " if extra else ""
-        if not bare and (wordy or lots.random() < 0.08):
-            filler = draw_filler(lots, lots.randint(1, 60 if wordy else 10)) + " "
-        turn = form.next_turn if chat and number > 1 else ""
-        prompt = maker.encoded(turn + filler + _wording(question, lots, bare) + form.asked)
+        asks = form.next_turn if chat and number > 1 else ""
+        if extra or not bare and (wordy or lots.random() < 0.08):
+            asks += draw_filler(lots, extra or lots.randint(1, 60 if wordy else 10)) + " "
+        marked = bare or lots.random() >= 0.05  # the question mark is left out at times
+        asks += question.text if marked else question.text[:-1]
+        prompt = maker.encoded(asks + form.asked)
         answer = maker.encoded(question.answer + form.end)
-        if asked and len(maker.ids) - start + len(prompt) + len(answer) > most and not extra:
+        if asked and len(maker.tokens) - start + len(prompt) + len(answer) > _MOST and not extra:
             break
         maker.extend(prompt)
         spans.append(maker.tell(answer))
         if chat:
             maker.extend(answer[-1:])  # only a later turn sees the end of an answer
         asked.append(question)
-    return maker.row(asked, spans)
-
-
-def _filler_before(lots: random.Random, wordy: bool, bare: bool) -> str:
-    if bare or (not wordy and lots.random() < 0.7):
-        return ""
-    return draw_filler(lots, lots.randint(1, 60 if wordy else 8))
-
-
-def _wording(question: Question, lots: random.Random, plain: bool) -> str:
-    """Leave the question mark out at times."""
-    return question.text[:-1] if not plain and lots.random() < 0.05 else question.text
+    ids, targets, owners, *positions = np.array(maker.tokens, np.int64).T
+    return Row(ids, np.stack(positions), owners, targets, tuple(asked), tuple(spans))
 
 
 class _Maker:
     def __init__(self, words: "Tokenizer", form: Form) -> None:
         self._words, self._form = words, form
-        self.ids: list[int] = []
-        self.position = 0
-        self.owner = 0
-        self._owners: list[int] = []
-        self._targets: list[int] = []
-        self._positions: list[tuple[int, int, int]] = []
+        self.position = self.owner = 0
+        self.tokens: list[list[int]] = []
+        """Of each: id, target, owner; positions in time, rows and columns."""
 
     def encoded(self, text: str) -> list[int]:
         return self._words.encode(text, add_special_tokens=False).ids
@@ -152,35 +142,26 @@ class _Maker:
         self.extend(self.encoded(text))
 
     def extend(self, ids: Sequence[int]) -> None:
-        self.ids += ids
-        self._targets += [NO_TARGET] * len(ids)
-        self._owners += [self.owner] * len(ids)
-        places = range(self.position, self.position + len(ids))
-        self._positions += [(place, place, place) for place in places]
+        for place, token in enumerate(ids, self.position):
+            self.tokens.append([token, NO_TARGET, self.owner, place, place, place])
         self.position += len(ids)
 
     def tell(self, answer: Sequence[int]) -> tuple[int, int]:
         """Add an answer but for its last token; return where it is told."""
-        first = len(self.ids) - 1
+        first = len(self.tokens) - 1
         self.extend(answer[:-1])
-        self._targets[first:] = answer
+        for token, target in zip(self.tokens[first:], answer, strict=True):
+            token[1] = target
         return first, first + len(answer)
 
     def add_picture(self, pad: str, rows: int, columns: int) -> None:
         token = self._words.token_to_id(pad)
         assert token is not None
         self.add(self._form.marks[0])
-        start, first = self.position, len(self.ids)
+        start = self.position
         self.extend([token] * (rows * columns))
         if self._form.grid:
-            places = ((row, column) for row in range(rows) for column in range(columns))
-            self._positions[first:] = [(start, start + row, start + at) for row, at in places]
+            for index, own in enumerate(self.tokens[-rows * columns :]):
+                own[3:] = start, start + index // columns, start + index % columns
             self.position = start + max(rows, columns)
         self.add(self._form.marks[1])
-
-    def row(self, asked: Sequence[Question], spans: Sequence[tuple[int, int]]) -> Row:
-        ids = np.array(self.ids, np.int64)
-        targets = np.array(self._targets, np.int64)
-        positions = np.array(self._positions, np.int64).T
-        owners = np.array(self._owners, np.int64)
-        return Row(ids, positions, owners, targets, tuple(asked), tuple(spans))

@@ -10,29 +10,25 @@ whose sides are multiples of 16 as it is. Leaves out the loop (``loop.py``).
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from era_vllm.lab.dummy_qwen import processor_files
 from era_vllm.lab.synth.film import Item
 from era_vllm.lab.synth.questions import TaskFamily
 from era_vllm.lab.synth.tasks import QUOTAS, SIDE_STEP, Kind, Task
 from era_vllm.lab.train import words
-from era_vllm.lab.train.arch import Architecture, Learner, save_weights
+from era_vllm.lab.train.arch import Learner, save_weights
 from era_vllm.lab.train.batch import Batch, padded
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.labels import label
 from era_vllm.lab.train.packing import Form, Row
 from era_vllm.lab.train.recipe import Recipe, Stage
 from era_vllm.lab.train.tower import TokenHeads
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 PATCH: Final = 8
 """Pixels."""
@@ -48,7 +44,6 @@ _PICTURE: Final = (16 * _AREA, 121 * _AREA)
 """Fewest and most pixels of a picture: it was trained on 16 to 110 tokens."""
 _VIDEO: Final = (2 * 16 * _AREA, 16 * 42 * _AREA)
 """Of all frames of a video together."""
-_TIED: Final = "lm_head.weight"
 _PLACES: Final = 12  # of the learnt grid of positions
 _TOWER: Final = 128
 _WIDTH: Final = 192
@@ -105,42 +100,46 @@ _QUOTAS: Final[Mapping[TaskFamily, int]] = {
 """Of learning: what is learnt first is asked less, what comes late more."""
 
 
-def config() -> Qwen3VLConfig:
-    """Return the config."""
-    return Qwen3VLConfig(
-        text_config=TEXT,
-        vision_config=VISION,
-        image_token_id=words.IMAGE,
-        video_token_id=words.VIDEO,
-        vision_start_token_id=words.VISION_START,
-        vision_end_token_id=words.VISION_END,
-        tie_word_embeddings=True,
-    )
-
-
-def patches(frames: Sequence[Any]) -> "np.ndarray":
-    """Cut a picture, or the two frames of a moment, as Qwen3-VL's processor does: [p, 384]."""
-    both = [np.asarray(frame, np.uint8) for frame in (frames[0], frames[-1])]
-    pixels = np.stack(both).astype(np.float32) / (255 * STD) - MEAN / STD  # [2, h, w, 3]
-    rows, columns = (side // (PATCH * MERGE) for side in pixels.shape[1:3])
-    cut = pixels.reshape(FRAMES, rows, MERGE, PATCH, columns, MERGE, PATCH, 3)
-    return cut.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, 3 * FRAMES * PATCH * PATCH)
-
-
 def item_patches(item: Item) -> tuple[Tensor, Tensor]:
     """Return a picture's or a video's patches [p, 384] and grid [1, 3], as the tower takes them."""
-    frames, (width, height) = item.frames, item.frames[0].size
-    moments = [patches(frames[at : at + FRAMES]) for at in range(0, len(frames), FRAMES)]
-    grid = torch.tensor([[len(moments), height // PATCH, width // PATCH]])
-    return torch.from_numpy(np.concatenate(moments)), grid
+    frames = item.frames if item.seconds else item.frames * FRAMES
+    stacked = np.stack([np.asarray(frame, np.uint8) for frame in frames])
+    pixels = stacked.astype(np.float32) / (255 * STD) - MEAN / STD  # [frames, h, w, 3]
+    grid = len(frames) // FRAMES, *(side // PATCH for side in pixels.shape[1:3])
+    rows, columns = (side // MERGE for side in grid[1:])
+    cut = pixels.reshape(-1, FRAMES, rows, MERGE, PATCH, columns, MERGE, PATCH, 3)
+    flat = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, 3 * FRAMES * PATCH * PATCH)
+    return torch.from_numpy(flat), torch.tensor([grid])
 
 
-class Qwen3VLLearner(Learner):
+class Qwen3VL(Learner):
     """The model and the heads of its tower."""
+
+    form = FORM
+    dev: ClassVar[Mapping[Kind, int]] = {"picture": 72, "several": 64, "film": 64}
+    recipe = Recipe(
+        tower=30_000,
+        small=70_000,
+        alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 24, "film": 12}, small=True),
+        first=Stage(_MIX, {"picture": 14, "several": 10, "film": 8}, small=True),
+        still_alone=0.35,
+        quotas=_QUOTAS,
+        then=Stage(_MIX, {"picture": 12, "several": 9, "film": 8}),
+    )
+    tokenizer = staticmethod(words.tokenizer)
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = Qwen3VLForConditionalGeneration(config())
+        config = Qwen3VLConfig(
+            text_config=TEXT,
+            vision_config=VISION,
+            image_token_id=words.IMAGE,
+            video_token_id=words.VIDEO,
+            vision_start_token_id=words.VISION_START,
+            vision_end_token_id=words.VISION_END,
+            tie_word_embeddings=True,
+        )
+        self.model = Qwen3VLForConditionalGeneration(config)
         self.heads = TokenHeads(_WIDTH, 1 + len(_LEVELS))
         with torch.no_grad():
             grid = self.model.model.visual.pos_embed.weight
@@ -157,36 +156,11 @@ class Qwen3VLLearner(Learner):
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
         language = self.model.model.language_model
-        visual = ((batch.ids == words.IMAGE) | (batch.ids == words.VIDEO))[..., None]
-        embeds = language.embed_tokens(batch.ids)
-        embeds = embeds.masked_scatter(visual, outputs[0].to(embeds.dtype))
-        maps = [(visual, level) for level in outputs[1:]]
-        return last_states(language, embeds, batch, batch.positions, apply_rotary_pos_emb, maps)
+        visual = (batch.ids == words.IMAGE) | (batch.ids == words.VIDEO)
+        return last_states(language, batch, batch.positions, visual, outputs)
 
-
-class Qwen3VL(Architecture):
-    """What the loop is given."""
-
-    name = "qwen3_vl"
-    form = FORM
-    dev: Mapping[Kind, int] = {"picture": 72, "several": 64, "film": 64}
-    recipe = Recipe(
-        tower=30_000,
-        small=70_000,
-        alone=Stage({"picture": 0.88, "film": 0.12}, {"picture": 24, "film": 12}, small=True),
-        first=Stage(_MIX, {"picture": 14, "several": 10, "film": 8}, small=True),
-        still_alone=0.35,
-        quotas=_QUOTAS,
-        then=Stage(_MIX, {"picture": 12, "several": 9, "film": 8}),
-    )
-
-    def tokenizer(self) -> "Tokenizer":
-        return words.tokenizer()
-
-    def learner(self) -> Learner:
-        return Qwen3VLLearner()
-
-    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
+    @staticmethod
+    def batch(tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
         items = [item for task in tasks for item in task.items]
         seen = [item_patches(item) for item in items]
         labels = [label(scene, FORM.side) for item in items for scene in item.scenes]
@@ -199,17 +173,18 @@ class Qwen3VL(Architecture):
             **padded(rows, words.PAD),
         )
 
-    def export(self, model: nn.Module, folder: Path) -> None:
-        weights = {name: weight for name, weight in model.state_dict().items() if name != _TIED}
+    def export(self, folder: Path) -> None:
+        weights = self.model.state_dict()
+        del weights["lm_head.weight"]  # the embedding's
         save_weights(weights, folder / "model.safetensors")
         words.tokenizer().save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text(words.CHAT_TEMPLATE, encoding="utf-8")
-        for name, content in _files(model).items():
+        for name, content in _files(self.model).items():
             text = json.dumps(content, indent=2) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
 
 
-ARCH: Final = Qwen3VL()
+ARCH: Final = Qwen3VL
 
 
 def waves(side: int, width: int) -> Tensor:
@@ -223,8 +198,8 @@ def waves(side: int, width: int) -> Tensor:
     return 0.1 * torch.cat([rows, columns], -1).reshape(side * side, width)
 
 
-def _files(model: nn.Module) -> Mapping[str, Mapping[str, object]]:
-    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+def _files(model: Any) -> Mapping[str, Mapping[str, object]]:
+    config = model.config.to_dict()
     config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
     for part in (config, config["text_config"], config["vision_config"]):
         part.pop("_name_or_path", None)

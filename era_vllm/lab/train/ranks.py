@@ -42,7 +42,3 @@ class Ranks:
         dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def averaged(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return each tensor averaged over ranks."""
-        return [tensor / self.count for tensor in self.added(tensors)]

@@ -6,27 +6,27 @@ direction stays in the loss. What is exported is `delta.safetensors`, which ``er
 sample-model smol`` merges. Leaves out the loop (``loop.py``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from era_vllm.lab import CHECKPOINT, smol
 from era_vllm.lab.synth.assets import SHAPES, WORDS
 from era_vllm.lab.synth.scene import COLORS
-from era_vllm.lab.synth.tasks import Kind, Task
-from era_vllm.lab.train.arch import Architecture, Learner, save_weights
+from era_vllm.lab.synth.tasks import Kind
+from era_vllm.lab.train.arch import Learner, save_weights
 from era_vllm.lab.train.batch import Batch
 from era_vllm.lab.train.decoder import last_states
 from era_vllm.lab.train.llava import QUOTAS, pictures
-from era_vllm.lab.train.packing import Form, Row
+from era_vllm.lab.train.packing import Form
 from era_vllm.lab.train.ranks import Ranks
 from era_vllm.lab.train.recipe import Recipe, Stage
 
@@ -93,14 +93,9 @@ class Delta(nn.Module):
     def __init__(self, seen: int, decoder: Any) -> None:
         super().__init__()
         width = decoder.config.hidden_size
-        self.projector = nn.ModuleDict(
-            {"linear_1": nn.Linear(seen, width), "linear_2": nn.Linear(width, width)}
-        )
+        one, other = nn.Linear(seen, width), nn.Linear(width, width)
+        self.projector = nn.Sequential(OrderedDict(linear_1=one, act=nn.GELU(), linear_2=other))
         self.layers = nn.ModuleList(_changed(layer) for layer in decoder.model.layers)
-
-    def projected(self, features: Tensor) -> Tensor:
-        """Return visual tokens as the decoder reads them, [v, width]."""
-        return self.projector["linear_2"](F.gelu(self.projector["linear_1"](features)))
 
 
 def _changed(layer: nn.Module) -> nn.ModuleDict:
@@ -117,15 +112,32 @@ def _changed(layer: nn.Module) -> nn.ModuleDict:
     return changes
 
 
-class SmolLearner(Learner):
-    """Delta is the model; tower and decoder are kept where no optimizer and no state sees them."""
+class Smol(Learner):
+    """Delta is the model; tower and decoder are kept where no optimizer and no state sees them.
 
-    def __init__(self, decoder: Any, words: "Tokenizer") -> None:
+    Begins with a new projector, and changes that change nothing yet.
+    """
+
+    form = FORM
+    dev: ClassVar[Mapping[Kind, int]] = {"standard": 96}
+    weights_file = smol.DELTA_FILE
+    recipe = Recipe(
+        tower=3_000,
+        small=3_000,
+        alone=Stage({"standard": 1.0}, {"standard": 16}),
+        first=Stage({"standard": 1.0}, {"standard": 6}),
+        then=Stage({"standard": 1.0}, {"standard": 6}),
+        quotas=QUOTAS,
+    )
+    batch = staticmethod(pictures)
+
+    def __init__(self) -> None:
         super().__init__()
+        words, given = tokenizer(), decoder()
         shipped = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
         tower = shipped.model.vision_tower.requires_grad_(False)
-        self._given = (tower, decoder.requires_grad_(False))
-        self.model = Delta(tower.config.hidden_size, decoder)
+        self._given = (tower, given.requires_grad_(False))
+        self.model = Delta(tower.config.hidden_size, given)
         self._mark = words.token_to_id(FORM.pads[0])
         with torch.no_grad():
             self._shown = [
@@ -133,7 +145,7 @@ class SmolLearner(Learner):
                 for names in (_KINDS, ("", *COLORS), _VALUES)
             ]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SmolLearner":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Smol":
         for part in self._given:
             part._apply(fn)
         self._shown = [fn(table) for table in self._shown]
@@ -147,15 +159,13 @@ class SmolLearner(Learner):
 
     def read(self, folder: Path) -> None:
         """Take what was learnt before."""
-        self.model.load_state_dict(
-            {name: value.float() for name, value in load_file(folder / smol.DELTA_FILE).items()}
-        )
+        self.model.load_state_dict(load_file(folder / smol.DELTA_FILE))
 
     def see(self, batch: Batch) -> list[Tensor]:
         """Return visual tokens as the decoder reads them, [v, width]."""
         with torch.no_grad():
             seen = self._given[0](batch.pixels, output_hidden_states=True)
-        return [self.model.projected(seen.hidden_states[-2][:, 1:].flatten(0, 1))]
+        return [self.model.projector(seen.hidden_states[-2][:, 1:].flatten(0, 1))]
 
     def tower_loss(self, batch: Batch, outputs: list[Tensor]) -> dict[str, Tensor]:
         """Return how far visual tokens are from the words for what they show."""
@@ -172,49 +182,23 @@ class SmolLearner(Learner):
         return {"tower": loss, "cosine": cosine[batch.labels[0] > 0].mean().detach()}
 
     def speak(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
-        language = self._given[1].model
-        embeds = language.embed_tokens(batch.ids)
-        seen = outputs[0].to(embeds.dtype)
-        embeds = embeds.masked_scatter((batch.ids == self._mark)[..., None], seen)
-        return last_states(language, embeds, batch, batch.positions[0], apply_rotary_pos_emb)
+        language, visual = self._given[1].model, batch.ids == self._mark
+        return last_states(language, batch, batch.positions[0], visual, outputs)
 
     def scored(self, states: Tensor) -> Tensor:
         return self._given[1].lm_head(states)
 
-
-class Smol(Architecture):
-    """What the loop is given."""
-
-    name = "smol"
-    form = FORM
-    dev: Mapping[Kind, int] = {"standard": 96}
-    weights_file = smol.DELTA_FILE
-    recipe = Recipe(
-        tower=3_000,
-        small=3_000,
-        alone=Stage({"standard": 1.0}, {"standard": 16}),
-        first=Stage({"standard": 1.0}, {"standard": 6}),
-        then=Stage({"standard": 1.0}, {"standard": 6}),
-        quotas=QUOTAS,
-    )
-
-    def tokenizer(self) -> "Tokenizer":
+    @staticmethod
+    def tokenizer() -> "Tokenizer":
         """Load SmolLM2's."""
         return tokenizer()
 
-    def learner(self) -> Learner:
-        """Make a new projector, and changes that change nothing yet."""
-        return SmolLearner(decoder(), tokenizer())
-
-    def batch(self, tasks: Sequence[Task], rows: Sequence[Row] = ()) -> Batch:
-        return pictures(tasks, rows, 0)
-
-    def optimizers(self, model: nn.Module, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
+    def optimizers(self, ranks: Ranks, lr: float) -> list[torch.optim.Optimizer]:
         """Return AdamW: a low-rank change has its own pace for each half."""
         del ranks
         groups = [
             {
-                "params": [weight for name, weight in model.named_parameters() if part in name],
+                "params": [weight for name, weight in self.named_parameters() if part in name],
                 "share": share,
                 "weight_decay": 0.01 if part == "projector" else 0.0,
             }
@@ -222,9 +206,9 @@ class Smol(Architecture):
         ]
         return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))]
 
-    def export(self, model: nn.Module, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """Write what ``era-vllm sample-model smol --delta`` merges."""
-        save_weights(model.state_dict(), folder / smol.DELTA_FILE)
+        save_weights(self.model.state_dict(), folder / smol.DELTA_FILE)
 
 
-ARCH: Final = Smol()
+ARCH: Final = Smol

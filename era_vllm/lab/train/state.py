@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from era_vllm.errors import ConfigError
 
@@ -47,65 +47,55 @@ class Average:
         for weight, live in zip(self.weights, self._live, strict=True):
             weight.lerp_(live, 1 - decay)
 
-    @torch.no_grad()
     def swap(self) -> None:
         """Exchange the model's weights with the averages; again: back."""
         for live, average in zip(self._live, self.weights, strict=True):
-            kept = live.clone()
-            live.copy_(average)
-            average.copy_(kept)
+            live.data, average.data = average.data, live.data
 
 
-def save(
-    folder: Path,
-    progress: Progress,
-    model: nn.Module,
-    average: Average,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
-    """Write the state; the one before is kept beside it."""
-    state: dict[str, Any] = {
-        "progress": asdict(progress),
-        "model": model.state_dict(),
-        "average": average.weights,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
-    new = folder / f"{FILE}.new"
-    torch.save(state, new)
-    if (folder / FILE).exists():
-        (folder / FILE).replace(folder / _BEFORE)
-    new.replace(folder / FILE)
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that is saved."""
 
+    progress: Progress
+    model: nn.Module
+    average: Average
+    optimizers: Sequence[torch.optim.Optimizer]
 
-def load(
-    folder: Path,
-    wanted: Progress,
-    model: nn.Module,
-    average: Average,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> Progress:
-    """Read a state into these.
+    def save(self, folder: Path) -> None:
+        """Write the state; the one before is kept beside it."""
+        state: dict[str, Any] = {
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "average": self.average.weights,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        new = folder / f"{FILE}.new"
+        torch.save(state, new)
+        if (folder / FILE).exists():
+            (folder / FILE).replace(folder / _BEFORE)
+        new.replace(folder / FILE)
 
-    Args:    wanted: Architecture and seed that it has to be of.
-    Raises: ConfigError: no state there, or another's.
-    Mutates: model, average, optimizers.
-    """
-    file = folder / FILE
-    if not file.is_file():
-        raise ConfigError(
-            f"--resume: no {FILE} in {str(folder)!r}; name a folder that era-vllm train wrote to, "
-            "or begin with weights alone (--weights)"
-        )
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    progress = Progress(**state["progress"])
-    for name in ("arch", "seed"):
-        has, got = getattr(progress, name), getattr(wanted, name)
-        if has != got:
-            raise ConfigError(f"--resume: {str(file)!r} is of --{name} {has}, got {got}")
-    model.load_state_dict(state["model"])
-    copied: list[Tensor] = state["average"]
-    for weight, kept in zip(average.weights, copied, strict=True):
-        weight.copy_(kept)
-    for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(kept)
-    return progress
+    def load(self, folder: Path) -> None:
+        """Read a state into this one.
+
+        Raises: ConfigError: no state there, or one of another architecture or seed.
+        """
+        file = folder / FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"--resume: no {FILE} in {str(folder)!r}; name a folder that era-vllm train wrote "
+                "to, or begin with weights alone (--weights)"
+            )
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        for name in ("arch", "seed"):
+            has, got = state["progress"][name], getattr(self.progress, name)
+            if has != got:
+                raise ConfigError(f"--resume: {str(file)!r} is of --{name} {has}, got {got}")
+        for name, value in state["progress"].items():
+            setattr(self.progress, name, value)
+        self.model.load_state_dict(state["model"])
+        for weight, kept in zip(self.average.weights, state["average"], strict=True):
+            weight.copy_(kept)
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)

@@ -4,6 +4,8 @@ Heads are thrown away after training. Place stays in the loss to the end: withou
 forgets where things are, and questions about places are never learnt.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,34 +34,25 @@ class TokenHeads(nn.Module):
             outputs: [tokens, width] each, the main one first.
             labels: [5, tokens].
         """
-        total, right = outputs[0].new_zeros(()), {}
-        for index, (output, norm, head) in enumerate(
-            zip(outputs, self.norms, self.heads, strict=True)
-        ):
-            scores = head(norm(output)).float().split(SIZES, -1)
-            loss = sum(
-                share * F.cross_entropy(score, label, weight=self._weights(score, background))
-                for score, label, share, background in zip(
-                    scores, labels, _SHARE, _BACKGROUND, strict=True
-                )
-            )
-            total = total + (1.0 if index == 0 else _OF_MAPS) * loss
-            if index == 0:
-                right = _right([score.detach() for score in scores], labels)
-        return {"tower": total, **right}
+        found = [
+            head(norm(output)).float().split(SIZES, -1)
+            for output, norm, head in zip(outputs, self.norms, self.heads, strict=True)
+        ]
+        main, *maps = (_loss(scores, labels) for scores in found)
+        hits = [score.argmax(-1) == label for score, label in zip(found[0], labels, strict=True)]
+        return {
+            "tower": sum((_OF_MAPS * loss for loss in maps), start=main),
+            "kind": hits[0][labels[0] > 0].float().mean(),
+            "value": hits[2][labels[2] > 0].float().mean().nan_to_num(),
+            "row": hits[3].float().mean(),
+            "column": hits[4].float().mean(),
+        }
 
-    @staticmethod
-    def _weights(score: Tensor, background: float) -> Tensor:
+
+def _loss(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
+    total = scores[0].new_zeros(())
+    for score, label, share, background in zip(scores, labels, _SHARE, _BACKGROUND, strict=True):
         weights = score.new_ones(score.shape[-1])
         weights[0] = background
-        return weights
-
-
-def _right(scores: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-    hits = [score.argmax(-1) == label for score, label in zip(scores, labels, strict=True)]
-    return {
-        "kind": hits[0][labels[0] > 0].float().mean(),
-        "value": hits[2][labels[2] > 0].float().mean().nan_to_num(),
-        "row": hits[3].float().mean(),
-        "column": hits[4].float().mean(),
-    }
+        total = total + share * F.cross_entropy(score, label, weight=weights)
+    return total

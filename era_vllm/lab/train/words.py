@@ -52,14 +52,8 @@ def tokenizer() -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     made = Tokenizer(models.WordLevel(vocabulary(), unk_token=SPECIAL[UNKNOWN]))
-    folded = {
-        "colours?": "color",
-        "colors": "color",
-        "shapes": "shape",
-        "pictures": "picture",
-        "images": "image",
-    }
-    folded |= {plural(kind): kind for kind in SHAPES}
+    nouns = ("color", "shape", "picture", "image", *SHAPES)
+    folded = {"colours?": "color", **{plural(noun): noun for noun in nouns}}
     made.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),

@@ -41,7 +41,7 @@ def test_unpruned_it_answers_as_the_trainer_counts(kind: str) -> None:
     material = load_material(split="test")
     tasks = [draw_task(kind, 5, number, material) for number in range(4)]  # type: ignore[arg-type]
     tasks = [task for task in tasks if task.questions]
-    learner = ARCH.learner()
+    learner = ARCH()
     learner.read(CHECKPOINT_QWEN3_VL)
     batch = ARCH.asked(tasks, ARCH.tokenizer(), random.Random(0), extra=0)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from era_vllm.lab.train.llava import ARCH
 
 @pytest.fixture(scope="module")
 def learner() -> Learner:
-    learner = ARCH.learner()
+    learner = ARCH()
     learner.read(CHECKPOINT)
     return learner
 
@@ -47,7 +47,7 @@ def test_a_packed_question_is_the_same_as_one_alone(learner: Learner) -> None:
 
 
 def test_the_export_has_the_shipped_names_and_values(learner: Learner, tmp_path: Path) -> None:
-    ARCH.export(learner.model, tmp_path)
+    learner.export(tmp_path)
     ours, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path, CHECKPOINT))
     assert ours.keys() == shipped.keys()
     assert all(torch.equal(ours[name], shipped[name]) for name in shipped)

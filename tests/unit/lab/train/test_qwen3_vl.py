@@ -27,7 +27,7 @@ LIMIT = 12 * 2**20
 def learner() -> Learner:
     """Random weights, far enough from 0 for positions to count, of bfloat16's values."""
     torch.manual_seed(0)
-    learner = ARCH.learner()
+    learner = ARCH()
     with torch.no_grad():
         for parameter in learner.parameters():
             scale = 2.5 if parameter.ndim > 1 else 1.0
@@ -38,7 +38,7 @@ def learner() -> Learner:
 @pytest.fixture(scope="module")
 def folder(learner: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export")
-    ARCH.export(learner.model, out)
+    learner.export(out)
     return out
 
 

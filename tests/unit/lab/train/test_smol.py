@@ -18,15 +18,16 @@ from era_vllm.lab import smol as assembling
 from era_vllm.lab.synth.assets import SHAPES, WORDS, load_material
 from era_vllm.lab.synth.scene import COLORS
 from era_vllm.lab.synth.tasks import draw_task
+from era_vllm.lab.train import smol as training
 from era_vllm.lab.train.batch import Batch
-from era_vllm.lab.train.smol import ARCH, SmolLearner
+from era_vllm.lab.train.smol import ARCH, Smol
 from tests.unit.lab.train.small_decoder import decoder, tokenizer, use
 
 
 @pytest.fixture
-def learner(monkeypatch: pytest.MonkeyPatch) -> SmolLearner:
+def learner(monkeypatch: pytest.MonkeyPatch) -> Smol:
     use(monkeypatch)
-    made: Any = ARCH.learner()
+    made: Any = ARCH()
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if name.endswith(".B"):
@@ -41,14 +42,15 @@ def batch() -> Batch:
 
 
 def test_what_is_exported_merges_into_what_was_learnt(
-    learner: SmolLearner, batch: Batch, tmp_path: Path
+    learner: Smol, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ARCH.export(learner.model, tmp_path)
+    learner.export(tmp_path)
     written = load_file(tmp_path / assembling.DELTA_FILE)
     learner.read(tmp_path)  # rounded to bfloat16
     merged = decoder()
     assembling.merge(merged.model, written)
-    plain = SmolLearner(merged, tokenizer())
+    monkeypatch.setattr(training, "decoder", lambda: merged)
+    plain = ARCH()
     plain.model.projector = learner.model.projector
     with torch.no_grad():
         ours, wanted = learner.answer(batch, learner.see(batch))
@@ -57,7 +59,7 @@ def test_what_is_exported_merges_into_what_was_learnt(
     assert (ours - theirs).abs().max() < 1e-4 < theirs.std()
 
 
-def test_only_what_is_exported_is_learnt(learner: SmolLearner, batch: Batch) -> None:
+def test_only_what_is_exported_is_learnt(learner: Smol, batch: Batch) -> None:
     given = {id(weight) for part in learner._given for weight in part.parameters()}
     learnt = {id(weight) for weight in learner.parameters()}
     assert not {id(w) for w in learner._given[0].parameters()} & learnt
@@ -68,16 +70,14 @@ def test_only_what_is_exported_is_learnt(learner: SmolLearner, batch: Batch) -> 
     assert all(weight.grad is not None for weight in learner.parameters())
 
 
-def test_its_names_are_the_shipped_ones(learner: SmolLearner) -> None:
+def test_its_names_are_the_shipped_ones(learner: Smol) -> None:
     shipped = load_file(CHECKPOINT_SMOL / assembling.DELTA_FILE)
     ours = learner.model.state_dict()
     first = {name for name in shipped if not name.startswith("layers.") or ".0." in name[:10]}
     assert first <= ours.keys() and ours.keys() <= shipped.keys()
 
 
-def test_a_token_is_drawn_to_the_words_for_what_it_shows(
-    learner: SmolLearner, batch: Batch
-) -> None:
+def test_a_token_is_drawn_to_the_words_for_what_it_shows(learner: Smol, batch: Batch) -> None:
     """The loss falls to nothing where the projector says just that."""
     table, words = learner._given[1].get_input_embeddings().weight, tokenizer()
     for row, word in ((1 + 7, "7"), (10 + 3, "3"), (17 + 2, WORDS[2])):  # a digit, a bar, a word
