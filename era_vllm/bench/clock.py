@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.utils.benchmark import timer
 
 from era_vllm.lab.screen import bar
@@ -101,10 +102,11 @@ def interleave(cells: Mapping[str, Cell], rounds: int, warm_ups: int = 1) -> Sam
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Time one call, a GPU's work included."""
-    started = timer()  # waits for a GPU
-    call()
-    return timer() - started
+    """Time one call in inference mode, a GPU's work included."""
+    with torch.inference_mode():
+        started = timer()  # waits for a GPU
+        call()
+        return timer() - started
 
 
 @dataclass(frozen=True, slots=True)
