@@ -126,7 +126,6 @@ def _report(samples: Samples, facts: dict[str, object], cases: list[str], out: P
     )
     strict: Mapping[str, Mapping[str, float]] = facts["strict"]
     return Report(
-        bench="attention",
         samples=samples,
         tables=(
             table(["medians", *names], rows),

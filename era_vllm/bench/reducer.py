@@ -84,7 +84,6 @@ def run(options: ReducerOptions, out: Path) -> Report:
         for (size, p), share in share_of.items()
     ]
     return Report(
-        bench="reducer",
         samples=Samples({**main.values, **swept.values}),
         tables=(
             table(header, rows),

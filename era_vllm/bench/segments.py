@@ -82,7 +82,6 @@ def run(options: SegmentsOptions, out: Path) -> Report:
     plots.segments(out / "bench-segments.png", title, _curves(samples, fidelity, options), answered)
     once = [name for name in memory if len(samples.of(name, "prune")) < options.rounds]
     return Report(
-        bench="segments",
         samples=samples,
         tables=(
             table(header, rows),

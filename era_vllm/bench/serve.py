@@ -165,7 +165,6 @@ def _report(
         },
     )
     return Report(
-        bench="serve",
         samples=samples,
         tables=tables,
         goals=judged(facts["ratios"]),

@@ -223,9 +223,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nera-vllm bench: stopped; nothing written", file=sys.stderr)
         return 130
-    from era_vllm.bench.provenance import command, provenance
-
-    document = report.as_dict(provenance(), command(), asdict(options))
+    document = report.as_dict(arguments.bench, asdict(options))
     document["seconds"] = round(time.monotonic() - started)
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"{document['hardware']}, torch {document['versions']['torch']}")

@@ -90,16 +90,14 @@ def test_goals_are_judged_plainly(value, sense, met, word) -> None:
 
 def test_a_report_is_json_with_its_origin() -> None:
     goals = [Goal("TTFT", 2.5, "at least", 2.0)]
-    report = Report("serve", SAMPLES, [table(["a"], [["1"]])], goals, {"kv": 3}, ("a word",))
-    document = report.as_dict(
-        {"commit": "abc", "hardware": "this"}, "era-vllm bench", {"rounds": 3}
-    )
+    report = Report(SAMPLES, [table(["a"], [["1"]])], goals, {"kv": 3}, ("a word",))
+    document = report.as_dict("serve", {"rounds": 3})
     assert json.loads(json.dumps(document)) == document
     assert set(document) == {
-        *("bench", "schema", "commit", "hardware", "command", "settings"),
+        *("bench", "schema", "commit", "date", "versions", "hardware", "command", "settings"),
         *("goals", "facts", "notes", "samples"),
     }
-    figures = document["samples"]["a"]["ttft"]  # type: ignore[index]
+    figures = document["samples"]["a"]["ttft"]
     assert figures == {"median_s": 4.0, "p90_s": 8.0, "values_s": [1.0, 9.0, 4.0]}
     assert "met           TTFT: 2.5x, at least 2x" in report.text()
     assert report.text().endswith("note: a word")
