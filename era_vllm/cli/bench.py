@@ -199,9 +199,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             add_era_options(kind, without=("calibration",))
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure, print the page, write the figures."""
-    del rest
     engines = arguments.bench not in _WITHOUT_ENGINES
     if engines and find_spec("vllm") is None:
         from era_vllm.vllm_plugin.version import INSTALL

@@ -72,9 +72,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_era_options(parser, without=_NOT_HERE)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Fit, check, write."""
-    del rest
     config = _config(arguments)
     path = arguments.out / f"{NAME}.json"
     check_out(arguments.out, (path.name, f"{NAME}.png"))

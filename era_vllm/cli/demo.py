@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shape", choices=tuple(_MEMORY_GB), default="0.9b", help=text)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Show all parts; stop every process that was started, however it ends."""
     from era_vllm.bench.provenance import provenance
     from era_vllm.vllm_plugin.version import INSTALL

@@ -46,9 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure, write, print."""
-    del rest
     out: Path = arguments.out
     check_out(out, ("ecl.json", "ecl.png"))
     check_least(arguments, count=1)

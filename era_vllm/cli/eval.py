@@ -83,9 +83,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     askers.add_options(parser)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Ask, write the page and print its table."""
-    del rest
     check_least(arguments, count=2)
     if not 0 <= arguments.mass <= arguments.count:
         raise ConfigError(

@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_era_options(parser)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print the page; return 0 if all is well, else 1."""
     settings = calibrated(arguments.model, era_settings(arguments))
     make_policy(EraConfig.parse(settings))  # a bad flag is no finding: it is refused
