@@ -7,7 +7,7 @@ the tower is a little faster than a real one.
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +60,14 @@ def cost(options: SegmentsOptions, place: str) -> tuple[Samples, dict[str, int |
         for case in cases(options, sizes)
     }
     memory: dict[str, int | None] = {}
-    once: dict[str, Mapping[str, tuple[float, ...]]] = {}
+    once: dict[str, Mapping[str, Sequence[float]]] = {}
     with bar(len(cells), "memory", "pass") as shown:
         for name, cell in tuple(cells.items()):
             taken: dict[str, float] = {}
             memory[name] = peak_bytes(lambda cell=cell, taken=taken: taken.update(cell()))
             if taken["prune"] >= options.slow_s:
                 del cells[name]
-                once[name] = {"prune": (taken["prune"],)}
+                once[name] = {"prune": [taken["prune"]]}
             shown.update()
     cells["tower"] = tower_cell(options.patches, options.tower_layers, dtype, place)
     of_layer = 1, options.patches, QWEN3_VL.heads, QWEN3_VL.width // QWEN3_VL.heads

@@ -24,9 +24,9 @@ Cell = Callable[[], Mapping[str, float]]
 class Samples:
     """What the cells measured: cell -> measure -> one number a round."""
 
-    values: Mapping[str, Mapping[str, tuple[float, ...]]]
+    values: Mapping[str, Mapping[str, Sequence[float]]]
 
-    def of(self, cell: str, measure: str) -> tuple[float, ...]:
+    def of(self, cell: str, measure: str) -> Sequence[float]:
         """One number a round; empty if the cell does not measure it."""
         return self.values[cell].get(measure, ())
 
@@ -69,7 +69,7 @@ class Samples:
         }
 
 
-def p90(values: tuple[float, ...]) -> float:
+def p90(values: Sequence[float]) -> float:
     """Return the 90th percentile, interpolated between neighbours."""
     return float(np.quantile(values, 0.9))
 
@@ -93,12 +93,7 @@ def interleave(cells: Mapping[str, Cell], rounds: int, warm_ups: int = 1) -> Sam
                     if number >= warm_ups:
                         taken[name].setdefault(measure, []).append(value)
                 shown.update()
-    return Samples(
-        {
-            name: {measure: tuple(values) for measure, values in measures.items()}
-            for name, measures in taken.items()
-        }
-    )
+    return Samples(taken)
 
 
 def seconds(call: Callable[[], object]) -> float:

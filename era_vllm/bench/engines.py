@@ -49,9 +49,7 @@ def engine(
     }
     with muted():
         llm = LLM(
-            **{**usual, **arguments, **more},
-            max_model_len=context,
-            kv_cache_memory_bytes=kv_bytes,
+            **{**usual, **arguments, **more}, max_model_len=context, kv_cache_memory_bytes=kv_bytes
         )
     try:
         yield llm

@@ -25,10 +25,7 @@ GOAL: Final = 1.0
 def run(options: GapOptions, out: Path) -> Report:
     """Start the engines, measure, judge and draw."""
     encoded: dict[str, int] = {}
-    step = {
-        "max_num_batched_tokens": options.step_tokens,
-        "max_num_seqs": options.pictures + 1,
-    }
+    step = {"max_num_batched_tokens": options.step_tokens, "max_num_seqs": options.pictures + 1}
     with side_by_side(KINDS, options, step) as started:
         engines = {kind: GapEngine(engine) for kind, engine in started.items()}
         samples = interleave(_cells(engines, options, encoded), options.rounds, options.warm_ups)

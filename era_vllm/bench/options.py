@@ -8,11 +8,11 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from operator import methodcaller
 from typing import Any, ClassVar, Final
 
-from era_vllm.bench.setup import FIXED_K, FIXED_N, device, named, pictured
+from era_vllm.bench.setup import FIXED_K, FIXED_N, device, named
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.lab.dummy import FAMILIES, SIZES, DummyFamily, LlamaSize, size_of
@@ -154,7 +154,7 @@ class EngineOptions(Options):
         name="--kv-mib",
     )
     eager: bool = switch(None, f"{_EAGER} (default: on a CPU, not on a GPU)")
-    context: int
+    context: int = 0
     """Tokens of a request, of a step, and half of what the cache must hold."""
     era: Mapping[str, object]
 
@@ -166,7 +166,8 @@ class EngineOptions(Options):
     @property
     def asked(self) -> DummyFamily:
         """What is asked of the family."""
-        return pictured(self.family, self.side)
+        known = FAMILIES[self.family]
+        return known if self.side is None else known.of_side(self.side)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,29 +282,28 @@ def resolved(
                 f"--{name}: got {max(rates):g}, allowed: [0, {highest:g}] "
                 "(raise --era-max-pruning-rate)"
             )
-    if issubclass(kind, EngineOptions):
-        given["context"] = context = _context(arguments)
-        size = size_of(arguments.shape, arguments.family)
-        bytes_per_token = 2 * _ELEMENT_BYTES[arguments.dtype] * size.layers * size.kv_width
-        room = 3 * context * bytes_per_token * 2  # twice: heads may be widened, blocks are whole
-        given["kv_bytes"] = given["kv_bytes"] or max(room, 32 << 20)
-    return kind(**given)
+    options = kind(**given)
+    return _with_room(options) if isinstance(options, EngineOptions) else options
 
 
-def _context(arguments: argparse.Namespace) -> int:
-    side, unit = arguments.side, FAMILIES[arguments.family].unit
+def _with_room(options: EngineOptions) -> EngineOptions:
+    """Return the options with a context for the longest request, and a cache for three."""
+    side, unit = options.side, FAMILIES[options.family].unit
     if side is not None and (unit is None or side % unit):
         allowed = "no --side, its pictures have one size" if unit is None else f"times of {unit}"
         raise ConfigError(f"--side: got {side}, allowed with this --family: {allowed}")
-    asked = pictured(arguments.family, side)
+    size, asked = options.size, options.asked
     of_picture = asked.tokens + 24  # of the question
-    longest = max(arguments.text_tokens, of_picture) + arguments.decode_tokens
+    longest = max(options.text_tokens, of_picture) + options.decode_tokens
     context = -(-longest // 256) * 256
     if context > asked.context:
         raise ConfigError(
             f"--text-tokens + --decode-tokens: got {longest}, allowed: up to {asked.context}"
         )
-    return context
+    bytes_per_token = 2 * _ELEMENT_BYTES[options.dtype] * size.layers * size.kv_width
+    room = 3 * context * bytes_per_token * 2  # twice: heads may be widened, blocks are whole
+    kv_bytes = options.kv_bytes or max(room, 32 << 20)
+    return replace(options, context=context, kv_bytes=kv_bytes)
 
 
 def facts_of(options: EngineOptions | GapOptions) -> dict[str, object]:

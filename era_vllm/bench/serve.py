@@ -99,15 +99,14 @@ def judged(ratios: Mapping[str, float | None]) -> list[Goal]:
     goals: list[Goal] = []
     for rate, limit in SPEED_GOALS.items():
         ratio = ratios.get(f"ttft era {rate:g} / stock")
-        speed = None if ratio is None else 1 / ratio
-        goals.append(Goal(f"TTFT at {rate:g} against stock", speed, "at least", limit))
+        name = f"TTFT at {rate:g} against stock"
+        goals.append(Goal(name, ratio and 1 / ratio, "at least", limit))
     for measure, name in (("ttft", "TTFT"), ("decode", "decode")):
         ratio = ratios.get(f"{measure} text era / wide")
         goals.append(Goal(f"text-only {name} against wide", ratio, "at most", TEXT_GOAL))
     share = ratios.get(f"reducer / tower, era {_GOAL_RATE:g}")
-    percent = None if share is None else 100 * share
     name = f"reducer at {_GOAL_RATE:g}, share of the tower"
-    return [*goals, Goal(name, percent, "at most", 100 * REDUCER_GOAL, " %")]
+    return [*goals, Goal(name, share and 100 * share, "at most", 100 * REDUCER_GOAL, " %")]
 
 
 def _report(

@@ -36,8 +36,8 @@ def test_rounds_run_every_cell_and_rotate_the_order() -> None:
 
     samples = interleave({"a": lambda: cell("a"), "b": lambda: cell("b")}, rounds=2, warm_ups=1)
     assert calls == ["a", "b", "b", "a", "a", "b"]
-    assert samples.of("a", "t") == (4.0, 5.0)  # the warm-up is not among them
-    assert samples.of("b", "t") == (3.0, 6.0)
+    assert samples.of("a", "t") == [4.0, 5.0]  # the warm-up is not among them
+    assert samples.of("b", "t") == [3.0, 6.0]
 
 
 def test_ratios_are_taken_within_a_round() -> None:
