@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 from era_vllm.bench.clock import Samples
 from era_vllm.bench.provenance import command, provenance
 
 SCHEMA: Final = 1
 """Raised when a key of the JSON changes its meaning."""
+TOWER_SHARE: Final = 0.05
+"""Of the vision tower's time that the pruning step may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,11 @@ class Goal:
     sense: Literal["at least", "at most"]
     limit: float
     unit: str = "x"
+
+    @classmethod
+    def of_tower(cls, name: str, share: float | None) -> Self:
+        """Return that of the pruning step: its share of the vision tower's time."""
+        return cls(name, share and 100 * share, "at most", 100 * TOWER_SHARE, " %")
 
     @property
     def met(self) -> bool | None:

@@ -24,7 +24,6 @@ KINDS: Final[Mapping[str, tuple[Kind, bool]]] = {
 }
 SPEED_GOALS: Final[Mapping[float, float]] = {0.889: 2.0, 0.944: 2.2}
 TEXT_GOAL: Final = 1.03
-REDUCER_GOAL: Final = 0.05
 _GOAL_RATE: Final = 0.889
 
 
@@ -105,8 +104,7 @@ def judged(ratios: Mapping[str, float | None]) -> list[Goal]:
         ratio = ratios.get(f"{measure} text era / wide")
         goals.append(Goal(f"text-only {name} against wide", ratio, "at most", TEXT_GOAL))
     share = ratios.get(f"reducer / tower, era {_GOAL_RATE:g}")
-    name = f"reducer at {_GOAL_RATE:g}, share of the tower"
-    return [*goals, Goal(name, share and 100 * share, "at most", 100 * REDUCER_GOAL, " %")]
+    return [*goals, Goal.of_tower(f"reducer at {_GOAL_RATE:g}, share of the tower", share)]
 
 
 def _report(
