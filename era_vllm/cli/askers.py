@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
