@@ -81,18 +81,16 @@ def strict_ratios(samples: Samples, case: str, prefix: str = "") -> dict[str, fl
         Empty where a compiled graph hides the layers.
     """
     whole, layers = f"{prefix}language_model", f"{prefix}attention"
-    rows = list(
-        zip(
-            *(samples.of(f"{case} {engine}", whole) for engine in ("era", "stock")),
-            *(samples.of(f"{case} {engine}", layers) for engine in KINDS),
-            strict=True,
-        )
+    rows = zip(
+        *(samples.of(f"{case} {engine}", whole) for engine in ("era", "stock")),
+        *(samples.of(f"{case} {engine}", layers) for engine in KINDS),
+        strict=True,
     )
-    if not rows:
-        return {}
     judged = [
         (step - stock + era, own, step - stock + wide) for own, step, era, stock, wide in rows
     ]
+    if not judged:
+        return {}
     return {
         "layers": statistics.median(replaced / judge for replaced, _, judge in judged),
         "step": statistics.median(own / judge for _, own, judge in judged),
@@ -104,14 +102,9 @@ def _report(samples: Samples, facts: dict[str, object], cases: list[str], out: P
     names = [measure.replace("_", " ") for measure in measures]
     bars = [f"{case} {name}" for case in cases for name in KINDS]
     rows = [[cell, *(shown(samples.median(cell, m)) for m in measures)] for cell in bars]
-    ratio_rows = [
-        [
-            f"{case} era / {base}",
-            *(times(samples.ratio(f"{case} era", f"{case} {base}", m)) for m in measures),
-        ]
-        for case in cases
-        for base in ("stock", "wide")
-    ]
+    ratios: Mapping[str, float | None] = facts["ratios"]
+    pairs = [f"{case} era / {base}" for case in cases for base in ("stock", "wide")]
+    ratio_rows = [[pair, *(times(ratios[f"{m} {pair}"]) for m in measures)] for pair in pairs]
     prefill, decode = (
         ("attention", "decode_attention") if "attention" in measures else ("ttft", "decode")
     )
@@ -126,7 +119,6 @@ def _report(samples: Samples, facts: dict[str, object], cases: list[str], out: P
     )
     strict: Mapping[str, Mapping[str, float]] = facts["strict"]
     return Report(
-        bench="attention",
         samples=samples,
         tables=(
             table(["medians", *names], rows),

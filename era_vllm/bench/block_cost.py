@@ -7,7 +7,7 @@ the tower is a little faster than a real one.
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,12 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from era_vllm.bench.clock import Cell, Samples, interleave, seconds
 from era_vllm.bench.options import SegmentsOptions
-from era_vllm.bench.pruning_step import Size, random_tokens
+from era_vllm.bench.pruning_step import Size, attention_read, random_tokens
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import bar
 from era_vllm.layout import cut, one_grid
 from era_vllm.plan import plan
 from era_vllm.policies import defaults, make_policy
-from era_vllm.steps.received_attention import received_attention
 from era_vllm.types import OF_ENCODER, Signal
 from era_vllm.vllm_plugin.encoder_pass import Encoded
 from era_vllm.vllm_plugin.fields import Planned
@@ -61,24 +60,24 @@ def cost(options: SegmentsOptions, place: str) -> tuple[Samples, dict[str, int |
         for case in cases(options, sizes)
     }
     memory: dict[str, int | None] = {}
-    once: dict[str, Mapping[str, tuple[float, ...]]] = {}
+    once: dict[str, Mapping[str, Sequence[float]]] = {}
     with bar(len(cells), "memory", "pass") as shown:
         for name, cell in tuple(cells.items()):
             taken: dict[str, float] = {}
             memory[name] = peak_bytes(lambda cell=cell, taken=taken: taken.update(cell()))
             if taken["prune"] >= options.slow_s:
                 del cells[name]
-                once[name] = {"prune": (taken["prune"],)}
+                once[name] = {"prune": [taken["prune"]]}
             shown.update()
     cells["tower"] = tower_cell(options.patches, options.tower_layers, dtype, place)
-    cells["signal"] = signal_cell(options.patches, dtype, place)
+    of_layer = 1, options.patches, QWEN3_VL.heads, QWEN3_VL.width // QWEN3_VL.heads
+    read = attention_read(of_layer, dtype, place)
+    cells["signal"] = lambda: {"signal": seconds(read)}
     samples = interleave(cells, options.rounds, options.warm_ups)
     return Samples({**samples.values, **once}), memory
 
 
-def prune_cell(
-    case: Case, rate: float, width: int, dtype: torch.dtype, place: str
-) -> Callable[[], Mapping[str, float]]:
+def prune_cell(case: Case, rate: float, width: int, dtype: torch.dtype, place: str) -> Cell:
     """Return a pass of an engine's reducer over one picture of noise, cut into blocks."""
     n, most, policy = case
     config = defaults(policy, max_segment=most)
@@ -90,12 +89,7 @@ def prune_cell(
     signals[Signal.PIXEL_HASH] = torch.arange(len(layout.segments))
     item = Encoded(Planned(plan(layout, rate, config), 0), tokens.embeds[0], signals)
     reducer = Reducer(chosen, config, None).to(place)
-
-    @torch.inference_mode()
-    def one() -> dict[str, float]:
-        return {"prune": seconds(lambda: reducer([item]))}
-
-    return one
+    return lambda: {"prune": seconds(lambda: reducer([item]))}
 
 
 def shares(samples: Samples, options: SegmentsOptions) -> dict[str, float]:
@@ -138,32 +132,14 @@ def tower(shape: TowerShape, layers: int) -> SiglipEncoder:
     ).eval()
 
 
-def tower_cell(
-    patches: int, timed: int, dtype: torch.dtype, device: str, shape: TowerShape = QWEN3_VL
-) -> Callable[[], Mapping[str, float]]:
+def tower_cell(patches: int, timed: int, dtype: torch.dtype, device: str) -> Cell:
     """Return a pass of ``timed`` layers; ``tower`` is their time times all layers / timed."""
-    layers = tower(shape, timed).to(device, dtype)
-    x = torch.randn(1, patches, shape.width, device=device).to(dtype)
+    layers = tower(QWEN3_VL, timed).to(device, dtype)
+    x = torch.randn(1, patches, QWEN3_VL.width, device=device).to(dtype)
 
-    @torch.inference_mode()
     def one() -> dict[str, float]:
         taken = seconds(lambda: layers(x))
-        return {"timed_layers": taken, "tower": taken * shape.layers / timed}
-
-    return one
-
-
-def signal_cell(
-    patches: int, dtype: torch.dtype, device: str, shape: TowerShape = QWEN3_VL
-) -> Callable[[], Mapping[str, float]]:
-    """Return a reading of the attention out of one layer."""
-    size = (1, patches, shape.heads, shape.width // shape.heads)
-    query, key = (torch.randn(size, device=device).to(dtype) for _ in range(2))
-
-    @torch.inference_mode()
-    def one() -> dict[str, float]:
-        scale = size[-1] ** -0.5
-        return {"signal": seconds(lambda: received_attention(query, key, scale))}
+        return {"timed_layers": taken, "tower": taken * QWEN3_VL.layers / timed}
 
     return one
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Final
 
@@ -29,12 +29,12 @@ from era_vllm.types import PrunedTokens, Signal, VisualTokens
 
 _PARTS: Final = (8, 4, 2, 1)
 """Of the sample model's tokens: a block's share."""
-Facts = dict[str, object]
+Facts = dict[str, float]
 
 
 def on_photos(
     oracle: Oracle, options: SegmentsOptions
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, Facts], dict[str, Facts]]:
     """Return means over photos: of each case of blocks, and of each way to take queries."""
     photos = {**load_material(split="test").photos, **load_material(split="train").photos}
     photos = dict(islice(photos.items(), options.photos))
@@ -51,7 +51,7 @@ def on_photos(
                     with torch.inference_mode():
                         pruned = prune_blocks(known.tokens, config, options.rate)
                     wholes.setdefault(policy, pruned.anchors)
-                    found: Facts = asdict(merge_error(known.tokens, pruned))
+                    found = merge_error(known.tokens, pruned)
                     found["shared_with_whole"] = shared(pruned.anchors, wholes[policy])
                     blocks.setdefault(named(case), []).append(found)
                     shown_bar.update()
@@ -64,14 +64,14 @@ def on_photos(
                 for name, query in readings.items():
                     read = received_attention(query, known.key, known.scale)
                     error = sample_error(known, read, whole, EraConfig(), options.rate)
-                    sampling.setdefault(name, []).append(asdict(error))
+                    sampling.setdefault(name, []).append(error)
                 shown_bar.update()
     return _means(blocks), _means(sampling)
 
 
-def _means(found: Mapping[str, Sequence[Facts]]) -> dict[str, dict[str, float]]:
+def _means(found: Mapping[str, Sequence[Facts]]) -> dict[str, Facts]:
     return {
-        name: {key: sum(float(str(one[key])) for one in of) / len(of) for key in of[0]}
+        name: {key: sum(one[key] for one in of) / len(of) for key in of[0]}
         for name, of in found.items()
     }
 
@@ -107,41 +107,22 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True, slots=True)
-class MergeError:
-    """How far tokens are from the row that stands for them, over all tokens."""
+def merge_error(tokens: VisualTokens, pruned: PrunedTokens) -> Facts:
+    """Compare every token with the merged row of its anchor.
 
-    one_minus_cos: float
-    relative_mse: float
-    """Sum of squared differences, over the sum of squares."""
-    kept: int
-
-
-def merge_error(tokens: VisualTokens, pruned: PrunedTokens) -> MergeError:
-    """Compare every token with the merged row of its anchor."""
+    Returns: ``relative_mse`` is the sum of squared differences, over the sum of squares.
+    """
     index = pruned.assignment[..., None].expand_as(tokens.embeds)
     merged, embeds = pruned.embeds.float().gather(1, index), tokens.embeds.float()
     cosine = cosine_similarity(embeds, merged, -1).mean()
     squares = (embeds - merged).square().sum() / embeds.square().sum()
-    return MergeError(1 - float(cosine), float(squares), pruned.anchors.shape[1])
+    kept = pruned.anchors.shape[1]
+    return {"one_minus_cos": 1 - float(cosine), "relative_mse": float(squares), "kept": kept}
 
 
 def shared(ours: Int[Tensor, "1 a"], theirs: Int[Tensor, "1 b"]) -> float:
     """Return the share of ``ours`` that is among ``theirs``."""
     return float(torch.isin(ours, theirs).float().mean())
-
-
-@dataclass(frozen=True, slots=True)
-class SampleError:
-    """Attention received by a sample of queries, against that of all."""
-
-    mean_relative: float
-    """Mean |difference| / mean, over keys, then over heads."""
-    bias: float
-    """The same with the sign: 0 on average, however large the error."""
-    largest_relative: float
-    """Largest difference of a key, in its head's mean."""
-    anchors_shared: float
 
 
 def of_all_queries(photo: PhotoTokens) -> Float32[Tensor, "1 hv n"]:
@@ -160,16 +141,22 @@ def sample_error(
     whole: Float32[Tensor, "1 hv n"],
     config: EraConfig,
     rate: float,
-) -> SampleError:
-    """Compare one reading with that of all queries, and the anchors that follow from both."""
+) -> Facts:
+    """Compare one reading with that of all queries, and the anchors that follow from both.
+
+    Returns:
+        ``mean_relative``, |difference| / mean over keys, then over heads; ``bias``, the same with
+        the sign: 0 on average, however large the error; ``largest_relative``, of a key, in its
+        head's mean; ``anchors_shared``.
+    """
     error = (found - whole) / whole.mean(-1, keepdim=True)
     own, theirs = (
         prune_blocks(replace(photo.tokens, signals={Signal.ENCODER_ATTENTION: read}), config, rate)
         for read in (found, whole)
     )
-    return SampleError(
-        float(error.abs().mean()),
-        float(((found - whole) / whole).mean()),
-        float(error.abs().max()),
-        shared(own.anchors, theirs.anchors),
-    )
+    return {
+        "mean_relative": float(error.abs().mean()),
+        "bias": float(((found - whole) / whole).mean()),
+        "largest_relative": float(error.abs().max()),
+        "anchors_shared": shared(own.anchors, theirs.anchors),
+    }

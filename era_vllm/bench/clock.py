@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.utils.benchmark import timer
 
 from era_vllm.lab.screen import bar
@@ -23,9 +24,9 @@ Cell = Callable[[], Mapping[str, float]]
 class Samples:
     """What the cells measured: cell -> measure -> one number a round."""
 
-    values: Mapping[str, Mapping[str, tuple[float, ...]]]
+    values: Mapping[str, Mapping[str, Sequence[float]]]
 
-    def of(self, cell: str, measure: str) -> tuple[float, ...]:
+    def of(self, cell: str, measure: str) -> Sequence[float]:
         """One number a round; empty if the cell does not measure it."""
         return self.values[cell].get(measure, ())
 
@@ -68,7 +69,7 @@ class Samples:
         }
 
 
-def p90(values: tuple[float, ...]) -> float:
+def p90(values: Sequence[float]) -> float:
     """Return the 90th percentile, interpolated between neighbours."""
     return float(np.quantile(values, 0.9))
 
@@ -92,19 +93,15 @@ def interleave(cells: Mapping[str, Cell], rounds: int, warm_ups: int = 1) -> Sam
                     if number >= warm_ups:
                         taken[name].setdefault(measure, []).append(value)
                 shown.update()
-    return Samples(
-        {
-            name: {measure: tuple(values) for measure, values in measures.items()}
-            for name, measures in taken.items()
-        }
-    )
+    return Samples(taken)
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Time one call, a GPU's work included."""
-    started = timer()  # waits for a GPU
-    call()
-    return timer() - started
+    """Time one call in inference mode, a GPU's work included."""
+    with torch.inference_mode():
+        started = timer()  # waits for a GPU
+        call()
+        return timer() - started
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -49,9 +49,7 @@ def engine(
     }
     with muted():
         llm = LLM(
-            **{**usual, **arguments, **more},
-            max_model_len=context,
-            kv_cache_memory_bytes=kv_bytes,
+            **{**usual, **arguments, **more}, max_model_len=context, kv_cache_memory_bytes=kv_bytes
         )
     try:
         yield llm
@@ -157,13 +155,8 @@ class TimedEngine:
             taken.update(self._told_apart(self._stages.take(), taken["ttft"], decode_tokens))
         return taken
 
-    @property
-    def head_size(self) -> int:
-        """Of the attention layers, columns included."""
-        return self._attention_layers()[0].head_size
-
-    def facts(self) -> dict[str, object]:
-        """KV blocks of the cache and what they hold."""
+    def facts(self) -> dict[str, Any]:
+        """KV blocks of the cache and what they hold; the size of a head, columns included."""
         cache = self.llm.llm_engine.vllm_config.cache_config
         layer = self._attention_layers()[0]
         injected = getattr(getattr(self.model, "step_state", None), "injected", None)

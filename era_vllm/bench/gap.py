@@ -1,7 +1,6 @@
 """``era-vllm bench gap``: the longest pause of a running stream while pictures arrive."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -26,10 +25,7 @@ GOAL: Final = 1.0
 def run(options: GapOptions, out: Path) -> Report:
     """Start the engines, measure, judge and draw."""
     encoded: dict[str, int] = {}
-    step = {
-        "max_num_batched_tokens": options.step_tokens,
-        "max_num_seqs": options.pictures + 1,
-    }
+    step = {"max_num_batched_tokens": options.step_tokens, "max_num_seqs": options.pictures + 1}
     with side_by_side(KINDS, options, step) as started:
         engines = {kind: GapEngine(engine) for kind, engine in started.items()}
         samples = interleave(_cells(engines, options, encoded), options.rounds, options.warm_ups)
@@ -49,10 +45,9 @@ def _cells(
     def one(kind: str, number: int) -> Mapping[str, float]:
         rate = None if kind == "stock" else options.rate
         prompts = [image_prompt(next(pictures), rate) for _ in range(number)]
-        found = asdict(engines[kind].gap(prompts))
-        encoded[kind] = max(found.pop("pictures"), encoded.get(kind, 0))
-        seconds = {name.removesuffix("_s"): value for name, value in found.items()}
-        return {**seconds, "rest": seconds["longest"] - seconds["tower"]}
+        taken, most = engines[kind].gap(prompts)
+        encoded[kind] = max(most, encoded.get(kind, 0))
+        return taken
 
     for kind in engines:
         one(kind, 2)  # the first pass of each shape is slow
@@ -77,7 +72,6 @@ def _report(samples: Samples, facts: dict[str, object], options: GapOptions, out
     panels = {title: (list(samples.values), ["tower", "rest"])}
     plots.bars(out / "bench-gap.png", f"{facts['model']}, {facts['device']}", samples, panels)
     return Report(
-        bench="gap",
         samples=samples,
         tables=[table([*header, "of stock"], rows)],
         goals=[Goal("longest pause of a stream against stock", ratios["era"], "at most", GOAL)],

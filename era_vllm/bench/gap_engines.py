@@ -6,7 +6,6 @@ compared (``gap.py``).
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
@@ -26,22 +25,8 @@ from era_vllm.vllm_plugin.resolve import resolve
 UNBOUNDED: Final = "EraBenchUnbounded"
 """Architecture of an engine of ours that is scheduled as vLLM would, by placeholders."""
 _ORIGINAL: Final = "LlavaForConditionalGeneration"
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """What a stream and the pictures met."""
-
-    longest_s: float
-    """Between two tokens of the stream."""
-    tower_s: float
-    """Of it, in the vision tower."""
-    quiet_s: float
-    """Between two tokens before the pictures came, median."""
-    all_s: float
-    """From the pictures' arrival to the last one's first token."""
-    pictures: int
-    """Most that were encoded between two tokens of the stream."""
+_QUIET: Final = 8
+"""Tokens of a stream before pictures come."""
 
 
 class GapEngine:
@@ -55,21 +40,25 @@ class GapEngine:
         tower.register_forward_pre_hook(self._count)
         self._stages.watch("tower", tower)
 
-    def gap(self, prompts: Sequence[object], quiet: int = 8) -> Gap:
+    def gap(self, prompts: Sequence[object]) -> tuple[dict[str, float], int]:
         """Decode a stream, let the pictures come at once, and wait until each has its first token.
 
         Time in which prompts are prepared is left out: in a server that is another process.
 
         Args:
             prompts: One picture each, new to every cache.
-            quiet: Tokens of the stream before they come.
+
+        Returns:
+            Seconds: ``longest``, between two tokens of the stream; of it ``tower`` and ``rest``;
+            ``quiet``, between two before the pictures came, median; ``all``, until the last one's
+            first token. And the most pictures encoded between two tokens of the stream.
         """
         engine = self._engine
         stream = next(self._names)
         text = {"prompt": "USER: tell me a long story ASSISTANT:"}
         engine.add_request(stream, text, _answer(None))
         self._step(stream)
-        before = sorted(self._step(stream)[0] for _ in range(quiet))
+        before = sorted(self._step(stream)[0] for _ in range(_QUIET))
         self._pictures = 0
         waiting = {next(self._names): prompt for prompt in prompts}
         for name, prompt in waiting.items():
@@ -84,7 +73,9 @@ class GapEngine:
         engine.abort_request([stream])
         while engine.has_unfinished_requests():
             engine.step()
-        return Gap(longest[0], longest[1], before[len(before) // 2], all_s, most)
+        seconds, tower = longest
+        taken = {"longest": seconds, "tower": tower, "quiet": before[_QUIET // 2], "all": all_s}
+        return {**taken, "rest": seconds - tower}, most
 
     def _step(self, stream: str) -> tuple[float, float, int, set[str]]:
         """Run steps until the stream has a token.

@@ -8,11 +8,11 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from operator import methodcaller
 from typing import Any, ClassVar, Final
 
-from era_vllm.bench.setup import FIXED_K, FIXED_N, device, named, pictured
+from era_vllm.bench.setup import FIXED_K, FIXED_N, device, named
 from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.lab.dummy import FAMILIES, SIZES, DummyFamily, LlamaSize, size_of
@@ -81,16 +81,17 @@ def sizes(text: str) -> list[tuple[int, int, int]]:
     return found
 
 
-def mebibytes(text: str) -> int:
-    """Parse MiB, 1 or more, into bytes."""
-    return at_least(1)(text) << 20
-
-
 def _refused(text: str, needed: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"got {text!r}, {needed}")
 
 
-def flag(default: object, text: str, **more: object) -> Any:  # noqa: ANN401  # as ``field``
+def flag(  # noqa: ANN401  # as ``field``
+    default: object,
+    text: str,
+    read: Callable[[str], object] | None = None,
+    metavar: str = "",
+    **more: object,
+) -> Any:
     """Return a field that has a flag.
 
     Args:
@@ -98,21 +99,18 @@ def flag(default: object, text: str, **more: object) -> Any:  # noqa: ANN401  # 
         more: Of ``add_argument``; ``name`` is the flag's, where it is not the field's.
     """
     text = text if "(default" in text else f"{text} (default %(default)s)".lstrip()
+    more |= {"type": read, "metavar": metavar} if read else {}
     return field(metadata={"default": default, "help": text, **more})
 
 
 def count(default: int | None, text: str, least: int = 1) -> Any:  # noqa: ANN401
     """Return a field with a flag that is an integer."""
-    return flag(default, text, type=at_least(least), metavar="N")
-
-
-def several(read: Callable[[str], object], default: str | None, metavar: str, text: str) -> Any:  # noqa: ANN401
-    """Return a field with a flag that is a list."""
-    return flag(default, text, type=read, metavar=metavar)
+    return flag(default, text, at_least(least), "N")
 
 
 def switch(default: bool | None, text: str) -> Any:  # noqa: ANN401
     """Return a field with a flag and its ``--no-`` counterpart."""
+    text = text if "(default" in text else f"{text} (default: %(default)s)"
     return flag(default, text, action=argparse.BooleanOptionalAction)
 
 
@@ -145,18 +143,18 @@ class EngineOptions(Options):
     side: int | None = count(
         None, "pixels of a picture's side, where a family takes any (default: the family's)"
     )
-    rates: list[float] = several(numbers(float, 0, 1), None, "R,R", "pruning rates")
+    rates: list[float] = flag(None, "pruning rates", numbers(float, 0, 1), "R,R")
     text_tokens: int = count(512, "prompt of the text-only requests")
     decode_tokens: int = count(16, "tokens decoded after the first")
     kv_bytes: int = flag(
         None,
         "KV cache of each engine, MiB (default: room for three requests)",
-        type=mebibytes,
-        metavar="N",
+        lambda text: at_least(1)(text) << 20,
+        "N",
         name="--kv-mib",
     )
     eager: bool = switch(None, f"{_EAGER} (default: on a CPU, not on a GPU)")
-    context: int
+    context: int = 0
     """Tokens of a request, of a step, and half of what the cache must hold."""
     era: Mapping[str, object]
 
@@ -168,39 +166,38 @@ class EngineOptions(Options):
     @property
     def asked(self) -> DummyFamily:
         """What is asked of the family."""
-        return pictured(self.family, self.side)
+        known = FAMILIES[self.family]
+        return known if self.side is None else known.of_side(self.side)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions(EngineOptions):
     """Of the attention layer."""
 
-    eager: bool = switch(True, f"{_EAGER} (default: %(default)s)")
-    mirror: bool = switch(True, "start each engine twice, in mirrored order (default: %(default)s)")
+    eager: bool = switch(True, _EAGER)
+    mirror: bool = switch(True, "start each engine twice, in mirrored order")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions(EngineOptions):
     """Of requests against stock vLLM."""
 
-    profile: bool = switch(
-        True, "one more pruned request under torch.profiler (default: %(default)s)"
-    )
+    profile: bool = switch(True, "one more pruned request under torch.profiler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReducerOptions(Options):
     """Of the pruning step."""
 
-    policies: list[str] = several(_SPLIT, "era,dpp", "P,P", _POLICIES)
-    sizes: list[tuple[int, int, int]] = several(
-        sizes, "576:64,5x576:32,2880:160,16x1024:102,16384:1638", "SxN:K,N:K", ""
+    policies: list[str] = flag("era,dpp", _POLICIES, _SPLIT, "P,P")
+    sizes: list[tuple[int, int, int]] = flag(
+        "576:64,5x576:32,2880:160,16x1024:102,16384:1638", "", sizes, "SxN:K,N:K"
     )
-    n_sweep: list[int] = several(
-        numbers(int, FIXED_K + 1), "256,576,1024,2304,4096", "N,N", f"at K = {FIXED_K}; {_FIT}"
+    n_sweep: list[int] = flag(
+        "256,576,1024,2304,4096", f"at K = {FIXED_K}; {_FIT}", numbers(int, FIXED_K + 1), "N,N"
     )
-    k_sweep: list[int] = several(
-        numbers(int, 1, FIXED_N), "16,32,64,128,256,512", "K,K", f"at N = {FIXED_N}; {_FIT}"
+    k_sweep: list[int] = flag(
+        "16,32,64,128,256,512", f"at N = {FIXED_N}; {_FIT}", numbers(int, 1, FIXED_N), "K,K"
     )
 
 
@@ -208,19 +205,19 @@ class ReducerOptions(Options):
 class SegmentsOptions(Options):
     """Of blocks of a large picture."""
 
-    policies: list[str] = several(_SPLIT, "era,dpp", "P,P", _POLICIES)
-    tokens: list[int] = several(squares, "4096,16384", "N,N", "of a picture, squares")
-    segments: list[int] = several(
-        numbers(int, 16),
+    policies: list[str] = flag("era,dpp", _POLICIES, _SPLIT, "P,P")
+    tokens: list[int] = flag("4096,16384", "of a picture, squares", squares, "N,N")
+    segments: list[int] = flag(
         "1024,2048,4096",
-        "N,N",
         "tokens of a block, at most (default %(default)s; whole is always there)",
+        numbers(int, 16),
+        "N,N",
     )
-    rate: float = flag(0.944, "of noise and photos", type=one_rate, metavar="R")
-    answer_rate: float = flag(0.889, "of the questions", type=one_rate, metavar="R")
+    rate: float = flag(0.944, "of noise and photos", one_rate, "R")
+    answer_rate: float = flag(0.889, "of the questions", one_rate, "R")
     patches: int = count(16384, "of the tower that the reducer is held against; 4 a token", 64)
     tower_layers: int = count(1, "timed, and multiplied")
-    slow_s: float = flag(30.0, "what takes so long is timed once", type=float, metavar="S")
+    slow_s: float = flag(30.0, "what takes so long is timed once", float, "S")
     photos: int = count(3, "the held out ones first")
     pictures: int = count(150, "asked about, 4 questions each")
 
@@ -232,7 +229,7 @@ class GapOptions(Options):
     pictures: int = count(64, "that arrive at once")
     step_tokens: int = count(2048, "vLLM's --max-num-batched-tokens, which is also its encoder's")
     kv_mib: int = count(1024, "KV cache of each engine, MiB")
-    rate: float = flag(0.889, "pruning rate (default .889)", type=one_rate, metavar="R")
+    rate: float = flag(0.889, "pruning rate (default .889)", one_rate, "R")
     eager: bool = switch(None, f"{_EAGER} (default: on a CPU, not on a GPU)")
     era: Mapping[str, object]
     family: ClassVar[str] = "llava"
@@ -258,9 +255,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
             name = about.pop("name", "") or f"--{one.name.replace('_', '-')}"
             parser.add_argument(name, dest=one.name, **about)
         if one.name == "dtype":
-            parser.add_argument(
-                "--out", default="out", metavar="DIR", help="folder (default %(default)s)"
-            )
+            text = "folder (default %(default)s)"
+            parser.add_argument("--out", default="out", metavar="DIR", help=text)
 
 
 def resolved(
@@ -286,34 +282,28 @@ def resolved(
                 f"--{name}: got {max(rates):g}, allowed: [0, {highest:g}] "
                 "(raise --era-max-pruning-rate)"
             )
-    if issubclass(kind, EngineOptions):
-        given["context"] = _context(arguments)
-        given["kv_bytes"] = given["kv_bytes"] or _room(arguments, given["context"])
-    return kind(**given)
+    options = kind(**given)
+    return _with_room(options) if isinstance(options, EngineOptions) else options
 
 
-def _context(arguments: argparse.Namespace) -> int:
-    side, unit = arguments.side, FAMILIES[arguments.family].unit
+def _with_room(options: EngineOptions) -> EngineOptions:
+    """Return the options with a context for the longest request, and a cache for three."""
+    side, unit = options.side, FAMILIES[options.family].unit
     if side is not None and (unit is None or side % unit):
         allowed = "no --side, its pictures have one size" if unit is None else f"times of {unit}"
         raise ConfigError(f"--side: got {side}, allowed with this --family: {allowed}")
-    asked = pictured(arguments.family, side)
+    size, asked = options.size, options.asked
     of_picture = asked.tokens + 24  # of the question
-    longest = max(arguments.text_tokens, of_picture) + arguments.decode_tokens
+    longest = max(options.text_tokens, of_picture) + options.decode_tokens
     context = -(-longest // 256) * 256
     if context > asked.context:
         raise ConfigError(
             f"--text-tokens + --decode-tokens: got {longest}, allowed: up to {asked.context}"
         )
-    return context
-
-
-def _room(arguments: argparse.Namespace, context: int) -> int:
-    """Return the bytes of a cache for three requests."""
-    size = size_of(arguments.shape, arguments.family)
-    bytes_per_token = 2 * _ELEMENT_BYTES[arguments.dtype] * size.layers * size.kv_width
+    bytes_per_token = 2 * _ELEMENT_BYTES[options.dtype] * size.layers * size.kv_width
     room = 3 * context * bytes_per_token * 2  # twice: heads may be widened, blocks are whole
-    return max(room, 32 * 2**20)
+    kv_bytes = options.kv_bytes or max(room, 32 << 20)
+    return replace(options, context=context, kv_bytes=kv_bytes)
 
 
 def facts_of(options: EngineOptions | GapOptions) -> dict[str, object]:

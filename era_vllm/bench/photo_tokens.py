@@ -33,7 +33,9 @@ class PhotoTokens:
 @torch.inference_mode()
 def photo_tokens(oracle: Oracle, photo: Image.Image, side: int) -> PhotoTokens:
     """Encode a photo as side x side tokens, a square cut from its middle."""
-    vision = oracle.model.config.vision_config
+    tower, config = oracle.model.model.vision_tower, oracle.model.config
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    attention, vision = layers[config.vision_feature_layer].self_attn, config.vision_config
     of_tile, pixels = vision.image_size // vision.patch_size, vision.image_size
     tiles = math.ceil(side / of_tile)
     short = min(photo.size)
@@ -42,7 +44,6 @@ def photo_tokens(oracle: Oracle, photo: Image.Image, side: int) -> PhotoTokens:
     square = middle.resize((tiles * pixels, tiles * pixels), Image.Resampling.BICUBIC)
     starts = range(0, tiles * pixels, pixels)
     read: dict[str, list[Tensor]] = {"q_proj": [], "k_proj": []}
-    attention = _tapped(oracle)
     handles = [
         getattr(attention, name).register_forward_hook(
             lambda _, __, out, kept=kept: kept.append(out[:, 1:].clone())
@@ -72,10 +73,3 @@ def photo_tokens(oracle: Oracle, photo: Image.Image, side: int) -> PhotoTokens:
     heads = vision.num_attention_heads
     query, key = (whole(parts).unflatten(-1, (heads, -1)) for parts in read.values())
     return PhotoTokens(tokens, query, key, query.shape[-1] ** -0.5)
-
-
-def _tapped(oracle: Oracle) -> torch.nn.Module:
-    """Return the attention of the layer that the features come from."""
-    tower, config = oracle.model.model.vision_tower, oracle.model.config
-    layers = getattr(tower, "vision_model", tower).encoder.layers
-    return layers[config.vision_feature_layer].self_attn

@@ -7,7 +7,7 @@ batch of as many images as the tokens come from. Leaves out vLLM.
 """
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from era_vllm.bench.clock import seconds
+from era_vllm.bench.clock import Cell, seconds
 from era_vllm.contracts import PruningPolicy
 from era_vllm.lab.dummy import CLIP_L, IMAGE_SIZE, IMAGE_TOKENS
 from era_vllm.pipeline import prune
@@ -91,21 +91,27 @@ def random_tokens(
     )
 
 
-def reducer_cell(
-    policy: str, size: Size, width: int, dtype: torch.dtype, device: str
-) -> Callable[[], Mapping[str, float]]:
+def attention_read(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+) -> Callable[[], object]:
+    """Return a reading of the attention out of one layer, of noise.
+
+    Args:    shape: images, tokens, heads, size of a head.
+    """
+    query, key = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    return lambda: received_attention(query, key, shape[-1] ** -0.5)
+
+
+def reducer_cell(policy: str, size: Size, width: int, dtype: torch.dtype, device: str) -> Cell:
     """Return a pass of the pruning step: ``prune``, and ``signal`` if the policy needs one."""
     chosen: PruningPolicy = make_policy(defaults(policy))
     tokens = random_tokens(size, width, dtype, device, chosen.needs)
-    shape = (size.images, IMAGE_TOKENS + 1, HEADS, _HEAD_SIZE)
-    query, key = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    read = attention_read((size.images, IMAGE_TOKENS + 1, HEADS, _HEAD_SIZE), dtype, device)
 
-    @torch.inference_mode()
     def one() -> dict[str, float]:
         taken = {"prune": seconds(lambda: prune(tokens, size.k, chosen))}
         if chosen.needs & OF_ENCODER:
-            scale = _HEAD_SIZE**-0.5
-            taken["signal"] = seconds(lambda: received_attention(query, key, scale))
+            taken["signal"] = seconds(read)
         return {**taken, "reducer": sum(taken.values())}
 
     return one
@@ -117,14 +123,7 @@ def tower(dtype: torch.dtype, device: str, layers: int) -> nn.Module:
     return CLIPVisionModel(config).to(device, dtype).eval()
 
 
-def tower_cell(
-    model: nn.Module, images: int, dtype: torch.dtype, device: str
-) -> Callable[[], Mapping[str, float]]:
+def tower_cell(model: nn.Module, images: int, dtype: torch.dtype, device: str) -> Cell:
     """Return a pass of the tower over a batch of images."""
     pixels = torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).to(dtype)
-
-    @torch.inference_mode()
-    def one() -> dict[str, float]:
-        return {"tower": seconds(lambda: model(pixel_values=pixels))}
-
-    return one
+    return lambda: {"tower": seconds(lambda: model(pixel_values=pixels))}

@@ -13,14 +13,13 @@ from era_vllm.bench.clock import PowerLaw, Samples, interleave, power_law
 from era_vllm.bench.options import ReducerOptions
 from era_vllm.bench.provenance import free_memory
 from era_vllm.bench.pruning_step import Size, reducer_cell, tower, tower_cell
-from era_vllm.bench.report import Goal, Report, percent, shown, table
+from era_vllm.bench.report import TOWER_SHARE, Goal, Report, percent, shown, table
 from era_vllm.bench.setup import FIXED_K, FIXED_N, device
 from era_vllm.errors import ConfigError
 from era_vllm.lab.dummy import SIZES
 from era_vllm.lab.screen import progress
 from era_vllm.policies import defaults, make_policy
 
-GOAL: Final = 0.05
 _GOAL_SIZES: Final = ("576->64", "5 x 576->32", "16 x 1024->102")
 
 
@@ -77,14 +76,13 @@ def run(options: ReducerOptions, out: Path) -> Report:
         laws[axis] = {p: (x, y[p], power_law(x, y[p]) if len(x) > 1 else None) for p in shares}
     growth = [[p, *(str(laws[axis][p][2] or "-") for axis in laws)] for p in shares]
     title = f"pruning step, {options.dtype}, {shape.hidden} wide, {place}"
-    plots.growth(out / "bench-reducer.png", title, shares, GOAL, laws)
-    share_of = {(size, p): shares[p].get(size) for size in _GOAL_SIZES for p in shares}
+    plots.growth(out / "bench-reducer.png", title, shares, TOWER_SHARE, laws)
     goals = [
-        Goal(f"{p} {size}, share of the tower", share and 100 * share, "at most", 100 * GOAL, " %")
-        for (size, p), share in share_of.items()
+        Goal.of_tower(f"{p} {size}, share of the tower", shares[p].get(size))
+        for size in _GOAL_SIZES
+        for p in shares
     ]
     return Report(
-        bench="reducer",
         samples=Samples({**main.values, **swept.values}),
         tables=(
             table(header, rows),

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal, Self
 
 from era_vllm.bench.clock import Samples
+from era_vllm.bench.provenance import command, provenance
 
 SCHEMA: Final = 1
 """Raised when a key of the JSON changes its meaning."""
+TOWER_SHARE: Final = 0.05
+"""Of the vision tower's time that the pruning step may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,11 @@ class Goal:
     sense: Literal["at least", "at most"]
     limit: float
     unit: str = "x"
+
+    @classmethod
+    def of_tower(cls, name: str, share: float | None) -> Self:
+        """Return that of the pruning step: its share of the vision tower's time."""
+        return cls(name, share and 100 * share, "at most", 100 * TOWER_SHARE, " %")
 
     @property
     def met(self) -> bool | None:
@@ -43,7 +51,6 @@ class Goal:
 class Report:
     """One benchmark's outcome."""
 
-    bench: str
     samples: Samples
     tables: Sequence[str]
     """For the screen."""
@@ -53,15 +60,13 @@ class Report:
     notes: Sequence[str] = field(default=())
     """What a reader has to know beside the figures."""
 
-    def as_dict(
-        self, provenance: Mapping[str, object], command: str, settings: Mapping[str, object]
-    ) -> dict[str, object]:
+    def as_dict(self, bench: str, settings: Mapping[str, object]) -> dict[str, Any]:
         """Return the JSON document."""
         return {
-            "bench": self.bench,
+            "bench": bench,
             "schema": SCHEMA,
-            **provenance,
-            "command": command,
+            **provenance(),
+            "command": command(),
             "settings": dict(settings),
             "goals": [goal.as_dict() for goal in self.goals],
             "facts": dict(self.facts),
@@ -108,7 +113,7 @@ def times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.3f}x"
 
 
-def engine_table(engines: Mapping[str, Mapping[str, object]], base: str = "") -> str:
+def engine_table(engines: Mapping[str, Mapping[str, Any]], base: str = "") -> str:
     """Return heads and KV cache as a table.
 
     Args:
@@ -121,7 +126,7 @@ def engine_table(engines: Mapping[str, Mapping[str, object]], base: str = "") ->
     header = ["engine", *(key.replace("_", " ") for key in keys)]
     rows = [[name, *(str(fact[key]) for key in keys)] for name, fact in engines.items()]
     if base:
-        held = {name: int(str(fact["kv_tokens"])) for name, fact in engines.items()}
+        held = {name: fact["kv_tokens"] for name, fact in engines.items()}
         header.append(f"of {base}")
         rows = [[*row, times(held[row[0]] / held[base])] for row in rows]
     return table(header, rows)

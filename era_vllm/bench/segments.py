@@ -20,7 +20,6 @@ from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.screen import progress
 from era_vllm.policies import defaults, make_policy
 
-GOAL: Final = 0.05
 _SAMPLE_KEYS: Final = ("mean_relative", "bias", "largest_relative", "anchors_shared")
 
 
@@ -69,12 +68,9 @@ def run(options: SegmentsOptions, out: Path) -> Report:
     default = EraConfig().max_segment
     block = "whole" if default >= options.patches // 4 else default
     goals = [
-        Goal(
+        Goal.of_tower(
             f"{policy}, blocks of {default}: share of a tower of {options.patches} patches",
-            100 * of_tower[key] if (key := f"{policy} {block}") in of_tower else None,
-            "at most",
-            100 * GOAL,
-            " %",
+            of_tower.get(f"{policy} {block}"),
         )
         for policy in options.policies
     ]
@@ -82,7 +78,6 @@ def run(options: SegmentsOptions, out: Path) -> Report:
     plots.segments(out / "bench-segments.png", title, _curves(samples, fidelity, options), answered)
     once = [name for name in memory if len(samples.of(name, "prune")) < options.rounds]
     return Report(
-        bench="segments",
         samples=samples,
         tables=(
             table(header, rows),

@@ -24,7 +24,6 @@ KINDS: Final[Mapping[str, tuple[Kind, bool]]] = {
 }
 SPEED_GOALS: Final[Mapping[float, float]] = {0.889: 2.0, 0.944: 2.2}
 TEXT_GOAL: Final = 1.03
-REDUCER_GOAL: Final = 0.05
 _GOAL_RATE: Final = 0.889
 
 
@@ -99,15 +98,13 @@ def judged(ratios: Mapping[str, float | None]) -> list[Goal]:
     goals: list[Goal] = []
     for rate, limit in SPEED_GOALS.items():
         ratio = ratios.get(f"ttft era {rate:g} / stock")
-        speed = None if ratio is None else 1 / ratio
-        goals.append(Goal(f"TTFT at {rate:g} against stock", speed, "at least", limit))
+        name = f"TTFT at {rate:g} against stock"
+        goals.append(Goal(name, ratio and 1 / ratio, "at least", limit))
     for measure, name in (("ttft", "TTFT"), ("decode", "decode")):
         ratio = ratios.get(f"{measure} text era / wide")
         goals.append(Goal(f"text-only {name} against wide", ratio, "at most", TEXT_GOAL))
     share = ratios.get(f"reducer / tower, era {_GOAL_RATE:g}")
-    percent = None if share is None else 100 * share
-    name = f"reducer at {_GOAL_RATE:g}, share of the tower"
-    return [*goals, Goal(name, percent, "at most", 100 * REDUCER_GOAL, " %")]
+    return [*goals, Goal.of_tower(f"reducer at {_GOAL_RATE:g}, share of the tower", share)]
 
 
 def _report(
@@ -165,7 +162,6 @@ def _report(
         },
     )
     return Report(
-        bench="serve",
         samples=samples,
         tables=tables,
         goals=judged(facts["ratios"]),

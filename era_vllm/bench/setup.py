@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import era_vllm
 from era_vllm.bench.provenance import core_count
-from era_vllm.lab.dummy import FAMILIES, DummyFamily, LlamaSize
+from era_vllm.lab.dummy import FAMILIES, LlamaSize
 from era_vllm.lab.screen import IN_PROCESS, muted, progress
 
 if TYPE_CHECKING:
@@ -20,12 +20,6 @@ FIXED_N: Final = 2304
 Kind = Literal["pruned", "stock", "bound", "unbounded"]
 """One that prunes, each image at the rate of its prompt; vLLM as it is; ``bound.py``; one that
 prunes, scheduled as vLLM would (``gap_engines.py``)."""
-
-
-def pictured(family: str, side: int | None) -> DummyFamily:
-    """Return what is asked of a family, with pictures of so many pixels a side; None = its own."""
-    known = FAMILIES[family]
-    return known if side is None else known.of_side(side)
 
 
 def set_environment(*, eager: bool) -> None:

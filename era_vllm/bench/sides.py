@@ -62,7 +62,7 @@ def side_by_side(
             started = engine(arguments, context=options.context, kv_bytes=options.kv_bytes)
             engines[name] = TimedEngine(stack.enter_context(started))
             if not wide.exists():
-                wider = replace(size, head_size=engines[name].head_size)
+                wider = replace(size, head_size=engines[name].facts()["head_size"])
                 make_dummy(wide, wider, options.family, asked.tokens)
         yield engines
 

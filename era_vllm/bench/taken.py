@@ -55,10 +55,7 @@ class Taken:
         self._llm.llm_engine.reset_encoder_cache()
 
     def of(
-        self,
-        messages: list[dict[str, Any]],
-        rate: float,
-        known: Sequence[Segment] | None = None,
+        self, messages: list[dict[str, Any]], rate: float, known: Sequence[Segment] | None = None
     ) -> tuple[list[int], Sequence[Segment]]:
         """Ask for a word; return the prompt's token ids, and what stands in its runs.
 

@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -187,11 +186,6 @@ def variant_of(policy: str, options: "tuple[tuple[str, object], ...]" = ()) -> "
     return Variant(policy, options)
 
 
-def reference(model: str) -> "Oracle":
-    """Return a checkpoint in plain transformers, float32."""
-    return _oracle(str(Path(model).resolve()), "float32")
-
-
 def _server_flags(given: str) -> list[str]:
     from era_vllm_server.settings import ServerSettings
 
@@ -350,11 +344,12 @@ def _transformers(model: str, dtype: str, variant: "Variant", most: int) -> "Ite
     from era_vllm.lab.asking import TransformersAsker
 
     config = EraConfig.parse(calibrated(model, variant.settings))
-    yield TransformersAsker(_oracle(model, dtype), config, most)
+    yield TransformersAsker(oracle_of(model, dtype), config, most)
 
 
 @cache
-def _oracle(model: str, dtype: str) -> "Oracle":
+def oracle_of(model: str, dtype: str) -> "Oracle":
+    """Return a checkpoint in plain transformers."""
     import torch
 
     from era_vllm.cli.loading import open_oracle

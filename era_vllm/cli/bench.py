@@ -199,9 +199,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             add_era_options(kind, without=("calibration",))
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure, print the page, write the figures."""
-    del rest
     engines = arguments.bench not in _WITHOUT_ENGINES
     if engines and find_spec("vllm") is None:
         from era_vllm.vllm_plugin.version import INSTALL
@@ -223,9 +222,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nera-vllm bench: stopped; nothing written", file=sys.stderr)
         return 130
-    from era_vllm.bench.provenance import command, provenance
-
-    document = report.as_dict(provenance(), command(), asdict(options))
+    document = report.as_dict(arguments.bench, asdict(options))
     document["seconds"] = round(time.monotonic() - started)
     file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     print(f"{document['hardware']}, torch {document['versions']['torch']}")

@@ -4,7 +4,7 @@ Leaves out the fit (``lab/calibrate.py``) and what reads the file (``calibration
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,8 +17,6 @@ from era_vllm.errors import ConfigError
 from era_vllm.policies import make_policy
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from era_vllm.bench.taken import Taken
     from era_vllm.config import Gamma
     from era_vllm.lab.asking import Subject
@@ -43,7 +41,6 @@ of other families an engine in this process does, which ends before the passes.
 """
 RATES: Final = (0.778, 0.889, 0.944)
 NAME: Final = "calibration"
-_SETTINGS: Final = ("no bias", "bias")
 _NOT_HERE: Final = (
     "calibration", "gamma", "bias", "pruning_rate", "min_pruning_rate", "max_pruning_rate",
     "levels", "bias_store", "bias_columns", "separators", "frames_per_segment",
@@ -72,9 +69,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_era_options(parser, without=_NOT_HERE)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Fit, check, write."""
-    del rest
     config = _config(arguments)
     path = arguments.out / f"{NAME}.json"
     check_out(arguments.out, (path.name, f"{NAME}.png"))
@@ -99,27 +95,28 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     _check_cases(oracle, [*fitted, *held_out])
     wanted = arguments.sections
     passes = MASS_PASSES * ("mass_scale" in wanted) + PASSES * ("gamma" in wanted)
-    settings: list[tuple[bool, Gamma, float]] = [(False, None, 1.0), (True, None, 1.0)]
-    names, sections = list(_SETTINGS), dict[str, tuple[EraConfig, object]]()
+    settings: dict[str, tuple[bool, Gamma, float]] = {
+        "no bias": (False, None, 1.0),
+        "bias": (True, None, 1.0),
+    }
+    growth, sections = 1.0, dict[str, tuple[EraConfig, object]]()
     with bar(passes * len(fitted) + len(held_out), "calibrating", "question") as shown:
         common: dict[str, Any] = {"positions": config.positions, "step": shown.update}
         if "mass_scale" in wanted:
             before = asdict(make_policy(config))["mass_scale"]  # type: ignore[call-overload]
             scale = round(before * fit_mass(oracle, fitted, **common), 4)
-            settings.append((True, None, scale / before))
-            names.append("mass_scale")
+            growth = scale / before
+            settings["mass_scale"] = True, None, growth
             sections["mass_scale"] = config, scale
             options = {**dict(config.policy_options), "mass_scale": scale}
             config = replace(config, policy_options=tuple(sorted(options.items())))
-            fitted = [
-                replace(case, pruned=rescaled(case.pruned, scale / before)) for case in fitted
-            ]
+            fitted = [replace(case, pruned=rescaled(case.pruned, growth)) for case in fitted]
         if "gamma" in wanted:
             values = fit(oracle, fitted, per_head=arguments.per_head, **common)
-            settings.append((True, as_setting(values), settings[-1][2]))
-            names.append("gamma")
+            settings["gamma"] = True, as_setting(values), growth
             sections["gamma"] = config, values
-        checked = check(oracle, held_out, settings, **common)
+        checked = check(oracle, held_out, list(settings.values()), **common)
+    names = list(settings)
     about = {
         "command": command(),
         "commit": provenance()["commit"],
@@ -173,6 +170,7 @@ def _cases(
         UnsupportedError: a family that is not served, or that transformers does not have.
     """
     from era_vllm.cli.loading import open_language_oracle, open_oracle
+    from era_vllm.cli.own_pictures import open_pictures
     from era_vllm.cli.taking import prunes_alone, subjects, taken_of
     from era_vllm.lab.screen import bar
 
@@ -195,28 +193,16 @@ def _cases(
         return open_language_oracle(model), found
     from era_vllm.lab.calibrate import cases_of
 
-    asked = list(enumerate(_asked(arguments)))
+    asked = list(open_pictures(*given))
+    if bad := [text for _, questions in asked for text in questions if "<image>" in text]:
+        raise ConfigError(f"--prompts: got {bad[0][:80]!r}; a question holds no <image>")
+    _check_count(len(asked))
     oracle = open_oracle(model)
     with bar(len(asked), "pruning", "picture") as shown:
-        for number, (image, prompts) in asked:
-            picture = number, image, prompts
-            found.append(cases_of(oracle, config, arguments.rates, picture))
+        for number, (image, questions) in enumerate(asked):
+            found.append(cases_of(oracle, config, arguments.rates, (number, image, questions)))
             shown.update()
     return oracle, found
-
-
-def _asked(arguments: argparse.Namespace) -> "Iterator[tuple[Image, Sequence[str]]]":
-    """Yield pictures with questions."""
-    from era_vllm.cli.own_pictures import open_pictures
-
-    given = open_pictures(arguments.pictures, arguments.prompts, arguments.count, arguments.seed)
-    count = 0
-    for image, questions in given:
-        if bad := [question for question in questions if "<image>" in question]:
-            raise ConfigError(f"--prompts: got {bad[0][:80]!r}; a question holds no <image>")
-        count += 1
-        yield image, questions
-    _check_count(count)
 
 
 def _check_count(count: int) -> None:

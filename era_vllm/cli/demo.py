@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -47,6 +48,7 @@ _MEMORY_GB: Final = {"0.9b": 6, "qwen3-vl-2b": 12}
 """By shape: those of ``bench/first_token.py``."""
 _COLUMNS: Final = (40, 13, 13, 10)
 _STOPPING: Final = (signal.SIGTERM, signal.SIGHUP)
+_say: Final = partial(print, flush=True)
 _SERVER_ENVIRONMENT: Final = {"TORCH_COMPILE_DISABLE": "1"}  # nothing to gain for a tiny model
 
 
@@ -58,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shape", choices=tuple(_MEMORY_GB), default="0.9b", help=text)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Show all parts; stop every process that was started, however it ends."""
     from era_vllm.bench.provenance import provenance
     from era_vllm.vllm_plugin.version import INSTALL
@@ -111,7 +113,7 @@ def _answers() -> dict[str, object]:
             with ServerAsker(server.url) as asker:
                 answers.append(ask(asker, samples))
     print("\n" + _table(samples, answers) + "\n")
-    return {"rates": RATES, "questions": _asked(samples, answers)}
+    return {"rates": RATES, "questions": _questions(samples, answers)}
 
 
 def _server(name: str, log: str, *words: object) -> "Server":
@@ -138,10 +140,10 @@ def _tasks() -> dict[str, object]:
             answers = [ask(asker, samples, rate) for rate in TASK_RATES]
     first = [f"{_KINDS[sample.kind]}: {sample.questions[0].text}" for sample in samples]
     print("\n" + _table(samples, answers, TASK_RATES, first) + "\n")
-    return {"rates": TASK_RATES, "questions": _asked(samples, answers)}
+    return {"rates": TASK_RATES, "questions": _questions(samples, answers)}
 
 
-def _asked(
+def _questions(
     samples: "Sequence[Sample]", answers: "Sequence[list[list[Answer]]]"
 ) -> list[dict[str, object]]:
     """Return each question with its answers, one a rate, as JSON values."""
@@ -202,10 +204,9 @@ def _draw_kept(path: Path) -> None:
 
 
 def _speed(shape: str) -> dict[str, object]:
-    print(
+    _say(
         "speed: these models are too small to show it (their first token takes milliseconds), so\n"
-        "a larger one with DUMMY WEIGHTS: its answers mean nothing, its time is real",
-        flush=True,
+        "a larger one with DUMMY WEIGHTS: its answers mean nothing, its time is real"
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "speed.json"
@@ -222,10 +223,6 @@ def _speed(shape: str) -> dict[str, object]:
                 f"{_MEMORY_GB[shape]} GB of memory; era-vllm demo --fast leaves it out"
             )
         return json.loads(out.read_text(encoding="utf-8"))
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -46,9 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="default: out")
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure, write, print."""
-    del rest
     out: Path = arguments.out
     check_out(out, ("ecl.json", "ecl.png"))
     check_least(arguments, count=1)
@@ -86,7 +85,7 @@ def _rows(arguments: argparse.Namespace) -> "Iterator[Float[Tensor, l]]":
     from era_vllm.cli.loading import open_language_oracle, open_oracle
     from era_vllm.cli.own_pictures import open_pictures
     from era_vllm.cli.taking import prunes_alone, subjects, taken_of
-    from era_vllm.lab.asking import chat_prompt
+    from era_vllm.lab.asking import chat_ids
     from era_vllm.lab.ecl import layer_entropies
     from era_vllm.lab.oracle import segments_of
     from era_vllm.lab.screen import bar
@@ -95,13 +94,10 @@ def _rows(arguments: argparse.Namespace) -> "Iterator[Float[Tensor, l]]":
     pictures, title = arguments.pictures, "matrix entropy"
     if prunes_alone(model):
         own = open_oracle(model)
-        text = chat_prompt(own.processor, _QUESTION)
         with bar(arguments.count, title, "picture") as shown:
             for image, _ in open_pictures(pictures, None, *given):
                 segments = segments_of(own.reduce([image], EraConfig(), 0.0))
-                counts = [len(segment.anchors) for segment in segments]
-                ids = own.prompt_ids(text, counts, add_special_tokens=False)
-                yield layer_entropies(own, ids, segments)
+                yield layer_entropies(own, chat_ids(own, _QUESTION, segments), segments)
                 shown.update()
         return
     encoded = subjects(model, pictures, None, *given, films=False)

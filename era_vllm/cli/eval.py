@@ -83,9 +83,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     askers.add_options(parser)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Ask, write the page and print its table."""
-    del rest
     check_least(arguments, count=2)
     if not 0 <= arguments.mass <= arguments.count:
         raise ConfigError(
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.mass and arguments.url:
         raise ConfigError("--mass: is for a model's folder; leave it out with --url")
     if arguments.mass:
-        askers.check_reference("--mass", str(Path(arguments.model or DEFAULT_MODEL).resolve()))
+        askers.check_reference("--mass", source.head["model"])
     if source.policy:
         variants = [Variant(source.policy)]
     common = ("picture", "several", "film") if "video" in source.modalities else ("standard",)
@@ -127,7 +126,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     figures = {**head, "rows": [row.as_dict() for row in scored]}
     masses: list[Mass] = []
     if arguments.mass:
-        masses = _masses(arguments, subjects[: arguments.mass], wanted)
+        masses = _masses(source.head["model"], subjects[: arguments.mass], wanted)
         head |= {"mass": arguments.mass}
         figures |= {"mass": [row.as_dict() for row in masses]}
         draw(out / "mass.png", f"{source.title}, {arguments.mass} tasks", masses)
@@ -141,21 +140,18 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _masses(
-    arguments: argparse.Namespace,
-    subjects: "Sequence[Task]",
-    wanted: "Sequence[tuple[Variant, float]]",
+    model: str, subjects: "Sequence[Task]", wanted: "Sequence[tuple[Variant, float]]"
 ) -> "list[Mass]":
     """Return attention on visual tokens at every row, in plain transformers."""
     from era_vllm.calibration import calibrated
     from era_vllm.config import EraConfig
     from era_vllm.lab.mass import measure
 
-    model = arguments.model or DEFAULT_MODEL
     rows = [
         (variant.row(rate), EraConfig.parse(calibrated(model, variant.settings)), rate)
         for variant, rate in wanted
     ]
-    return measure(askers.reference(model), subjects, rows)
+    return measure(askers.oracle_of(model, "float32"), subjects, rows)
 
 
 def _variants(arguments: argparse.Namespace) -> "list[Variant]":

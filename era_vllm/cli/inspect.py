@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_era_options(parser)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Draw, and say what was kept."""
     from era_vllm.cli.loading import lacking_memory, open_image, open_oracle, served_dtype
     from era_vllm.policies import make_policy

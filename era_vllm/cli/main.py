@@ -69,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "serve":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest  # vLLM's
     try:
-        return arguments.run(arguments, rest)
+        return arguments.run(arguments)
     except KeyboardInterrupt:
         print(f"\nera-vllm {arguments.command}: stopped", file=sys.stderr)
         return 130

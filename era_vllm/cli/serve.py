@@ -77,7 +77,7 @@ class _Help(argparse.Action):
         namespace.help = values
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Serve until stopped, or print the command."""
     check_vllm_version()
     from vllm.envs import VLLM_CACHE_ROOT
@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
         print_help(arguments.help)
         return 0
 
+    rest: list[str] = arguments.rest
     refuse_unknown_era_flags(rest, [flag(name) for name in ServerSettings.model_fields])
     refuse_unknown_variables(era_variables())
     settings = ServerSettings.parse(server_flags(arguments))

@@ -6,6 +6,8 @@ this process does, and ends. Shared by ``calibrate`` and ``ecl``; leaves out bot
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count as numbers
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -50,7 +52,7 @@ def subjects(
     from era_vllm.cli.loading import architectures, model_config
     from era_vllm.cli.own_pictures import read
     from era_vllm.lab.synth.assets import load_material
-    from era_vllm.lab.synth.tasks import Task, draw_task
+    from era_vllm.lab.synth.tasks import draw_task
     from era_vllm.vllm_plugin.families import FAMILIES
 
     if pictures is not None:
@@ -58,12 +60,9 @@ def subjects(
     kinds: Sequence[Kind] = ("standard",)
     if any("video" in FAMILIES[name].modalities for name in architectures(model_config(model))):
         kinds = ("picture", "several", "film") if films else ("picture",)
-    material, tasks, number = load_material(split="train"), list[Task](), 0
-    while len(tasks) < count:
-        task = draw_task(kinds[number % len(kinds)], seed, number, material)
-        tasks += [task] if task.questions else []
-        number += 1
-    return tasks
+    material = load_material(split="train")
+    drawn = (draw_task(kinds[n % len(kinds)], seed, n, material) for n in numbers())
+    return list(islice((task for task in drawn if task.questions), count))
 
 
 def taken_of(

@@ -61,9 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--bf16", action="store_true", help=text)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Train until the time is over."""
-    del rest
     _check(arguments)
     check_out(arguments.out)
     from era_vllm.lab.train.loop import Settings, train

@@ -11,6 +11,8 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from era_vllm.calibration import calibrated
@@ -28,7 +30,6 @@ DESCRIPTION = """Check this installation with a model, and a real answer against
   era-vllm doctor llava-hf/llava-1.5-7b-hf --no-check
   era-vllm doctor --era-policy dpp --json
 """
-SECTIONS: Final = ("Versions", "Machine", "Plugin", "Model", "Attention", "Live check")
 _ENGINE: Final = {
     **IN_PROCESS,
     "TORCH_COMPILE_DISABLE": "1",  # an eager engine compiles a few helpers all the same: 18 s
@@ -52,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_era_options(parser)
 
 
-def run(arguments: argparse.Namespace, rest: list[str]) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print the page; return 0 if all is well, else 1."""
     settings = calibrated(arguments.model, era_settings(arguments))
     make_policy(EraConfig.parse(settings))  # a bad flag is no finding: it is refused
@@ -70,10 +71,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
 def page(found: "Sequence[Finding]") -> str:
     """Return the findings as text, by section, with what to do at the end."""
     lines: list[str] = []
-    for section in SECTIONS:
-        of_section = [finding for finding in found if finding.section == section]
-        if of_section:
-            lines += ["", section]
+    for section, of_section in groupby(found, attrgetter("section")):
+        lines += ["", section]
         for finding in of_section:
             mark = "!!" if finding.advice else "ok"
             start = f"  {mark}  {finding.name:{_NAME}}  "
@@ -119,7 +118,7 @@ def _examine(
     if layout is None:
         return
     if not check:
-        yield findings.Finding(SECTIONS[-1], "left out", "--no-check")
+        yield findings.Finding(findings.LIVE, "left out", "--no-check")
         return
     try:
         with muted():
@@ -128,7 +127,7 @@ def _examine(
         yield from live_check(model, arguments, EraConfig.parse(settings), layout)
     except Exception as error:  # whatever an engine dies of, the page must say it
         advice = "see the engine's own log: era-vllm serve with the same arguments"
-        yield findings.Finding(SECTIONS[-1], "engine", findings.reason(error), advice)
+        yield findings.Finding(findings.LIVE, "engine", findings.reason(error), advice)
 
 
 def _planned(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from era_vllm.contracts import ModelAdapter
 
+LIVE: Final = "Live check"
+"""The section of what ``live.py`` finds."""
 BROKEN: Final = f"an installed package is broken; in a fresh environment: {INSTALL}"
 
 

@@ -17,14 +17,13 @@ from era_vllm.attention.layer import RectifiedAttention
 from era_vllm.bench.engines import engine
 from era_vllm.bench.taken import Taken
 from era_vllm.cli.doctor.check import CONTROL_FACTOR, TOLERANCE, Check, EngineAnswer, compare
-from era_vllm.cli.doctor.findings import Finding, Layout
+from era_vllm.cli.doctor.findings import LIVE, Finding, Layout
 from era_vllm.cli.loading import lacking_memory, open_language_oracle
 from era_vllm.config import DEFAULT_PRUNING_RATE, EraConfig
 from era_vllm.errors import UnsupportedError
 from era_vllm.lab.samples import load_samples
 from era_vllm.lab.screen import muted, progress
 
-SECTION: Final = "Live check"
 ANSWER_TOKENS: Final = 9
 """The token after the prompt and 8 decode steps."""
 _SPARE_TOKENS: Final = 256  # of the context, beside the picture
@@ -43,11 +42,11 @@ def live_check(
         with muted():
             lacking = lacking_memory(model, torch.float32, copies)
     except UnsupportedError as error:  # the parts of it that can be looked at are all right
-        yield Finding(SECTION, "left out", str(error))
+        yield Finding(LIVE, "left out", str(error))
         return
     if lacking:
         advice = "leave the check out with --no-check, or run it where there is more memory"
-        yield Finding(SECTION, "memory", lacking, advice)
+        yield Finding(LIVE, "memory", lacking, advice)
         return
     sample = load_samples()[0]
     question = sample.questions[0].text
@@ -60,9 +59,9 @@ def live_check(
         result = compare(open_language_oracle(model), answer, sample.image, config, rate)
     kept = sum(len(segment.anchors) for segment in answer.segments)
     n = sum(segment.n for segment in answer.segments)
-    yield Finding(SECTION, "asked", f"{sample.files[0]}: {question}")
+    yield Finding(LIVE, "asked", f"{sample.files[0]}: {question}")
     kept_text = f"kept {kept} of {n} image tokens"
-    yield Finding(SECTION, "engine", f"float32, eager; {built}; {kept_text}")
+    yield Finding(LIVE, "engine", f"float32, eager; {built}; {kept_text}")
     yield from verdict(result, kept)
 
 
@@ -124,9 +123,9 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
         False: "not all those that plain transformers chooses: near-ties decided by a last bit",
         None: "as the engine chose them; no tower of plain transformers was asked",
     }
-    yield Finding(SECTION, "anchors", said[result.same_anchors])
+    yield Finding(LIVE, "anchors", said[result.same_anchors])
     yield Finding(
-        SECTION,
+        LIVE,
         "with bias",
         f"{result.difference:.1e}: largest log-probability difference from plain transformers, "
         f"{result.positions} positions (prompt, {result.positions - 1} decode steps) x "
@@ -138,11 +137,11 @@ def verdict(result: Check, kept: int) -> Iterator[Finding]:
     )
     if result.without_bias is None:
         text = "not applicable: every bias is 0 with these settings"
-        yield Finding(SECTION, "without bias", text)
+        yield Finding(LIVE, "without bias", text)
         return
     needed = CONTROL_FACTOR * TOLERANCE
     yield Finding(
-        SECTION,
+        LIVE,
         "without bias",
         f"{result.without_bias:.1e}: the control, same without the bias; needed {needed:g} or more",
         ""

@@ -36,8 +36,8 @@ def test_rounds_run_every_cell_and_rotate_the_order() -> None:
 
     samples = interleave({"a": lambda: cell("a"), "b": lambda: cell("b")}, rounds=2, warm_ups=1)
     assert calls == ["a", "b", "b", "a", "a", "b"]
-    assert samples.of("a", "t") == (4.0, 5.0)  # the warm-up is not among them
-    assert samples.of("b", "t") == (3.0, 6.0)
+    assert samples.of("a", "t") == [4.0, 5.0]  # the warm-up is not among them
+    assert samples.of("b", "t") == [3.0, 6.0]
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -90,16 +90,14 @@ def test_goals_are_judged_plainly(value, sense, met, word) -> None:
 
 def test_a_report_is_json_with_its_origin() -> None:
     goals = [Goal("TTFT", 2.5, "at least", 2.0)]
-    report = Report("serve", SAMPLES, [table(["a"], [["1"]])], goals, {"kv": 3}, ("a word",))
-    document = report.as_dict(
-        {"commit": "abc", "hardware": "this"}, "era-vllm bench", {"rounds": 3}
-    )
+    report = Report(SAMPLES, [table(["a"], [["1"]])], goals, {"kv": 3}, ("a word",))
+    document = report.as_dict("serve", {"rounds": 3})
     assert json.loads(json.dumps(document)) == document
     assert set(document) == {
-        *("bench", "schema", "commit", "hardware", "command", "settings"),
+        *("bench", "schema", "commit", "date", "versions", "hardware", "command", "settings"),
         *("goals", "facts", "notes", "samples"),
     }
-    figures = document["samples"]["a"]["ttft"]  # type: ignore[index]
+    figures = document["samples"]["a"]["ttft"]
     assert figures == {"median_s": 4.0, "p90_s": 8.0, "values_s": [1.0, 9.0, 4.0]}
     assert "met           TTFT: 2.5x, at least 2x" in report.text()
     assert report.text().endswith("note: a word")
