@@ -28,7 +28,12 @@ from era_vllm.lab.servers import Server, free_port
 
 FORKED = (sys.executable, str(Path(__file__)))
 """What such a command begins with."""
+VARIABLES = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+"""What was so when torch was imported: forks cannot change it. vLLM compiles its log-probability
+helper for 18 s."""
+VARIABLES |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 RUN_S = 600.0
+IMPORT_S = 300.0
 SERVES = (
     "era_vllm_server.app",
     "era_vllm.cli.main",
@@ -51,12 +56,35 @@ def start_server(
     return Server(name, command, variables, log)
 
 
-def run(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> str:
-    """Run a command that begins with ``FORKED``; return what it printed, or fail with it."""
-    code = parent().start(command[2:], dict(variables or {}), str(log)).wait(RUN_S)
-    said = log.read_text(errors="replace")
-    assert code == 0, said[-6000:]
+def run(command: Sequence[str], log: Path) -> str:
+    """Run a command that begins with ``FORKED``; return what it printed, or fail with it.
+
+    Nothing that it started may be left.
+    """
+    child = parent().start(command[2:], VARIABLES, str(log))
+    try:
+        code = child.wait(RUN_S)
+        end = time.monotonic() + 10
+        while (left := alive(child.pid)) and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        said = log.read_text(errors="replace")
+        print(said[-6000:])
+    assert (code, left) == (0, {}), said[-6000:]
     return said
+
+
+def alive(session: int) -> dict[int, str]:
+    """Processes of a session that have not ended, by their command lines."""
+    found: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # ended meanwhile
+            state, *numbers = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if state != "Z" and int(numbers[2]) == session:
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    return found
 
 
 class Forked(Server):
@@ -77,12 +105,16 @@ def parent() -> "Parent":
 
 
 class Parent:
-    """The process that servers are forked from; as it loses this one, it ends them."""
+    """The process that servers are forked from; as it loses this one, it ends them.
+
+    Its environment, and so theirs, is that of now.
+    """
 
     def __init__(self) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
+        self.asked = 0
         kept = {name: os.environ[name] for name in os.environ if not name.startswith("VLLM_")}
-        kept |= {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}  # read as torch is imported
+        kept |= VARIABLES
         command = [*FORKED, "--serve", str(theirs.fileno())]
         self.process = subprocess.Popen(
             command,
@@ -98,9 +130,14 @@ class Parent:
         return Child(self, self.ask("start", *job))
 
     def ask(self, *what: object) -> int | None:
-        """Send something and wait for what comes of it."""
-        self.pipe.send(what)
-        return self.pipe.recv()
+        """Send something and wait for what comes of it, past answers that nobody waited for."""
+        self.asked += 1
+        self.pipe.send((self.asked, *what))
+        number = 0
+        while number != self.asked:
+            assert self.pipe.poll(IMPORT_S), "the parent of forked servers does not answer"
+            number, found = self.pipe.recv()
+        return found
 
 
 class Child:
@@ -131,29 +168,40 @@ class Child:
 
 def _serve(pipe: Connection) -> list[str]:
     """Fork what is asked for until nobody asks any more; a fork returns its words."""
-    children: set[int] = set()
-    with suppress(EOFError):
-        while True:
-            what, *job = pipe.recv()
+    codes: dict[int, int | None] = {}
+    pid, job = -1, []
+    with suppress(EOFError, OSError):  # who asked has ended, maybe while it waited for an answer
+        while pid:
+            number, what, *job = pipe.recv()
             if what == "poll":
-                found, status = os.waitpid(job[0], os.WNOHANG)
-                pipe.send(os.waitstatus_to_exitcode(status) if found else None)
+                (child,) = job
+                if codes[child] is None:
+                    found, status = os.waitpid(child, os.WNOHANG)
+                    codes[child] = os.waitstatus_to_exitcode(status) if found else None
+                pipe.send((number, codes[child]))
                 continue
-            words, variables, log = job
+            leads, led = os.pipe()
             if pid := os.fork():
-                children.add(pid)
-                pipe.send(pid)
-                continue
-            os.setsid()
-            pipe.close()
-            sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for number in (1, 2):
-                os.dup2(sink, number)
-            os.environ.update(variables)
-            return words
+                os.close(led)
+                os.read(leads, 1)  # its end: the fork leads a group of its own
+                os.close(leads)
+                codes[pid] = None
+                pipe.send((number, pid))
+    if not pid:
+        words, variables, log = job
+        os.setsid()
+        for end in (leads, led):
+            os.close(end)
+        pipe.close()
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        for number in (1, 2):
+            os.dup2(sink, number)
+        os.close(sink)
+        os.environ.update(variables)
+        return words
     for how in (signal.SIGTERM, signal.SIGKILL):
-        for child in children:
-            with suppress(ProcessLookupError):
+        for child in codes:
+            with suppress(OSError):
                 os.killpg(child, how)
         time.sleep(2)
     os._exit(0)

@@ -155,7 +155,8 @@ class EngineOptions(Options):
     )
     eager: bool = switch(None, f"{_EAGER} (default: on a CPU, not on a GPU)")
     context: int = 0
-    """Tokens of a request, of a step, and half of what the cache must hold."""
+    """Tokens of a request, of a step, and half of what the cache must hold; ``_with_room`` sets
+    it, and the cache's bytes where none are given."""
     era: Mapping[str, object]
 
     @property

@@ -349,7 +349,7 @@ def _transformers(model: str, dtype: str, variant: "Variant", most: int) -> "Ite
 
 @cache
 def oracle_of(model: str, dtype: str) -> "Oracle":
-    """Return a checkpoint in plain transformers."""
+    """Return a checkpoint in plain transformers, the same for the same resolved path."""
     import torch
 
     from era_vllm.cli.loading import open_oracle

@@ -42,7 +42,7 @@ def matrix_entropy(tokens: Float[Tensor, "n d"]) -> float:
 def layer_entropies(
     oracle: LanguageOracle, ids: Sequence[int], segments: Sequence[Segment]
 ) -> Float[Tensor, "layers_and_1"]:
-    """Return the entropy of a picture's tokens before the first layer and behind each."""
+    """Return the entropy of a picture's tokens before each layer, and before the final norm."""
     visual = oracle.is_visual(torch.tensor([list(ids)]), 1)[0]
     found, language = list[float](), oracle.model.model.language_model
 

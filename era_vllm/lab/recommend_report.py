@@ -66,8 +66,8 @@ class Case:
 
 
 def name_of(level: Level) -> str:
-    """Return a level's name, or its rate."""
-    return level.name or f"{level.rate:g}" if level.rate else "off"
+    """Return a level's name, or its rate; "off" of one that removes nothing."""
+    return "off" if not level.rate else level.name or f"{level.rate:g}"
 
 
 def verdict(

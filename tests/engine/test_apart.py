@@ -11,7 +11,14 @@ from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
 from era_vllm.pixels import pixel_hash
 from era_vllm.types import Signal
-from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, compare_with, python
+from tests.engine.conftest import (
+    CONTROL_FACTOR,
+    EAGER,
+    SPAWNED,
+    TOLERANCE,
+    compare_with,
+    python,
+)
 
 QUESTIONS = [["what shape is red?", 0], ["is there a red circle?", None], ["how many shapes?", 1]]
 LONG_QUESTIONS = [
@@ -26,7 +33,6 @@ MODES = [
         {"policy": "era", "bias_store": "value_column"}, id="value_column", marks=pytest.mark.slow
     ),
 ]
-EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # else a helper for log-probabilities compiles for 18 s
 modes = pytest.mark.parametrize("settings", MODES)
 
 
@@ -188,7 +194,8 @@ def test_kv_connector_reloads_in_another_process(
     }
     arguments = {"block_size": 32, "kv_transfer_config": stored}
     saving, loading = (
-        apart(arguments, settings=settings, questions=LONG_QUESTIONS, **EAGER) for _ in range(2)
+        apart(arguments, settings=settings, questions=LONG_QUESTIONS, **how)
+        for how in (EAGER, SPAWNED)
     )
     assert saving["ranks"][0] and saving["loaded"] == 0
     assert loading["ranks"] == [[]]  # no picture was encoded or pruned

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.engine import test_tiled as tiled
+from tests.engine.conftest import EAGER
 from tests.engine.families import qwen
 
 pytestmark = pytest.mark.slow
@@ -12,4 +13,4 @@ folder, theirs, apart = tiled.folder, tiled.theirs, tiled.apart
 
 @pytest.mark.situation("several images at different rates")
 def test_pictures_and_videos_with_experts(apart):
-    apart({}, TORCH_COMPILE_DISABLE="1")
+    apart({}, **EAGER)

@@ -9,7 +9,7 @@ from era_vllm.config import EraConfig
 from era_vllm.errors import ConfigError
 from era_vllm.lab.oracle import Oracle
 from era_vllm.lab.samples import load_samples
-from tests.engine.conftest import CONTROL_FACTOR, TOLERANCE, python
+from tests.engine.conftest import CONTROL_FACTOR, EAGER, TOLERANCE, python
 
 LAYERS, KV_HEADS = 4, 3
 STORES = ("key_columns", "value_column")
@@ -96,7 +96,7 @@ def test_tensor_parallel_ranks_take_their_own_heads(apart, tmp_path, store):
         settings=era,
         questions=[["what shape is red?", 0]],
         checkpoint=model,
-        TORCH_COMPILE_DISABLE="1",
+        **EAGER,
     )
     (answer,), anchors = found["answers"], torch.tensor(found["ranks"][0][0][1])
     oracle, config = Oracle(model), EraConfig.parse(era)

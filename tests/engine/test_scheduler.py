@@ -23,7 +23,7 @@ from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.names import PREFIX
 from era_vllm.vllm_plugin.resolve import SCHEDULER
 from era_vllm.vllm_plugin.scheduler import EraScheduler
-from tests.engine.conftest import TOLERANCE, python
+from tests.engine.conftest import EAGER, TOLERANCE, python
 from tests.engine.scheduling import Item, make, request, worker
 
 MODEL = str(CHECKPOINT)
@@ -347,7 +347,7 @@ def test_an_engine_with_vllms_own_scheduler_exceeds_it(engine, setup, noise):
 )
 def test_a_process_of_its_own_knows_the_rows(tmp_path, cache, hits, known):
     words = ("run_scheduler.py", MODEL, json.dumps(cache), str(tmp_path / "out.json"))
-    python(*words, TORCH_COMPILE_DISABLE="1")
+    python(*words, **EAGER)
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["rows"] == [TOKENS if known else None] * 8  # four pictures, sent twice
     assert found["work"] == [TOKENS] * 8

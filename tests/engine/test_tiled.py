@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from era_vllm.config import EraConfig
 from era_vllm.pixels import pixel_hash
 from era_vllm.types import Signal
-from tests.engine.conftest import CONTROL_FACTOR, STOCK_FACTOR, TOLERANCE, python
+from tests.engine.conftest import CONTROL_FACTOR, EAGER, SPAWNED, STOCK_FACTOR, TOLERANCE, python
 from tests.engine.families import CASES
 from tests.engine.families.case import (
     CLIPS,
@@ -290,7 +290,7 @@ def apart(case, folder, theirs, measured, tmp_path):
 @pytest.mark.slow
 @pytest.mark.situation("tensor parallel 2")
 def test_tensor_parallel_2(apart):
-    apart({"tensor_parallel_size": 2}, TORCH_COMPILE_DISABLE="1")
+    apart({"tensor_parallel_size": 2}, **EAGER)
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ def test_encoders_that_share_out_images(case, apart):
     if not getattr(case, "shares_out", False):
         pytest.skip("a family whose encoder vLLM runs whole in each rank")
     arguments = {"tensor_parallel_size": 2, "mm_encoder_tp_mode": "data"}
-    apart({**arguments, "settings": {"policy": "dpp"}}, TORCH_COMPILE_DISABLE="1")
+    apart({**arguments, "settings": {"policy": "dpp"}}, **EAGER)
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_ngram_speculation(case, apart, record_property):
         pytest.skip("shown with LLaVA-1.5, of which this family differs in the prompt alone")
     method = {"method": "ngram", "num_speculative_tokens": 3}
     method |= {"prompt_lookup_min": 1, "prompt_lookup_max": 2}
-    saved = apart({"speculative_config": method}, TORCH_COMPILE_DISABLE="1")
+    saved = apart({"speculative_config": method}, **EAGER)
     assert saved["drafted"] > 0
     counted = f"{saved['drafted']} tokens drafted, {saved['accepted']} accepted"
     record_property("counted", counted)
@@ -327,9 +327,9 @@ def test_kv_connector_reloads_in_another_process(case, apart, tmp_path, record_p
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "store")},
     }
     arguments = {"kv_transfer_config": stored}
-    saving = apart(arguments, TORCH_COMPILE_DISABLE="1")
+    saving = apart(arguments, **EAGER)
     assert saving["loaded"] == 0
-    loading = apart(arguments, pruned=saving["ranks"][0], TORCH_COMPILE_DISABLE="1")
+    loading = apart(arguments, pruned=saving["ranks"][0], **SPAWNED)
     assert loading["loaded"] > 0
     record_property("counted", f"{loading['loaded']} tokens loaded")
 

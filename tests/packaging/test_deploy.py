@@ -106,7 +106,8 @@ def test_an_image_takes_a_model_behind_its_entry_point() -> None:
     (entry,) = re.findall(r"^ENTRYPOINT (.*)$", (ROOT / "Dockerfile").read_text(), re.M)
     name, *words = json.loads(entry)
     command = [Path(sys.executable).with_name(name), *words, CHECKPOINT, "--print-command"]
-    assert f" serve {CHECKPOINT} " in run(*command, timeout=200)
+    printed = run(*command, timeout=200)  # what `$(era-vllm serve ... | tail -1)` runs
+    assert f" vllm serve {CHECKPOINT} " in printed.splitlines()[-1]
 
 
 def test_a_servers_settings_leave_composes_variables_alone() -> None:

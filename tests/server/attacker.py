@@ -13,7 +13,7 @@ from PIL import Image
 
 from era_vllm.lab import CHECKPOINT
 from era_vllm.lab.servers import Server
-from tests.forked import FORKED, start_server
+from tests.forked import FORKED, VARIABLES, start_server
 
 KEYS = ("key-of-one-client", "key-of-another")
 METRICS_KEY = "key-of-prometheus"
@@ -30,7 +30,6 @@ ENGINE = [
 ]
 ERA_VLLM = str(Path(sys.executable).with_name("era-vllm"))
 STOCK = "import sys; from era_vllm_server.app import run; run(sys.argv[1:])"
-VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from era_vllm.lab.servers import Server
+from tests import forked
 from tests.engine.random_llava import save_random_llava
 from tests.server.asking import CHAT, MODEL, chat_body
 from tests.server.conftest import ERA_VLLM, LIMITS, started
@@ -44,15 +45,9 @@ def server_of(folder: Path, *flags: str) -> Iterator[Server]:
 
 
 def alive(server: Server) -> dict[int, str]:
-    """Processes of a server's session that have not ended, by their command lines."""
-    found: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # ended meanwhile
-            state, *numbers = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            line = (folder / "cmdline").read_text().replace("\0", " ")
-            if state != "Z" and int(numbers[2]) == server.pid and " -I -S -c " not in line:
-                found[int(folder.name)] = line  # the last: of the test's own guard
-    return found
+    """Processes of a server's session that have not ended, but for the test's own guard."""
+    found = forked.alive(server.pid)
+    return {process: line for process, line in found.items() if " -I -S -c " not in line}
 
 
 def resident_bytes(processes: dict[int, str]) -> int:

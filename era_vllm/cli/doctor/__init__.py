@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 def page(found: "Sequence[Finding]") -> str:
     """Return the findings as text, by section, with what to do at the end."""
     lines: list[str] = []
-    for section, of_section in groupby(found, attrgetter("section")):
+    for section, of_section in groupby(found, attrgetter("section")):  # found section by section
         lines += ["", section]
         for finding in of_section:
             mark = "!!" if finding.advice else "ok"

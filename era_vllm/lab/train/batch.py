@@ -45,10 +45,9 @@ def padded(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     """Return the fields of a batch that are about text."""
     shape = (len(rows), max((len(row.ids) for row in rows), default=0))
     fields = np.empty((6, *shape), np.int64)
-    fields.T[:] = pad, NO_TARGET, -1, 0, 0, 0
+    fields.T[:] = pad, NO_TARGET, -1, 0, 0, 0  # ids, targets, owners, three positions
     for index, row in enumerate(rows):
-        known = row.ids, row.targets, row.owners, *row.positions
-        fields[:, index, : len(row.ids)] = known
+        fields[:, index, : len(row.ids)] = row.ids, row.targets, row.owners, *row.positions
     ids, targets, owner, *positions = torch.from_numpy(fields)
     seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
     seen &= torch.ones(shape[1], shape[1], dtype=torch.bool).tril()

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -312,5 +313,5 @@ def _count(batch: Batch, model: Learner, counted: Mapping[TaskFamily, list[int]]
     hits = iter((scores.argmax(-1) == wanted).tolist())
     for row in batch.rows:
         for question, (first, end) in zip(row.questions, row.spans, strict=True):
-            counted[question.family][0] += all([next(hits) for _ in range(first, end)])
+            counted[question.family][0] += all(list(islice(hits, end - first)))
             counted[question.family][1] += 1

@@ -85,7 +85,7 @@ def pack(
     """
     maker, bare = _Maker(words, form), extra is not None or not form.filler
     before = ""
-    if extra or not (bare or (not wordy and lots.random() < 0.7)):
+    if extra or (not bare and (wordy or lots.random() >= 0.7)):
         before = draw_filler(lots, extra or lots.randint(1, 60 if wordy else 8))
     maker.add(form.opening + before)
     for index, item in enumerate(task.items):
