@@ -3,6 +3,8 @@
 In both modes of positions and with both stores; ``make test`` runs the default ones.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from era_vllm.types import Signal
 from tests.engine.conftest import (
     CONTROL_FACTOR,
     EAGER,
+    MODEL,
     SPAWNED,
     TOLERANCE,
     compare_with,
@@ -210,3 +213,25 @@ LONG = (
     ("is there a red circle?", None, 13),
     ("how many shapes?", 1, 8),
 )
+
+
+@pytest.mark.parametrize(
+    ("cache", "hits", "known"),
+    [
+        pytest.param({"mm_processor_cache_gb": 0}, 0, True, marks=pytest.mark.slow),
+        ({"mm_processor_cache_type": "lru"}, 4, True),  # sent without data, found in the engine
+        pytest.param(  # only workers read the shared memory
+            {"mm_processor_cache_type": "shm"}, 4, False, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["none", "lru", "shm"],
+)
+def test_a_process_of_its_own_knows_the_rows(tmp_path, cache, hits, known):
+    """Of a picture: the scheduler of an engine, whose bound hangs on them."""
+    words = ("run_scheduler.py", MODEL, json.dumps(cache), str(tmp_path / "out.json"))
+    python(*words, **EAGER)
+    found = json.loads((tmp_path / "out.json").read_text())
+    tokens = 144  # of the sample model's pictures
+    assert found["rows"] == [tokens if known else None] * 8  # four pictures, sent twice
+    assert found["work"] == [tokens] * 8
+    assert found["hits"] == hits

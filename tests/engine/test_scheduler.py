@@ -4,7 +4,6 @@ First real schedulers, of both kinds, without a model; then engines.
 """
 
 import copy
-import json
 import random
 from unittest.mock import create_autospec
 
@@ -23,7 +22,7 @@ from era_vllm.vllm_plugin.families import FAMILIES
 from era_vllm.vllm_plugin.names import PREFIX
 from era_vllm.vllm_plugin.resolve import SCHEDULER
 from era_vllm.vllm_plugin.scheduler import EraScheduler
-from tests.engine.conftest import EAGER, TOLERANCE, python
+from tests.engine.conftest import TOLERANCE
 from tests.engine.scheduling import Item, make, request, worker
 
 MODEL = str(CHECKPOINT)
@@ -332,23 +331,3 @@ def test_an_engine_with_vllms_own_scheduler_exceeds_it(engine, setup, noise):
     assert type(live.core.scheduler) is Scheduler
     rows, _, _ = stream_and_burst(live, noise)
     assert max(rows) > 4 * BOUND and sum(rows) == 64 * TOKENS
-
-
-@pytest.mark.parametrize(
-    ("cache", "hits", "known"),
-    [
-        pytest.param({"mm_processor_cache_gb": 0}, 0, True, marks=pytest.mark.slow),
-        ({"mm_processor_cache_type": "lru"}, 4, True),  # sent without data, found in the engine
-        pytest.param(  # only workers read the shared memory
-            {"mm_processor_cache_type": "shm"}, 4, False, marks=pytest.mark.slow
-        ),
-    ],
-    ids=["none", "lru", "shm"],
-)
-def test_a_process_of_its_own_knows_the_rows(tmp_path, cache, hits, known):
-    words = ("run_scheduler.py", MODEL, json.dumps(cache), str(tmp_path / "out.json"))
-    python(*words, **EAGER)
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert found["rows"] == [TOKENS if known else None] * 8  # four pictures, sent twice
-    assert found["work"] == [TOKENS] * 8
-    assert found["hits"] == hits

@@ -41,6 +41,10 @@ APART = {
     "max_num_seqs": 8,
     "seed": 0,
 }
+AT_ONCE = {"LlavaNextForConditionalGeneration", "InternVLChatModel"} | {
+    "Qwen2_5_VLForConditionalGeneration"
+}
+"""Of each kind one, whose engines beside its own are started by `make test` too."""
 TEXTS = (TEXT, "how many shapes?", "is there a red circle?")
 SLIVERS = ((1, 1), (4000, 10), (10, 4000))
 
@@ -172,6 +176,16 @@ def test_a_picture_is_the_same_alone_and_beside_a_larger_one(case, start):
     assert own in new() and len(new()) == 2, "the same pixels, whoever stands beside them"
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case.name in AT_ONCE else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+    indirect=True,
+    scope="module",
+)
 def test_nothing_pruned_is_stock(case, start):
     """A server that can prune nothing bit for bit; rate 0 beside pruned requests nearly so."""
     asks = [images(case, TEXT, (ODD, 0.0)), images(case, TEXT, (TALL, 0.0), (SQUARE, 0.0))]
