@@ -4,8 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import uvicorn
 from era_vllm.compat import uvicorn_h11
 from era_vllm.lab.servers import free_port
 from era_vllm_server.front import MAX_HEAD_BYTES
+from tests.forked import parent
 from tests.server.attacker import Pair
 
 pytest_plugins = ["tests.server.guarded"]
@@ -295,25 +294,26 @@ except KeyboardInterrupt:  # which uvicorn passes on; vLLM's server does not
 """
 
 
-def test_a_client_that_does_not_read_keeps_no_server_from_its_end():
+def test_a_client_that_does_not_read_keeps_no_server_from_its_end(tmp_path):
     port = free_port()
-    command = [sys.executable, "-c", DEAF.replace("PORT", str(port))]
-    with subprocess.Popen(command, env={**os.environ, "ERA_DRAIN_TIMEOUT_S": "1"}) as process:
-        try:
-            while process.poll() is None:
-                try:
-                    wire = socket.create_connection(("127.0.0.1", port))
-                    break
-                except ConnectionRefusedError:
-                    time.sleep(0.1)
-            with wire:
-                wire.sendall(b"GET /v1/x HTTP/1.1\r\nHost: x\r\n\r\n")
-                assert b" 200 " in wire.recv(100)
-                time.sleep(1)
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(20) == 0
-        finally:
-            process.kill()
+    code, variables = DEAF.replace("PORT", str(port)), {"ERA_DRAIN_TIMEOUT_S": "1"}
+    child = parent().start(["-c", code], variables, str(tmp_path / "log"))
+    try:
+        while child.poll() is None:
+            try:
+                wire = socket.create_connection(("127.0.0.1", port))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+        with wire:
+            wire.sendall(b"GET /v1/x HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in wire.recv(100)
+            time.sleep(1)
+            os.kill(child.pid, signal.SIGTERM)
+            assert child.wait(20) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def test_the_real_server_is_bounded(pair: Pair) -> None:
