@@ -31,7 +31,7 @@ ifeq ($(shell uname -s),Linux)
 env:  ## make or update the virtual environment (.venv, or $ERA_VENV)
 	@deploy/environment.sh
 
-check:  ## ruff, pyright, import-linter and the tests that start no engine (two minutes)
+check:  ## ruff, pyright, import-linter and the tests that start no engine (five minutes)
 	@$(TIMED) deploy/environment.sh; \
 	$(BIN)/ruff check . ; \
 	$(BIN)/ruff format --check . ; \
