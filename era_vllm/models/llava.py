@@ -1,7 +1,6 @@
-"""LLaVA-1.5: a CLIP tower, a two-layer projector, a decoder-only language model.
+"""LLaVA-1.5: CLIP, a two-layer projector, a decoder; pictures of one size, so N is fixed (576).
 
-Every picture is resized to the tower's one size, so N is fixed (576 for CLIP-L/14-336). The
-attention is that of the layer the features come from (``vision_feature_layer``), as in ERA Fig. 6.
+Attention is that of the layer the features come from (``vision_feature_layer``), as in ERA Fig. 6.
 """
 
 from torch import nn
@@ -21,20 +20,17 @@ class LlavaAdapter(ModelAdapter):
 
     provides = OF_ENCODER
     tower: type = CLIPVisionConfig
-    strategy = "default"
-    """Which tokens of the tower are visual ones: all but the CLS token."""
+    strategy = "default"  # visual are all tokens of the tower but the CLS token
     skipped_keys = 1
 
     def check(self, hf_config: LlavaConfig) -> None:
         """Refuse other towers, and another choice of tokens."""
         if not isinstance(vision := hf_config.vision_config, self.tower):
-            raise UnsupportedError(
-                f"vision tower: got {type(vision).__name__}, allowed: {self.tower.__name__}"
-            )
+            got = type(vision).__name__
+            raise UnsupportedError(f"vision tower: got {got}, allowed: {self.tower.__name__}")
         if (strategy := hf_config.vision_feature_select_strategy) != self.strategy:
-            raise UnsupportedError(
-                f"vision_feature_select_strategy: got {strategy!r}, allowed: {self.strategy!r}"
-            )
+            said = f"vision_feature_select_strategy: got {strategy!r}, allowed: {self.strategy!r}"
+            raise UnsupportedError(said)
 
     def layout(self, hf_config: LlavaConfig, modality: str, shape: tuple[int, ...]) -> Layout:
         """One segment, whatever the picture's size."""
@@ -52,8 +48,7 @@ class LlavaAdapter(ModelAdapter):
         """That layer of the built tower."""
         built = model.vision_tower.vision_model.encoder.layers
         tapped = built[self.encoder_layer(hf_config, layer) - 1].self_attn.attn
-        heads = hf_config.vision_config.num_attention_heads
-        return TappedLayer(tapped, heads, self.skipped_keys)
+        return TappedLayer(tapped, hf_config.vision_config.num_attention_heads, self.skipped_keys)
 
 
 EraLlavaForConditionalGeneration = pruned_model(
