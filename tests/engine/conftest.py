@@ -543,14 +543,15 @@ def python(*arguments: str, **variables: str) -> None:
 
     With ``EAGER`` alone it is a fork; any other variable makes it a process of its own.
     """
-    if arguments[0] != "-c" and variables == EAGER:
-        with tempfile.TemporaryDirectory() as folder:
-            run((*FORKED, str(FOLDER / arguments[0]), *arguments[1:]), Path(folder) / "log")
-        return
+    command = (sys.executable, *arguments)
+    if arguments[0] != "-c":
+        command = (*FORKED, str(FOLDER / arguments[0]), *arguments[1:])
+        if variables == EAGER:
+            with tempfile.TemporaryDirectory() as folder:
+                run(command, Path(folder) / "log")
+            return
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "TORCH_"))}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **variables}
-    begin = (sys.executable,) if arguments[0] == "-c" else FORKED
-    command = [*begin, *arguments]
     done = subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
