@@ -35,7 +35,7 @@ def listen(worker):
 def collect(worker):
     """Return this rank's attention, anchors, bias, pictures, embeddings: tensors do not travel.
 
-    Queries of the language model, a scout's states, or relevance, where these are read instead.
+    Queries of the language model, relevance, or a scout's states, where these are read instead.
     """
     rows = []
     calls = {id(s.result): s for item in worker.get_model().seen for s in item.segments}
@@ -43,8 +43,8 @@ def collect(worker):
         signals = (
             Signal.ENCODER_ATTENTION,
             Signal.LANGUAGE_QUERIES,
-            Signal.SCOUT_STATES,
             Signal.RELEVANCE,
+            Signal.SCOUT_STATES,
         )
         kept = (
             next(tokens.signals[signal] for signal in signals if signal in tokens.signals),

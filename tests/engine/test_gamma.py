@@ -90,7 +90,7 @@ def test_tensor_parallel_ranks_take_their_own_heads(apart, tmp_path, store):
     code = "from random_llava import save_random_llava as save; import pathlib, sys; "
     model = str(tmp_path / "model")
     python("-c", code + "save(pathlib.Path(sys.argv[1]))", model)
-    era = {"bias_store": store, "gamma": random_gamma(2, 2)}
+    era = {"policy": "era", "bias_store": store, "gamma": random_gamma(2, 2)}
     found = apart(
         {"tensor_parallel_size": 2},
         settings=era,
