@@ -40,6 +40,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect what marked tests measure; here, as xdist's first process reads no other file."""
+    from tests import situations
+
+    situations.collect(config)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Take the place of `--dist loadgroup`: a process for all the files that ask the same servers.

@@ -69,11 +69,6 @@ MODEL = str(CHECKPOINT)
 FOLDER = Path(__file__).parent
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Collect what marked tests measure."""
-    situations.collect(config)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Third-party warnings inside vLLM are not ours to mend."""
     for item in items:

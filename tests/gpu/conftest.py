@@ -3,17 +3,11 @@
 import pytest
 import torch
 
-from tests import situations
 from tests.engine.conftest import (  # noqa: F401 - fixtures
     apart,
     measured,
     oracle,
 )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Collect what marked tests measure."""
-    situations.collect(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
